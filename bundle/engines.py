@@ -1,0 +1,274 @@
+"""How a batch becomes network arguments, how a run is recorded and resumed, and the curriculum of stages."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.config import get_config_values
+from monai.data.utils import set_rnd
+from monai.engines import SupervisedTrainer
+from monai.utils import set_determinism
+from monai.utils.enums import CommonKeys
+
+from bundle.metrics import plot_curves, stage_table
+from bundle.networks import load_weights
+from bundle.tasks import DETECTION, IMAGE, RECORD, check_tasks
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
+    """Move a batch of `bundle.data.batch.collate` to the device and split it for a MONAI engine.
+
+    Returns:
+        (image (B, 1, S, S), the whole batch as label, no positional and the detection targets as keyword arguments).
+    """
+    batch = _to_device(batch, device, non_blocking)
+    return batch[IMAGE], batch, (), {"targets": batch[DETECTION]}
+
+
+def _to_device(item, device, non_blocking: bool):
+    if isinstance(item, torch.Tensor):
+        return item.to(device, non_blocking=non_blocking)
+    if isinstance(item, Mapping):
+        return {key: _to_device(value, device, non_blocking) for key, value in item.items()}
+    return [_to_device(value, device, non_blocking) for value in item] if isinstance(item, list) else item
+
+
+class MultiTaskTrainer(SupervisedTrainer):
+    """MONAI's SupervisedTrainer that keeps every loss term, under "loss_terms" of its output, and stops on NaN.
+
+    Raises:
+        RuntimeError: naming the images of the batch, if the loss is not finite.
+    """
+
+    def _iteration(self, engine, batchdata):
+        output = super()._iteration(engine, batchdata)
+        terms = {"loss": output[CommonKeys.LOSS].item(), **engine.loss_function.terms}
+        if not np.isfinite(terms["loss"]):
+            images = ", ".join(record[IMAGE] for record in batchdata[RECORD])
+            raise RuntimeError(f"loss is {terms} in iteration {engine.state.iteration} ({images}); lower learning_rate")
+        output["loss_terms"] = terms
+        return output
+
+
+def loss_terms(output: dict) -> dict[str, float]:
+    """Output transform of MONAI's StatsHandler and TensorBoardStatsHandler: the loss and each of its terms."""
+    return output["loss_terms"]
+
+
+class RunRecorder:
+    """Handler that makes a training run repeatable, resumable and readable; attach it last.
+
+    Every epoch is seeded from (seed, epoch) alone, so an epoch depends on nothing but the state it starts from. After every
+    epoch the folder holds `last.pt` (network, optimiser, schedule, loss, history; state_dicts and plain numbers),
+    `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. A run that
+    finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of `init_checkpoint` that
+    this run did not have, and `metrics.json` the best epoch. All are written under a temporary name, then renamed.
+
+    Args:
+        output_dir: folder of the run.
+        state: name -> object with a state_dict, "network" among them.
+        dataset: training dataset, whose random transforms are seeded.
+        evaluator: engine whose `state.metrics` hold the validation metrics of the epoch, "score" among them.
+        val_interval: epochs between validations.
+        seed: of the run.
+        init_checkpoint: weights that the run starts from; None for fresh ones.
+    """
+
+    def __init__(self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None) -> None:
+        self.folder = Path(output_dir)
+        self.state = state
+        self.dataset = dataset
+        self.evaluator = evaluator
+        self.val_interval = val_interval
+        self.seed = seed
+        self.init_checkpoint = init_checkpoint
+        self.history: list[dict] = []
+
+    def attach(self, trainer) -> None:
+        trainer.add_event_handler(Events.STARTED, self.start)
+        trainer.add_event_handler(Events.EPOCH_STARTED, self.seed_epoch)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.add_terms)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save_epoch)
+        trainer.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, trainer) -> None:
+        last = self.folder / "last.pt"
+        if last.exists():
+            saved = torch.load(last, map_location=trainer.state.device, weights_only=True)
+            for name, item in self.state.items():
+                item.load_state_dict(saved[name])
+            self.history = saved["history"]
+            trainer.state.epoch = len(self.history)
+            trainer.state.iteration = len(self.history) * trainer.state.epoch_length
+            logger.info(f"{self.folder}: resumed after epoch {len(self.history)}")
+        elif self.init_checkpoint:
+            loaded = load_weights(self.state["network"], self.init_checkpoint)
+            logger.info(f"{self.folder}: started from {self.init_checkpoint} ({', '.join(loaded)})")
+
+    def seed_epoch(self, trainer) -> None:
+        seed = int(np.random.SeedSequence([self.seed, trainer.state.epoch]).generate_state(1)[0])
+        set_determinism(seed)
+        set_rnd(self.dataset, seed=seed)
+        self.terms = defaultdict(list)
+
+    def add_terms(self, trainer) -> None:
+        for name, value in trainer.state.output["loss_terms"].items():
+            self.terms[name].append(value)
+
+    def save_epoch(self, trainer) -> None:
+        epoch = trainer.state.epoch
+        entry = {"epoch": epoch, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
+        entry |= {name if name == "loss" else f"loss_{name}": float(np.mean(v)) for name, v in self.terms.items()}
+        if epoch % self.val_interval == 0 or epoch == trainer.state.max_epochs:
+            entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
+        self.history.append(entry)
+        if self.best() is entry:
+            save_atomically(self.state["network"].state_dict(), self.folder / "best.pt")
+        states = {name: item.state_dict() for name, item in self.state.items()}
+        save_atomically({**states, "history": self.history}, self.folder / "last.pt")
+        write_json(self.history, self.folder / "history.json")
+        plot_curves(self.history, self.folder / "curves.png")
+
+    def best(self) -> dict | None:
+        """Entry of the epoch with the highest validation score, the earliest of equals; None before a validation."""
+        scored = [entry for entry in self.history if "score" in entry]
+        return max(scored, key=lambda entry: entry["score"]) if scored else None
+
+    def finish(self, trainer) -> None:
+        weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
+        if self.init_checkpoint:
+            before = torch.load(self.init_checkpoint, map_location="cpu", weights_only=True)
+            weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
+        write_json(self.best(), self.folder / "metrics.json")
+        save_atomically(weights, self.folder / "model.pt")
+
+
+def save_atomically(content, path: Path) -> None:
+    """torch.save under a temporary name, then rename, so that a killed run leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def write_json(content, path: Path) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def running_config() -> dict:
+    """The raw configuration whose expression is being evaluated, overlays and command line merged in.
+
+    MONAI gives an expression no handle on the parser that evaluates it, so it is looked up among the callers.
+
+    Raises:
+        RuntimeError: if no `monai.bundle.ConfigParser` is among the callers.
+    """
+    for caller in inspect.stack():
+        parser = caller.frame.f_locals.get("self")
+        if isinstance(parser, ConfigWorkflow):
+            config = deepcopy(parser.parser.get())
+            return {key: value for key, value in config.items() if key != ConfigParser.meta_key}
+    raise RuntimeError("running_config() works inside an expression of a bundle config only")
+
+
+def start_run(output_dir: str, resume: bool = True) -> None:
+    """Open the folder of a run: keep its configuration, versions and machine, and decide whether it is resumed.
+
+    Args:
+        output_dir: folder of the run, made if missing.
+        resume: go on from the folder's last checkpoint if there is one; False starts anew.
+
+    Raises:
+        ValueError: if there is a checkpoint made with another configuration, naming the first key that differs.
+    """
+    folder, config = Path(output_dir), running_config()
+    folder.mkdir(parents=True, exist_ok=True)
+    last, kept = folder / "last.pt", folder / "config.json"
+    if not resume:
+        last.unlink(missing_ok=True)
+    if last.exists() and kept.exists():
+        before = json.loads(kept.read_text())
+        for key in sorted(before.keys() | config.keys()):
+            if before.get(key) != config.get(key) and key != "resume":
+                raise ValueError(
+                    f"{folder}: holds an unfinished or finished run with {key} {before.get(key)!r}, found {config.get(key)!r}; "
+                    "set another output_dir, or resume false to start anew"
+                )
+    write_json(config, kept)
+    versions = {name: str(version) for name, version in get_config_values().items()}
+    machine = {"machine": platform.machine(), "system": platform.platform(), "python": platform.python_version()}
+    write_json({**versions, **machine, "cuda": torch.cuda.is_available()}, folder / "environment.json")
+
+
+def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> None:
+    """Train the stages in order, each from the weights before it, and measure every trained task after each.
+
+    Stage NAME is the running configuration, overlaid with `config_dir`/NAME.json and then with its own entries of `stages`,
+    in the folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint` instead of the stage before. A
+    finished stage is skipped, an unfinished one resumed. Writes `stage_table.md` and, from the last stage, `model.pt`.
+
+    Args:
+        stages: name -> configuration entries of this stage alone (ids as keys).
+        output_dir: folder of the curriculum.
+        config_dir: folder of the overlays, with `evaluate.json` and `metadata.json`.
+
+    Raises:
+        FileNotFoundError: if a stage has no overlay.
+    """
+    folder, base = Path(output_dir), running_config()
+    first, previous, trained, reports = base.get("init_checkpoint"), None, set(), {}
+    for name in stages:
+        if not (Path(config_dir) / f"{name}.json").is_file():
+            raise FileNotFoundError(f"stages: found {name!r}, expected {config_dir}/{name}.json")
+    for name, entries in stages.items():
+        stage = folder / name
+        config = _overlay(base, Path(config_dir) / f"{name}.json", {**entries, "output_dir": str(stage)})
+        config["init_checkpoint"] = str(previous) if previous and config["transfer"] else first
+        trained |= set(config["tasks"])
+        report = stage / "evaluation" / "metrics.json"
+        if not report.exists():
+            logger.info(f"stage {name}: {', '.join(config['tasks'])}")
+            _run(config, stage / "train.json", config_dir)
+            tasks = {task: 1.0 for task in check_tasks(trained)}
+            entries = {"tasks": tasks, "split": "validation", "bootstrap": 0}
+            evaluation = _overlay(config, Path(config_dir) / "evaluate.json", entries)
+            _run(evaluation, stage / "evaluate.json", config_dir)
+        reports[name] = json.loads(report.read_text())
+        previous = stage / "model.pt"
+    save_atomically(torch.load(previous, map_location="cpu", weights_only=True), folder / "model.pt")
+    table = stage_table(reports)
+    (folder / "stage_table.md").write_text(table)
+    print(table)
+
+
+def _overlay(base: dict, file: Path, entries: Mapping) -> dict:
+    parser = ConfigParser(deepcopy(base))
+    parser.update({**ConfigParser.load_config_file(str(file)), **entries})
+    return {key: value for key, value in parser.get().items() if key != ConfigParser.meta_key}
+
+
+def _run(config: dict, path: Path, config_dir: str) -> None:
+    """Run id `run` of a configuration as an ordinary MONAI workflow, from a file that is kept beside its results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(config, path)
+    meta_file = Path(config_dir) / "metadata.json"
+    workflow = ConfigWorkflow(str(path), meta_file=str(meta_file), logging_file=False)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()

@@ -1,0 +1,110 @@
+"""One loss for partially labelled batches: every task is judged on the samples annotated for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, GeneralizedDiceFocalLoss, GeneralizedDiceLoss, TverskyLoss
+from torch import nn
+from torch.nn import functional as F
+
+from bundle.tasks import ANNOTATED, CLASS, MASK, TARGET, check_tasks
+
+SEGMENTATION_LOSSES = {
+    "generalized_dice": GeneralizedDiceLoss,
+    "generalized_dice_focal": GeneralizedDiceFocalLoss,
+    "dice": DiceLoss,
+    "dice_ce": DiceCELoss,
+    "dice_focal": DiceFocalLoss,
+    "tversky": TverskyLoss,
+}
+
+
+class LesionAndComplementLoss(nn.Module):
+    """A Dice-like loss of MONAI on the lesion and its complement, as two channels of a softmax.
+
+    On one sigmoid channel and an empty mask the Generalized Dice loss and its gradient are exactly zero, so slices without
+    lesion would never punish false positives. The softmax of (-z/2, z/2) is (1 - sigmoid(z), sigmoid(z)): the same
+    probability, with the complement present in every slice.
+
+    Args:
+        name: a key of `SEGMENTATION_LOSSES`.
+        kwargs: further arguments of that loss.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+
+    def __init__(self, name: str = "generalized_dice", **kwargs) -> None:
+        super().__init__()
+        if name not in SEGMENTATION_LOSSES:
+            raise ValueError(f"segmentation_loss: found {name!r}, expected one of {', '.join(SEGMENTATION_LOSSES)}")
+        self.loss = SEGMENTATION_LOSSES[name](softmax=True, **kwargs)
+
+    def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Args: logits (B, C, H, W) and mask in {0, 1} of the same shape; every channel is a lesion class of its own."""
+        logits, mask = logits.flatten(0, 1)[:, None], mask.flatten(0, 1)[:, None]
+        return self.loss(torch.cat([-logits / 2, logits / 2], 1), torch.cat([1 - mask, mask], 1))
+
+
+class MultiTaskLoss(nn.Module):
+    """L = sum over tasks of w_t L_t (arXiv 2308.01137), each over the samples annotated for the task.
+
+    Classification: cross-entropy. Segmentation: see `LesionAndComplementLoss`. Reconstruction: mean squared error to the
+    clean slice. Detection: the sum of the five Mask R-CNN losses, which the network computes itself. A task without an
+    annotated sample in the batch has no term; a batch without any term gives zero.
+
+    Args:
+        tasks: task -> weight.
+        segmentation_loss: a key of `SEGMENTATION_LOSSES`.
+        label_smoothing: of the cross-entropy, 0 to 1.
+        uncertainty: learn the balance: w_t exp(-s_t) L_t + s_t / 2 with one trainable s_t = log(sigma_t^2) for each task
+            (Kendall et al., CVPR 2018, arXiv 1705.07115; the factor 1/2 of the regression terms is left to w_t).
+
+    After a call `terms` holds the unweighted value of every term, by task, as floats.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, float],
+        segmentation_loss: str = "generalized_dice",
+        label_smoothing: float = 0.0,
+        uncertainty: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weights = {task: float(tasks[task]) for task in check_tasks(tasks)}
+        self.segmentation = LesionAndComplementLoss(segmentation_loss)
+        self.label_smoothing = label_smoothing
+        self.log_variance = nn.ParameterDict({t: nn.Parameter(torch.zeros(())) for t in self.weights if uncertainty})
+        self.terms: dict[str, float] = {}
+
+    def forward(self, pred: dict, label: dict) -> torch.Tensor:
+        """Args: pred, the network's output in training mode; label, a batch of `bundle.data.batch.collate`."""
+        terms = {}
+        for task in self.weights:
+            rows = label[ANNOTATED][task]
+            if rows.any():
+                terms[task] = getattr(self, f"_{task}")(pred[task], label, rows)
+        self.terms = {task: term.item() for task, term in terms.items()}
+        if not terms:  # the zero hangs on the predictions, so that backward works
+            return sum(tensor.sum() * 0 for tensor in pred.values() if isinstance(tensor, torch.Tensor))
+        return sum(self._weighted(task, term) for task, term in terms.items())
+
+    def _weighted(self, task: str, term: torch.Tensor) -> torch.Tensor:
+        if task not in self.log_variance:
+            return self.weights[task] * term
+        log_variance = self.log_variance[task]
+        return self.weights[task] * torch.exp(-log_variance) * term + log_variance / 2
+
+    def _classification(self, logits, label, rows):
+        return F.cross_entropy(logits[rows], label[CLASS][rows], label_smoothing=self.label_smoothing)
+
+    def _segmentation(self, logits, label, rows):
+        return self.segmentation(logits[rows], label[MASK][rows])
+
+    def _reconstruction(self, image, label, rows):
+        return F.mse_loss(image, label[TARGET])
+
+    def _detection(self, losses, label, rows):
+        return sum(losses.values())
