@@ -1,0 +1,98 @@
+"""Heads for whole images and for every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.nets.basic_unet import UpCat
+from torch import nn
+
+
+class ClassificationHead(nn.Sequential):
+    """Three fully connected layers on the globally averaged deepest features.
+
+    Args:
+        in_channels: channels of the deepest features.
+        num_classes: number of classes.
+        hidden: sizes of the two hidden layers.
+        dropout: after each hidden layer.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, hidden: Sequence[int] = (256, 64), dropout: float = 0.2) -> None:
+        layers = []
+        for size in hidden:
+            layers += [nn.Linear(in_channels, size), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+            in_channels = size
+        super().__init__(*layers, nn.Linear(in_channels, num_classes))
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Feature maps, finest first, to logits (B, num_classes)."""
+        return super().forward(features[-1].mean((2, 3)))
+
+
+class DenseHead(nn.Module):
+    """U-Net decoder (Ronneberger et al., arXiv 1505.04597) from a feature pyramid to one value per pixel and channel.
+
+    Each step doubles the resolution, down to stride 1; a step whose resolution the encoder has takes that feature map in
+    as a skip.
+
+    Args:
+        channels: of the encoder's feature maps, finest first.
+        strides: of the same.
+        decoder_channels: of the steps, deepest first: one for every halving from the deepest stride to 1.
+        out_channels: of the output, which is linear.
+        skips: take the encoder's feature maps in; False leaves the deepest ones only.
+
+    Raises:
+        ValueError: if the number of decoder channels does not fit the encoder.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        out_channels: int = 1,
+        skips: bool = True,
+    ) -> None:
+        super().__init__()
+        steps = strides[-1].bit_length() - 1
+        if len(decoder_channels) != steps:
+            raise ValueError(
+                f"decoder_channels: found {len(decoder_channels)} ({list(decoder_channels)}), expected {steps} for an "
+                f"encoder of stride {strides[-1]}"
+            )
+        level = {stride: index for index, stride in enumerate(strides[:-1])} if skips else {}
+        # Index of the feature map each step takes in, or None.
+        self.skips = [level.get(strides[-1] >> step) for step in range(1, steps + 1)]
+        blocks, in_channels = [], channels[-1]
+        for skip, out in zip(self.skips, decoder_channels):
+            blocks.append(
+                UpCat(
+                    spatial_dims=2,
+                    in_chns=in_channels,
+                    cat_chns=0 if skip is None else channels[skip],
+                    out_chns=out,
+                    act=("relu", {"inplace": True}),
+                    norm="batch",
+                    bias=False,
+                    dropout=0.0,
+                    upsample="nontrainable",
+                    pre_conv=None,
+                    interp_mode="nearest",
+                    align_corners=None,
+                    halves=False,
+                    is_pad=False,
+                )
+            )
+            in_channels = out
+        self.blocks = nn.ModuleList(blocks)
+        self.output = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Feature maps, finest first, to (B, out_channels, H, W) at stride 1."""
+        x = features[-1]
+        for skip, block in zip(self.skips, self.blocks):
+            x = block(x, None if skip is None else features[skip])
+        return self.output(x)

@@ -1,0 +1,141 @@
+"""The network: one shared encoder and a head for every task asked for."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bundle.networks.detection import MaskRCNNHead
+from bundle.networks.encoders import build_encoder
+from bundle.networks.heads import ClassificationHead, DenseHead
+from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, check_tasks
+
+
+class MultiTaskNet(nn.Module):
+    """Shared encoder with heads for classification, segmentation, reconstruction and detection (arXiv 2308.01137).
+
+    Args:
+        tasks: names of the active tasks, or a mapping with them as keys. A task that is absent has no parameters.
+        backbone: see `bundle.networks.encoders.build_encoder`, as for `width` and `pretrained`.
+        num_classes: of the classification.
+        segmentation_channels: lesion classes of the segmentation.
+        in_channels: of the image.
+        image_size: side of the images it is made for, in pixels.
+        decoder_channels: of both U-Net decoders, deepest first.
+        skips: skip connections of the reconstruction decoder; the segmentation decoder always has them.
+        dropout: of the classification head.
+        detection: further arguments of `MaskRCNNHead`.
+
+    Raises:
+        ValueError: for an unknown task or backbone, or an image size that the encoder's stride does not divide.
+    """
+
+    def __init__(
+        self,
+        tasks: Iterable[str],
+        backbone: str = "vgg13_bn",
+        num_classes: int = 3,
+        segmentation_channels: int = 1,
+        in_channels: int = 1,
+        image_size: int = 256,
+        width: float = 1.0,
+        pretrained: bool | str = False,
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        skips: bool = True,
+        dropout: float = 0.2,
+        detection: Mapping | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.encoder = build_encoder(backbone, in_channels, width, pretrained)
+        channels, strides = self.encoder.channels, self.encoder.strides
+        self.stride = strides[-1]
+        make = {
+            CLASSIFICATION: lambda: ClassificationHead(channels[-1], num_classes, dropout=dropout),
+            SEGMENTATION: lambda: DenseHead(channels, strides, decoder_channels, segmentation_channels),
+            RECONSTRUCTION: lambda: DenseHead(channels, strides, decoder_channels, in_channels, skips),
+            DETECTION: lambda: MaskRCNNHead(channels, strides, **(detection or {})),
+        }
+        self.heads = nn.ModuleDict({task: make[task]() for task in check_tasks(tasks)})
+        self._check((1, in_channels, image_size, image_size))
+
+    def forward(self, image: torch.Tensor, targets: Sequence[dict | None] | None = None) -> dict:
+        """Answer every active task in one pass.
+
+        Args:
+            image: (B, in_channels, H, W) in [0, 1]; H and W are multiples of the encoder's deepest stride.
+            targets: detection targets, needed in training mode: see `MaskRCNNHead.forward`.
+
+        Returns:
+            By task: classification, logits (B, num_classes); segmentation, logits (B, channels, H, W); reconstruction,
+            (B, in_channels, H, W); detection, losses in training mode, otherwise a list of detections.
+
+        Raises:
+            ValueError: if the channels or the size of the image do not fit, naming the nearest size that does.
+        """
+        self._check(tuple(image.shape))
+        features = self.encoder(image)
+        return {
+            task: head(features, image, targets) if task == DETECTION else head(features)
+            for task, head in self.heads.items()
+        }
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 4 or shape[1] != self.in_channels:
+            raise ValueError(f"image: found shape {shape}, expected (batch, {self.in_channels}, rows, columns)")
+        if shape[2] % self.stride or shape[3] % self.stride or not all(shape[2:]):
+            fit = tuple(max(1, round(side / self.stride)) * self.stride for side in shape[2:])
+            raise ValueError(
+                f"image: found {shape[2]} x {shape[3]} pixels, expected multiples of {self.stride}; use {fit[0]} x {fit[1]} "
+                "(image_size)"
+            )
+
+
+def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:
+    """Load a state_dict file into the encoder and those heads that both the file and the network have.
+
+    Args:
+        network: the network, changed in place.
+        path: file of a plain state_dict, or of a dictionary with one under "network".
+        strict: every head of the network must be in the file.
+
+    Returns:
+        Names of the parts that were loaded: "encoder" and tasks.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no state_dict, or of another architecture, naming the first parameter that does not fit.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train first, or name another one")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: is no checkpoint of weights alone ({str(error).splitlines()[0]})") from None
+    weights = weights.get("network", weights) if isinstance(weights, Mapping) else {}
+    parts = {"encoder": network.encoder, **network.heads}
+    prefixes = {name: "encoder." if name == "encoder" else f"heads.{name}." for name in parts}
+    loaded = {}
+    for name, module in parts.items():
+        prefix = prefixes[name]
+        found = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+        if found or name == "encoder" or strict:
+            _check_fit(path, prefix, found, module.state_dict())
+            loaded[name] = found
+    for name, found in loaded.items():
+        parts[name].load_state_dict(found)
+    return list(loaded)
+
+
+def _check_fit(path, prefix: str, found: Mapping, expected: Mapping) -> None:
+    for key in [*expected, *found]:
+        shapes = [tuple(side[key].shape) if key in side else "absent" for side in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{path}: found {prefix}{key} {shapes[0]}, expected {shapes[1]}; it was made with another network: set the "
+                "tasks, backbone, width and decoder_channels it was trained with"
+            )
