@@ -1,0 +1,165 @@
+"""The datalist: one JSON file of partially labelled records, read, validated and selected from. docs/data.md describes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from bundle.tasks import (
+    ANNOTATION,
+    BOXES,
+    CLASS,
+    EMPTY_MASK,
+    GROUP,
+    IMAGE,
+    INSTANCES,
+    MASK,
+    RECONSTRUCTION,
+    SOURCE,
+    check_tasks,
+)
+
+SPLITS = ("training", "validation", "test")
+FIELDS = (IMAGE, CLASS, MASK, BOXES, INSTANCES, GROUP, SOURCE)
+
+
+def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) -> dict:
+    """Read and validate a datalist.
+
+    Args:
+        path: JSON file with `classes` and the lists training, validation and test.
+        dataset_dir: folder of the files; where it is given, they are checked to be there and boxes to lie inside.
+        classes: names that the configuration expects; their number must be the datalist's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: in one line, for the first thing that is wrong: file, record, field, found, expected.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
+    try:
+        datalist = json.loads(Path(path).read_text())
+        validate(datalist, dataset_dir)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if classes is not None and len(classes) != len(datalist["classes"]):
+        raise ValueError(f"{path}: classes: found {datalist['classes']}, expected {len(classes)} as in the config's classes")
+    return datalist
+
+
+def write_datalist(datalist: Mapping, path) -> None:
+    """Write a datalist under a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(datalist, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def validate(datalist: Mapping, dataset_dir=None) -> None:
+    """Refuse a datalist that breaks the contract.
+
+    Raises:
+        ValueError: naming the record, the field, what was found and what was expected, and how many more complaints follow.
+    """
+    complaints = list(_complaints(datalist, dataset_dir))
+    if complaints:
+        more = f" (and {len(complaints) - 1} more complaints)" if len(complaints) > 1 else ""
+        raise ValueError(complaints[0] + more)
+
+
+def _complaints(datalist, dataset_dir):
+    if not isinstance(datalist, Mapping) or not isinstance(datalist.get("classes"), list):
+        yield "classes: found none, expected a list of class names beside the lists training, validation and test"
+        return
+    if not any(datalist.get(split) for split in SPLITS):
+        yield f"found no record, expected a non-empty list under {', '.join(SPLITS)}"
+    split_of: dict[tuple[str, str], str] = {}
+    for split in SPLITS:
+        for index, record in enumerate(datalist.get(split, [])):
+            name = f"{split}[{index}] {record.get(IMAGE, '')}"
+            for complaint in _record_complaints(record, len(datalist["classes"]), dataset_dir):
+                yield f"{name}: {complaint}"
+            for field in (IMAGE, GROUP):
+                key = field, record.get(field, record.get(IMAGE))
+                if split_of.setdefault(key, split) != split:
+                    yield (
+                        f"{name}: {field}: found {key[1]!r} in {split} and in {split_of[key]}, expected it in one split only; "
+                        "keep all slices of a patient together"
+                    )
+
+
+def _record_complaints(record: Mapping, num_classes: int, dataset_dir):
+    for field in record.keys() - set(FIELDS):
+        yield f"{field}: unknown field, expected one of {', '.join(FIELDS)}"
+    for field in (IMAGE, MASK, INSTANCES):
+        value = record.get(field, "" if field == IMAGE else EMPTY_MASK)
+        if not isinstance(value, str) or not value:
+            yield f"{field}: found {value!r}, expected a path relative to dataset_dir"
+        elif dataset_dir is not None and value != EMPTY_MASK and not (Path(dataset_dir) / value).is_file():
+            yield f"{field}: found no file {Path(dataset_dir) / value}, expected it there; check dataset_dir"
+    label = record.get(CLASS, 0)
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
+        yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}"
+    if INSTANCES in record and BOXES not in record:
+        yield f"{INSTANCES}: found without boxes, expected one box for each instance"
+    boxes = record.get(BOXES, [])
+    if not isinstance(boxes, list):
+        yield f"{BOXES}: found {boxes!r}, expected a list of [x1, y1, x2, y2]"
+        return
+    size = _picture_size(record, dataset_dir) if boxes else None
+    for box in boxes:
+        if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
+            yield f"{BOXES}: found {box!r}, expected four finite numbers [x1, y1, x2, y2]"
+        elif box[2] <= box[0] or box[3] <= box[1]:
+            yield f"{BOXES}: found {box}, expected x1 < x2 and y1 < y2"
+        elif min(box) < 0 or size and (box[2] > size[0] or box[3] > size[1]):
+            limits = f"0 to {size[0]} and y from 0 to {size[1]}" if size else "and y not below 0"
+            yield f"{BOXES}: found {box} outside the image, expected x from {limits}"
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _picture_size(record: Mapping, dataset_dir) -> tuple[int, int] | None:
+    """(columns, rows) of a picture, from its header; None for other formats and where there is none to read."""
+    try:
+        with Image.open(Path(dataset_dir or "") / record[IMAGE]) as image:
+            return image.size
+    except (OSError, KeyError, TypeError):
+        return None
+
+
+def annotated_tasks(record: Mapping) -> tuple[str, ...]:
+    """Tasks that a record is annotated for; reconstruction always is."""
+    return tuple(task for task, field in ANNOTATION.items() if field in record) + (RECONSTRUCTION,)
+
+
+def select(datalist: Mapping, split: str, tasks: Iterable[str], dataset_dir="") -> list[dict]:
+    """Records of a split that are annotated for at least one of the tasks, with paths joined to `dataset_dir`.
+
+    Raises:
+        ValueError: if the split is unknown, or no record is left.
+    """
+    tasks = check_tasks(tasks)
+    if split not in SPLITS:
+        raise ValueError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
+    records = [record for record in datalist.get(split, []) if set(annotated_tasks(record)) & set(tasks)]
+    if not records:
+        raise ValueError(f"split {split}: found no record annotated for {', '.join(tasks)}; name other tasks or add records")
+    return [_join(record, dataset_dir) for record in records]
+
+
+def _join(record: Mapping, dataset_dir) -> dict:
+    files = {
+        field: os.path.join(dataset_dir, record[field])
+        for field in (IMAGE, MASK, INSTANCES)
+        if field in record and record[field] != EMPTY_MASK
+    }
+    return {**record, **files}

@@ -1,0 +1,6 @@
+"""Metrics of the four tasks on partly labelled data, as a handler of MONAI's evaluator."""
+
+from bundle.metrics.figures import plot_curves, stage_table
+from bundle.metrics.handler import MultiTaskMetrics
+
+__all__ = ["MultiTaskMetrics", "plot_curves", "stage_table"]
