@@ -52,6 +52,10 @@ def test_curriculum_resumes_where_it_was_and_is_evaluated(tmp_path):
     assert (out / "evaluation/per_case.csv").read_text().count("\n") == 19
 
 
-def test_train_config_has_every_property_monai_asks_for():
-    workflow = ConfigWorkflow(str(ROOT / "configs/train.json"), workflow_type="train", logging_file=False)
+def test_train_config_has_every_property_monai_asks_for(tmp_path):
+    phantom = "$bundle.data.phantom.make_phantom('" + str(tmp_path / "phantom") + "', size=64)"
+    workflow = ConfigWorkflow(
+        str(ROOT / "configs/train.json"), workflow_type="train", logging_file=False, dataset_dir=phantom
+    )
+    workflow.initialize()
     assert workflow.check_properties() == []
