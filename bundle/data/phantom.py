@@ -1,199 +1,506 @@
 """Synthetic axial chest CT with all four kinds of label: the data set that is used where no other is named.
 
-It looks enough like a chest for every step of the way to be exercised; it says nothing about how well a network does on patients.
+It looks enough like a chest for every step of the way to be exercised; it says nothing about how well a network does on
+patients. `python -m bundle.data.phantom FOLDER` writes it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import uuid
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
+from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
+
 CLASSES = ("other", "COVID-19", "lung cancer")
-PIXEL_MM = 360.0  # field of view in mm, shared by the pixels of a row
-SPLIT_GROUPS = {"training": 18, "validation": 6, "test": 6}
-SLICES_PER_GROUP = 3
+SPLITS = ("training", "validation", "test")
+MIN_SIZE = 64  # below it the smallest nodules and the ribs are no longer there
+FINE = 4  # lines are drawn this many times finer, so that vessels thinner than a pixel are faint instead of missing
 
 
-def make_slice(rng: np.random.Generator, size: int = 256, label: int = 0) -> dict:
-    """Draw one slice as seen from the feet: the patient's right on the left of the picture, the spine below.
+@lru_cache(maxsize=64)
+def _spread(cells: int, size: int) -> np.ndarray:
+    """Matrix (size, cells) of cubic interpolation: much faster than interpolating each field anew."""
+    eye = np.eye(cells, dtype=np.float32)
+    return ndimage.zoom(eye, (size / cells, 1), order=3, mode="nearest", grid_mode=True)
+
+
+class _Canvas:
+    """A slice in the making: HU image, and where its pixels lie in mm from the middle of the chest (x left, y back)."""
+
+    def __init__(self, rng: np.random.Generator, size: int, patient: dict) -> None:
+        self.rng, self.size, self.pixel, self.offset = rng, size, patient["spacing"], patient["offset"]
+        axis = (np.arange(size, dtype=np.float32) + 0.5 - size / 2) * self.pixel
+        # No outline in a body is a perfect ellipse: bend the coordinates a little.
+        self.straight = axis[None, :] - self.offset[0], axis[:, None] - self.offset[1]
+        self.x = self.straight[0] + 1.3 * self.noise(34)
+        self.y = self.straight[1] + 1.3 * self.noise(34)
+        self.image = np.full((size, size), -1000, np.float32)
+
+    def noise(self, scale: float) -> np.ndarray:
+        """Smooth random field of mean 0 and deviation about 1 whose features are `scale` mm long."""
+        cells = max(4, round(self.size * self.pixel / scale))
+        spread = _spread(cells, self.size)
+        return spread @ self.rng.normal(0, 1.5, (cells, cells)).astype(np.float32) @ spread.T
+
+    def ellipse(self, cx, cy, rx, ry, tilt: float = 0, power: float = 2) -> np.ndarray:
+        """Distance in mm to the edge of a (super)ellipse, negative inside; `tilt` in degrees, clockwise on screen."""
+        cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
+        u, v = (self.x - cx) * cos + (self.y - cy) * sin, (self.y - cy) * cos - (self.x - cx) * sin
+        if power == 2:
+            scale = np.sqrt(np.square(u / rx) + np.square(v / ry))
+        else:
+            scale = (np.abs(u / rx) ** power + np.abs(v / ry) ** power) ** (1 / power)
+        return np.sqrt(u * u + v * v) * (1 - 1 / np.maximum(scale, 1e-3))
+
+    def alpha(self, distance: np.ndarray, softness: float = 0) -> np.ndarray:
+        """Share of each pixel inside an edge, which is `softness` mm wide or a pixel at least."""
+        return np.clip(0.5 - distance / max(softness, self.pixel), 0, 1)
+
+    def paint(self, distance: np.ndarray, hu, softness: float = 0) -> None:
+        self.blend(self.alpha(distance, softness), hu)
+
+    def blend(self, alpha: np.ndarray, hu) -> None:
+        self.image += alpha * (hu - self.image)
+
+    def bone(self, distance: np.ndarray, marrow: float, cortex: float = 1.6) -> None:
+        self.paint(distance, 750)
+        self.paint(distance + cortex, marrow)
+
+    def lines(self, segments) -> np.ndarray:
+        """Share of each pixel covered by line segments (x0, y0, x1, y1, width), in mm."""
+        fine = Image.new("L", (self.size * FINE, self.size * FINE))
+        draw = ImageDraw.Draw(fine)
+        for x0, y0, x1, y1, width in segments:
+            ends = np.array([[x0, y0], [x1, y1]]) + self.offset
+            ends = (ends / self.pixel + self.size / 2) * FINE
+            draw.line(ends.ravel().tolist(), fill=255, width=max(1, round(width / self.pixel * FINE)))
+        return np.asarray(fine.reduce(FINE), np.float32) / 255
+
+
+def make_patient(rng: np.random.Generator, size: int = 256) -> dict:
+    """Draw what the slices of one patient share: build, depth of breath, contrast medium, scanner.
 
     Args:
         rng: source of everything random.
-        size: rows and columns in pixels, at least 32.
-        label: 0 normal, 1 COVID-19 (ground glass and consolidation in both lungs), 2 lung cancer (one to three nodules).
+        size: rows and columns in pixels, for the pixel spacing.
 
     Returns:
-        image, int16 HU (size, size); mask, bool (size, size), the COVID-19 lesion; instances, uint8 (size, size), value n + 1
-        for nodule n; boxes, a list of [x1, y1, x2, y2] in pixels, one for each nodule.
+        Lengths in mm, densities in HU; `spacing` is the width of a pixel.
     """
-    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1  # -1 to 1, y down
-
-    def ellipse(cx, cy, rx, ry):
-        return ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2
-
-    wide, deep = rng.uniform(0.8, 0.93), rng.uniform(0.58, 0.7)
-    image = np.full((size, size), -1000.0)
-    image[(np.abs(y - deep - 0.1 + 0.05 * x**2) < 0.015) & (np.abs(x) < 0.8)] = -300  # table
-    body = ellipse(0, 0, wide, deep) + 0.15 * x**4
-    image[body < 1] = -100  # fat
-    image[body < 0.86] = 45  # muscle
-    lungs = _lungs(x, y, ellipse, rng, wide, deep)
-    ribs = np.zeros_like(lungs)
-    for angle in np.arange(0, 2 * np.pi, np.pi / 7) + rng.uniform(0, 0.3):
-        ribs |= ellipse(0.79 * wide * np.cos(angle), 0.8 * deep * np.sin(angle), 0.055, 0.025) < 1
-    image[ribs & ~lungs] = 450
-    spine = ellipse(0, 0.6 * deep, 0.13, 0.12)
-    image[spine < 1] = 350
-    image[spine < 0.6] = 180
-    image[ellipse(0, 0.6 * deep + 0.16, 0.05, 0.045) < 1] = 30  # canal
-    image[ellipse(0, -0.78 * deep, 0.08, 0.03) < 1] = 400  # sternum
-    air = rng.uniform(-880, -780)
-    texture = ndimage.gaussian_filter(rng.normal(0, 1, (size, size)), size / 64)
-    image[lungs] = air + 25 * texture[lungs] / texture.std()
-    _add_vessels(image, lungs, x, y, rng)
-    image[ellipse(0.0, -0.12, 0.035, 0.04) < 1] = -980  # trachea
-    mask, instances, boxes = np.zeros_like(lungs), np.zeros((size, size), np.uint8), []
-    if label == 1:
-        mask = _add_covid(image, lungs, rng)
-    if label == 2:
-        instances, boxes = _add_nodules(image, lungs, rng)
-    noise = ndimage.gaussian_filter(rng.normal(0, 1, (size, size)), 0.6)
-    image = ndimage.gaussian_filter(image, 0.5 * size / 256) + rng.uniform(8, 25) * noise / noise.std()
-    return {"image": np.clip(image, -1024, 3071).astype(np.int16), "mask": mask, "instances": instances, "boxes": boxes}
+    wide, deep = rng.uniform(150, 182), rng.uniform(100, 122)
+    breath = rng.uniform(0, 1)
+    return {
+        "wide": wide,
+        "deep": deep,
+        "fat": rng.uniform(4, 14),
+        "spacing": 2 * (wide + 18) * rng.uniform(1.03, 1.2) / size,
+        "offset": (rng.uniform(-6, 6), rng.uniform(-16, -4)),
+        "breath": breath,
+        "lung": -825 - 55 * breath + rng.normal(0, 8),
+        "blood": 42 if rng.random() < 0.6 else rng.uniform(130, 240),
+        "heart": rng.uniform(0.88, 1.1),
+        "noise": rng.uniform(8, 30),
+        "sharpness": rng.uniform(0.35, 0.8),
+        "table": rng.uniform(-350, 50),
+    }
 
 
-def _lungs(x, y, ellipse, rng, wide, deep) -> np.ndarray:
-    """Both lungs, without heart and aorta, which lie to the patient's left (the right of the picture)."""
-    right = ellipse(-0.42 * wide, 0.02, 0.33 * wide, 0.72 * deep * rng.uniform(0.9, 1)) < 1
-    left = ellipse(0.44 * wide, 0.02, 0.31 * wide, 0.72 * deep * rng.uniform(0.9, 1)) < 1
-    heart = ellipse(0.14, -0.12 * deep, 0.27 * wide, 0.4 * deep * rng.uniform(0.85, 1.05)) < 1
-    aorta = ellipse(0.15, 0.42 * deep, 0.08, 0.08) < 1
-    return (right | left) & ~heart & ~aorta & (np.abs(x) > 0.08)
-
-
-def _add_vessels(image, lungs, x, y, rng) -> None:
-    """Bright branches that leave the hilum of each lung and taper."""
-    for side in (-1, 1):
-        for _ in range(14):
-            angle, turn = rng.uniform(0, 2 * np.pi), rng.normal(0, 1.2)
-            t = np.linspace(0, 1, image.shape[0])
-            px = side * 0.22 + 0.5 * t * np.cos(angle + turn * t)
-            py = 0.5 * t * np.sin(angle + turn * t)
-            column, row = (((p + 1) / 2 * (image.shape[0] - 1)).round().astype(int) for p in (px, py))
-            inside = (np.minimum(column, row) >= 0) & (np.maximum(column, row) < image.shape[0])
-            column, row, t = column[inside], row[inside], t[inside]
-            hit = lungs[row, column]
-            image[row[hit], column[hit]] = np.maximum(image[row[hit], column[hit]], -200 - 450 * t[hit])
-
-
-def _blob(shape, row, column, radius, rng, roughness) -> np.ndarray:
-    """A round region whose radius is disturbed, as distance to its edge in units of the radius (below 1 is inside)."""
-    rows, columns = np.ogrid[: shape[0], : shape[1]]
-    angle = np.arctan2(rows - row, columns - column)
-    waves = sum(rng.normal(0, roughness / k) * np.cos(k * angle + rng.uniform(0, 6)) for k in range(2, 8))
-    return np.hypot(rows - row, columns - column) / (radius * (1 + waves))
-
-
-def _points(region, rng, count) -> list[tuple[int, int]]:
-    rows, columns = np.nonzero(region)
-    return [(int(rows[i]), int(columns[i])) for i in rng.integers(len(rows), size=count)]
-
-
-def _add_covid(image, lungs, rng) -> np.ndarray:
-    """Ground glass near the pleura of both lungs, consolidated in parts; returns its mask."""
-    size = len(image)
-    depth = ndimage.distance_transform_edt(lungs)
-    haze = np.zeros(image.shape)
-    middle = np.arange(size) < size // 2
-    for half in (middle, ~middle):
-        for row, column in _points(lungs & half & (depth < 0.07 * size), rng, rng.integers(1, 4)):
-            blob = _blob(image.shape, row, column, size * rng.uniform(0.04, 0.11), rng, 0.15)
-            haze = np.maximum(haze, np.clip(1.6 - blob, 0, 1) * rng.choice([0.5, 0.6, 1.0], p=[0.4, 0.35, 0.25]))
-    haze = haze * lungs
-    image += haze * (30 - image) * (haze > 0.1)
-    return haze > 0.25
-
-
-def _add_nodules(image, lungs, rng) -> tuple[np.ndarray, list[list[int]]]:
-    """One to three solid nodules with rough edges that do not touch; returns instances and boxes."""
-    size = len(image)
-    instances, boxes = np.zeros(image.shape, np.uint8), []
-    inner = lungs & (ndimage.distance_transform_edt(lungs) > 0.02 * size)
-    for row, column in _points(inner, rng, rng.integers(1, 4)):
-        nodule = _blob(image.shape, row, column, max(1.5, size * np.exp(rng.uniform(np.log(0.012), np.log(0.08)))), rng, 0.1) < 1
-        if (ndimage.binary_dilation(nodule, iterations=2) & (instances > 0)).any():
-            continue
-        image[nodule] = rng.uniform(10, 60)
-        instances[nodule] = len(boxes) + 1
-        rows, columns = ndimage.find_objects(nodule.astype(np.uint8))[0]
-        boxes.append([columns.start, rows.start, columns.stop, rows.stop])
-    return instances, boxes
-
-
-def make_phantom(folder, size: int = 256, seed: int = 0) -> str:
-    """Make the phantom data set in a folder, unless it is already there.
-
-    Every patient is normal, has COVID-19 or lung cancer, and gives three slices. As in real collections the labels are
-    partial: every slice of the validation and test splits has a class; training slices lack one in turn; masks exist for
-    COVID-19, boxes and instances for cancer, and both for normal slices ("empty" and []).
+def make_slice(
+    rng: np.random.Generator, size: int = 256, label: int = 0, patient: dict | None = None, level: float | None = None
+) -> dict:
+    """Draw one slice as radiologists see it: the patient's right on the left of the picture, the spine below.
 
     Args:
-        folder: to make; written under a temporary name, then renamed.
+        rng: source of everything random.
+        size: rows and columns in pixels, at least 64.
+        label: 0 normal, 1 COVID-19 (ground glass and consolidation in both lungs), 2 lung cancer (one to three nodules
+            or masses of about 4 to 40 pixels at size 256).
+        patient: of `make_patient` with the same size; drawn where there is none.
+        level: from 0 (arch of the aorta) to 1 (heart); drawn where there is none.
+
+    Returns:
+        image, int16 HU (size, size); mask, uint8 {0, 1} (size, size), the COVID-19 lesion; instances, uint8
+        (size, size), value n + 1 for nodule n; boxes, a list of [x1, y1, x2, y2] in pixels, one for each nodule;
+        class, `label`; spacing, mm per pixel.
+
+    Raises:
+        ValueError: if `size` or `label` is not one of these.
+    """
+    if size < MIN_SIZE:
+        raise ValueError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
+    if label not in range(len(CLASSES)):
+        raise ValueError(f"label: found {label!r}, expected 0 to {len(CLASSES) - 1}")
+    patient = patient or make_patient(rng, size)
+    level = rng.uniform(0, 1) if level is None else level
+    canvas = _Canvas(rng, size, patient)
+    lungs = _draw_chest(canvas, patient, level)
+    inside = lungs > 0.5
+    mask, instances = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
+    if label == 1:
+        mask = _add_covid(canvas, lungs)
+    if label == 2:
+        instances = _add_nodules(canvas, inside)
+    boxes = [[columns.start, rows.start, columns.stop, rows.stop] for rows, columns in ndimage.find_objects(instances)]
+    image = ndimage.gaussian_filter(canvas.image, patient["sharpness"] * size / 256)
+    grain = ndimage.gaussian_filter(rng.normal(0, 1, (size, size)).astype(np.float32), 0.6)
+    image += patient["noise"] * grain / float(grain.std())
+    image = np.clip(np.rint(image), -1024, 3071).astype(np.int16)
+    return {
+        IMAGE: image,
+        MASK: mask,
+        INSTANCES: instances,
+        BOXES: boxes,
+        CLASS: label,
+        "spacing": patient["spacing"],
+    }
+
+
+def _union(*distances, k: float = 6) -> np.ndarray:
+    """Union of shapes with their meeting corners filled over about `k` mm."""
+    union = distances[0]
+    for distance in distances[1:]:
+        union = (union + distance - np.sqrt((union - distance) ** 2 + k**2)) / 2
+    return union
+
+
+def _draw_chest(canvas: _Canvas, patient: dict, level: float) -> np.ndarray:
+    """Draw a normal chest; returns the share of each pixel that is lung."""
+    rng, ellipse, x, y = canvas.rng, canvas.ellipse, canvas.x, canvas.y
+    wide, deep = patient["wide"] + 16 * (1 - level), patient["deep"]
+    half_width = (patient["wide"] - patient["fat"] - 13) * (0.88 + 0.12 * level)  # of the rib cage inside
+    half_depth = deep - patient["fat"] - 10
+    soft = 45 + 8 * canvas.noise(8)
+
+    for gap in (5, 17):  # table: two thin curved sheets below the back
+        across, down = canvas.straight
+        canvas.paint(np.abs(down - deep - gap + 0.0011 * across**2) - 1.2, patient["table"])
+    body = ellipse(0, 0, wide, deep, power=2.5)
+    canvas.paint(body, 10)  # skin
+    canvas.paint(body + 2.5, -100 + 6 * canvas.noise(10))
+    cavity = ellipse(0, -3, half_width, half_depth, power=2.3)
+    back = _union(ellipse(-24, 0.74 * deep, 25, 0.17 * deep), ellipse(24, 0.74 * deep, 25, 0.17 * deep))
+    wall = _union(body + patient["fat"] + 3 + 2 * canvas.noise(40), back)
+    canvas.paint(wall, soft)
+    seams = canvas.alpha(np.abs(cavity - 12 - 4 * canvas.noise(45)) - 1.2) * canvas.alpha(wall + 3)
+    canvas.blend(0.8 * seams, -90)  # fat between the layers of muscle
+
+    lung, organs = _outline_lungs(canvas, patient, level, cavity, half_width, half_depth)
+    lungs = canvas.alpha(lung)
+    canvas.paint(cavity - 1, -60 + 10 * canvas.noise(6))  # mediastinal fat; organs and lungs are drawn over it
+    for distance, hu in organs:
+        canvas.paint(distance, hu + 6 * canvas.noise(12), softness=2.5)
+    canvas.paint(np.maximum(np.abs(lung - 1.2) - 1.2, cavity - 2), 20)  # pleura
+
+    _draw_bones(canvas, level, cavity, half_width, half_depth)
+
+    grain = ndimage.gaussian_filter(rng.normal(0, 1, canvas.image.shape).astype(np.float32), 1.1)
+    gravity = (35 + 45 * (1 - patient["breath"])) * y / half_depth
+    canvas.blend(lungs, patient["lung"] + gravity + 22 * grain / float(grain.std()) + 9 * canvas.noise(35))
+    vessels = canvas.lines(_vessels(canvas, lung, half_width, level))
+    canvas.blend(vessels * lungs, min(patient["blood"], 70))
+    _draw_airways(canvas, level, half_depth)
+    return lungs
+
+
+def _outline_lungs(canvas, patient, level, cavity, half_width, half_depth):
+    """Distance to the edge of the lungs, and the (distance, HU) of what lies between them."""
+    ellipse, blood = canvas.ellipse, patient["blood"]
+    low = min(max((level - 0.3) / 0.5, 0), 1)  # 0 above the heart, 1 at its widest
+    size = patient["heart"] * half_width / 130
+    aorta = ellipse(19, 0.4 * half_depth, 12, 12.5)
+    organs = [(aorta, blood)]
+    if level < 0.25:  # arch of the aorta, from front right to back left
+        organs.append((ellipse(14, 0.02 * half_depth, 15, 36, tilt=-14), blood))
+        organs.append((ellipse(-19, -0.22 * half_depth, 9, 8), blood))
+    elif low < 0.5:  # ascending aorta, upper vena cava, trunk and right branch of the pulmonary artery
+        organs.append((ellipse(-5, -0.3 * half_depth, 16, 16), blood))
+        organs.append((ellipse(-27, -0.22 * half_depth, 8, 9), blood))
+        organs.append((ellipse(21, -0.3 * half_depth, 14, 20, tilt=20), blood))
+        organs.append((ellipse(-8, -0.06 * half_depth, 31, 8, tilt=-8), blood))
+    heart = ellipse(21 * size + 3 * low, -0.3 * half_depth, (30 + 32 * low) * size, (26 + 19 * low) * size, tilt=28)
+    if low >= 0.5:
+        organs.append((heart, 48))
+        organs.append((ellipse(36 * size, -0.33 * half_depth, 22 * size, 13 * size, tilt=32), blood))
+        organs.append((ellipse(-4 * size, -0.27 * half_depth, 20 * size, 24 * size), blood))
+        organs.append((ellipse(4, 0.04 * half_depth, 26 * size, 13 * size), blood))
+    organs.append((ellipse(6, 0.3 * half_depth, 6, 5), 35))  # oesophagus
+
+    front = ellipse(4, -0.78 * half_depth, 15 + 8 * low, 0.3 * half_depth)
+    middle = ellipse(1, -0.06 * half_depth, 34 - 9 * low, 0.42 * half_depth)
+    spine = ellipse(0, 0.62 * half_depth, 21, 0.34 * half_depth)
+    between = _union(front, middle, spine, aorta - 2, *([heart - 4] if low > 0.1 else []))
+    if 0.3 < level < 0.75:  # hila
+        for side in (-1, 1):
+            hilum = ellipse(side * 36 + 2, 0.06 * half_depth, 13, 10, tilt=side * 15)
+            organs.append((hilum, blood))
+            between = _union(between, hilum, k=3)
+    between = between + 1.2 * canvas.noise(14)
+    lung = -_union(-cavity, between, k=14)  # the inside of the cavity without what is between, with rounded corners
+    return lung, organs
+
+
+def _draw_bones(canvas, level, cavity, half_width, half_depth) -> None:
+    rng, ellipse, x, y = canvas.rng, canvas.ellipse, canvas.x, canvas.y
+    angle = np.arctan2(y + 3, x)  # 0 patient's left, pi / 2 spine
+    radius = np.sqrt(x * x + (y + 3) ** 2)
+    start = rng.uniform(-0.15, 0.15)
+    turned = np.where(angle > 0, angle - np.pi, angle + np.pi).astype(np.float32)  # 0 patient's right
+    for place in range(-75, 76, 21):
+        for side in (0, 180):
+            turn = (start + math.radians(place)) * (1 if side == 0 else -1) + rng.normal(0, 0.04)
+            arc = ((angle if side == 0 else turned) - turn) * radius
+            long, slope = rng.uniform(4, 17), rng.normal(0, 0.12)
+            rib = np.maximum(np.abs(cavity - 6 - slope * arc) - 2.8, np.abs(arc) - long)
+            front = place < -60  # cartilage
+            canvas.paint(rib, 110) if front else canvas.bone(rib, rng.uniform(180, 300), 1.3)
+    sternum = ellipse(0, -half_depth - 6, 16 + 6 * (1 - level), 4.8, power=3)
+    canvas.bone(sternum, 160, 1.4)
+    if level < 0.55:
+        for side in (-1, 1):
+            reach = half_width + 13
+            canvas.bone(ellipse(side * reach * 0.83, 0.56 * half_depth + 4, 31, 3.4, tilt=-side * 38), 280, 1.3)
+    down = 0.6 * half_depth
+    for side in (-1, 1):
+        canvas.bone(ellipse(side * 24, down + 21, 17, 4.5, tilt=side * 22), 300)  # transverse processes
+    canvas.bone(ellipse(0, down + 37, 3.5, 15), 300)  # spinous process
+    canvas.bone(ellipse(0, down + 21, 13, 11), 330)  # arch
+    canvas.bone(ellipse(0, down, 16.5, 14, power=2.4), 170 + 25 * canvas.noise(4), 1.3)  # vertebral body
+    canvas.paint(ellipse(0, down + 20, 9, 7.5), 28)  # canal
+
+
+def _vessels(canvas, lung, half_width, level) -> list[tuple[float, ...]]:
+    """Line segments of vessels: trees that leave the hila and thin out, and pieces of those that cross the slice."""
+    rng, segments = canvas.rng, []
+
+    def grow(x, y, angle, width, depth):
+        for _ in range(3):
+            step = rng.uniform(4, 9)
+            angle += rng.normal(0, 0.2)
+            end = x + step * np.cos(angle), y + step * np.sin(angle)
+            segments.append((x, y, *end, width))
+            x, y, width = *end, width * 0.87
+        if depth:
+            fork = rng.uniform(0.35, 0.8)
+            grow(x, y, angle + fork, width * 0.85, depth - 1)
+            grow(x, y, angle - fork * rng.uniform(0.4, 1), width * 0.7, depth - 1)
+
+    rows, columns = np.nonzero(lung < -7)
+    for side in (-1, 1):
+        hilum = np.array([side * 38.0, 4.0])
+        for angle in np.deg2rad(np.linspace(-75, 75, 5) + rng.normal(0, 9, 5)):
+            grow(*hilum, angle if side > 0 else np.pi - angle, rng.uniform(3, 4.6), 2)
+        px, py = canvas.x[rows, columns], canvas.y[rows, columns]
+        own = np.flatnonzero(px * side > 0)
+        for pick in rng.choice(own, 75) if len(own) else ():
+            place = np.array([px[pick], py[pick]])
+            away = place - hilum
+            near = np.clip(1 - np.hypot(*away) / (0.95 * half_width), 0.12, 1)
+            angle = np.arctan2(away[1], away[0]) + rng.normal(0, 0.45)
+            length = rng.exponential(7) * near + 0.8
+            end = place + length * np.array([np.cos(angle), np.sin(angle)])
+            segments.append((*place, *end, 0.5 + 3.2 * near**1.5 * rng.uniform(0.5, 1)))
+    return segments
+
+
+def _draw_airways(canvas, level, half_depth) -> None:
+    ellipse = canvas.ellipse
+    if level < 0.42:
+        tubes = [ellipse(-3, 0.12 * half_depth, 8.5, 8)]
+    elif level < 0.6:
+        tubes = [ellipse(side * 17 - 1, 0.17 * half_depth, 9, 5.5, tilt=side * 20) for side in (-1, 1)]
+    else:
+        tubes = [ellipse(side * 33, 0.16 * half_depth, 3.6, 4) for side in (-1, 1)]
+    tubes += [ellipse(side * 47, 0.1 * half_depth + side * 4, 2.4, 2.4) for side in (-1, 1) if level > 0.3]
+    for tube in tubes:
+        canvas.paint(tube - 1.5, 0)
+        canvas.paint(tube, -990)
+
+
+def _blob(canvas, row, column, across, along, tilt: float, roughness: float, waves: int = 8) -> np.ndarray:
+    """Distance to a pixel in units of an uneven radius (below 1 is inside); radii in pixels, `tilt` in radians."""
+    rng = canvas.rng
+    rows, columns = np.ogrid[: canvas.size, : canvas.size]
+    rows, columns = (rows - row).astype(np.float32), (columns - column).astype(np.float32)
+    cos, sin = math.cos(tilt), math.sin(tilt)
+    u, v = (columns * cos + rows * sin) / across, (rows * cos - columns * sin) / along
+    angle = np.arctan2(v, u)
+    edge = sum(rng.normal(0, roughness / k) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in range(2, waves))
+    return np.sqrt(u * u + v * v) / np.maximum(1 + edge, 0.5)
+
+
+def _add_covid(canvas: _Canvas, lungs: np.ndarray) -> np.ndarray:
+    """Ground glass along the pleura of both lungs, more at the back, consolidated in parts; returns its mask."""
+    rng, inside = canvas.rng, lungs > 0.5
+    depth = ndimage.distance_transform_edt(inside) * canvas.pixel
+    haze = np.zeros_like(canvas.image)
+    mottle, extent = 1 + 0.3 * canvas.noise(5) + 0.2 * canvas.noise(14), rng.uniform(0.7, 1.3)
+    for half in (canvas.x < 0, canvas.x >= 0):
+        rows, columns = np.nonzero(inside & half)
+        chance = np.where(depth[rows, columns] < 16, 1, 0.06) * np.where(canvas.x[rows, columns] ** 2 > 45**2, 1, 0.15)
+        chance *= 1 + 3 * (canvas.y[rows, columns] > 5)
+        for pick in rng.choice(len(rows), rng.integers(1, 5), p=chance / chance.sum()):
+            row, column = rows[pick], columns[pick]
+            outward = np.arctan2(row - rows.mean(), column - columns.mean())
+            across, along = (rng.uniform(*r) * extent / canvas.pixel for r in ((9, 17), (14, 34)))
+            blob = _blob(canvas, row, column, across, along, outward, 0.35)
+            glass = np.clip(mottle * rng.uniform(0.4, 0.58), 0.25, 0.75)  # above the mask's threshold: no holes
+            haze = np.maximum(haze, np.clip(2.2 * (1.25 - blob), 0, 1) * glass)
+            if rng.random() < 0.4:
+                core = _blob(canvas, row, column, 0.5 * across, 0.65 * along, outward, 0.35)
+                haze = np.maximum(haze, np.clip(2.5 * (1.2 - core), 0, 0.98))
+    haze *= lungs
+    canvas.blend(haze, 35)  # a mixture of air and fluid, through which vessels stay visible
+    return (haze > 0.2).astype(np.uint8)
+
+
+def _add_nodules(canvas: _Canvas, inside: np.ndarray) -> np.ndarray:
+    """One to three solid nodules or masses with spiculated edges that do not touch; returns their instances."""
+    rng, size = canvas.rng, canvas.size
+    instances = np.zeros((size, size), np.uint8)
+    depth = ndimage.distance_transform_edt(inside)
+    wanted, count = rng.integers(1, 4), 0
+    while count < wanted:
+        radius = max(1.6, size / 256 * np.exp(rng.uniform(np.log(2.3), np.log(16))))
+        rows, columns = np.nonzero(depth > min(max(2, 0.5 * radius), depth.max() - 1))
+        pick = rng.integers(len(rows))
+        row, column = rows[pick], columns[pick]
+        blob = _blob(canvas, row, column, radius * rng.uniform(0.85, 1.1), radius, rng.uniform(0, 3.1), 0.22, 16)
+        parts, _ = ndimage.label((blob < 1) & inside)
+        nodule = parts == parts[row, column]
+        if (ndimage.binary_dilation(nodule, iterations=2) & (instances > 0)).any():
+            wanted -= 1  # no room here: fewer nodules, never none, as the first one always has room
+            continue
+        count += 1
+        instances[nodule] = count
+        hu = rng.uniform(20, 60) + 8 * canvas.noise(4)
+        x, y = ((v + 0.5 - size / 2) * canvas.pixel - canvas.offset[n] for n, v in enumerate((column, row)))
+        if radius > 3:
+            angles, reach = rng.uniform(0, 6.3, 16), rng.uniform(1.1, 1.8, 16) * radius * canvas.pixel
+            spikes = canvas.lines([(x, y, x + r * np.cos(a), y + r * np.sin(a), 0.7) for a, r in zip(angles, reach)])
+            canvas.blend(0.7 * spikes * inside, hu)
+        # Soft over a pixel, and no denser than tissue where it meets the chest wall.
+        canvas.blend(np.clip((1 - blob) * radius + 0.5, 0, 1) * inside, hu)
+    return instances
+
+
+def make_phantom(
+    folder, size: int = 256, groups: Sequence[int] = (16, 6, 6), slices_per_group: int = 3, seed: int = 0
+) -> str:
+    """Make the phantom data set in a folder, unless it is already there.
+
+    A group is a patient, who has COVID-19, lung cancer or neither. As in real collections the labels are partial. Every
+    slice has its class, but for the last one of every second training patient, which has no label at all. COVID-19
+    slices have masks, cancer slices have boxes and instances; of each three normal slices, the first has both ("empty"
+    and []), the second the mask, the third the boxes.
+
+    Args:
+        folder: to make; written under a temporary name beside it, then renamed.
         size: rows and columns of the slices.
+        groups: number of patients for training, validation and test, at least 3 each.
+        slices_per_group: slices of a patient.
         seed: of everything random.
 
     Returns:
         The folder, with datalist.json, images (NIfTI in HU), masks and instances (PNG).
 
     Raises:
-        ValueError: if the folder holds something else, or phantom data made with other arguments.
+        ValueError: if an argument is out of range, or the folder holds something else, or phantom data made with other
+            arguments.
     """
-    folder, arguments = Path(folder), {"size": size, "seed": seed}
-    if (folder / "datalist.json").exists():
-        found = json.loads((folder / "datalist.json").read_text()).get("phantom")
-        if found != arguments:
-            raise ValueError(f"{folder}: found phantom data of {found}, expected {arguments}; name or empty another folder")
+    groups = list(groups) if isinstance(groups, Sequence) else [groups]
+    if size < MIN_SIZE:
+        raise ValueError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
+    if len(groups) != len(SPLITS) or min(groups) < len(CLASSES):
+        raise ValueError(f"groups: found {groups}, expected three numbers from 3 up, for {', '.join(SPLITS)}")
+    if slices_per_group < 1:
+        raise ValueError(f"slices_per_group: found {slices_per_group}, expected 1 or more")
+    arguments = {"size": size, "groups": groups, "slices_per_group": slices_per_group, "seed": seed}
+    folder = Path(folder)
+    if _is_made(folder, arguments):
         return str(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: found other files, expected an empty or missing folder for the phantom data")
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    for name in ("images", "masks", "instances"):
-        (temporary / name).mkdir(parents=True, exist_ok=True)
-    datalist = {"name": "phantom", "phantom": arguments, "classes": list(CLASSES)}
-    patients = [(split, number) for split, count in SPLIT_GROUPS.items() for number in range(count)]
-    for index, (split, number) in enumerate(tqdm(patients, desc="phantom data", unit="patient")):
-        rng = np.random.default_rng([seed, size, index])
-        for position in range(SLICES_PER_GROUP):
-            record = _write_slice(temporary, rng, size, f"p{index:02d}_{position}", number % 3)
-            if split == "training" and (number + position) % 4 == 0:
-                del record["class"]
-            datalist.setdefault(split, []).append({**record, "group": f"phantom/p{index:02d}", "source": "phantom"})
-    (temporary / "datalist.json").write_text(json.dumps(datalist, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        for name in ("images", "masks", "instances"):
+            (temporary / name).mkdir(parents=True)
+        datalist = {"name": "phantom", "phantom": arguments, "classes": list(CLASSES)} | {split: [] for split in SPLITS}
+        patients = [(split, number) for split, count in zip(SPLITS, groups) for number in range(count)]
+        for index, (split, number) in enumerate(tqdm(patients, desc="phantom data", unit="patient")):
+            datalist[split] += _write_patient(temporary, arguments, index, number, split)
+        (temporary / "datalist.json").write_text(json.dumps(datalist, indent=1) + "\n")
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not _is_made(folder, arguments):  # otherwise another process was faster, as under torchrun
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)
 
 
-def _write_slice(folder: Path, rng, size: int, name: str, label: int) -> dict:
-    slice_ = make_slice(rng, size, label)
-    # NIfTI's first axis is the column. Columns run to the patient's left and rows to posterior, both negative in RAS.
-    affine = np.diag([-PIXEL_MM / size, -PIXEL_MM / size, 5.0, 1.0])
-    nib.save(nib.Nifti1Image(slice_["image"].T[..., None], affine), folder / f"images/{name}.nii.gz")
-    record = {"image": f"images/{name}.nii.gz", "class": label}
-    if label == 0:
-        record |= {"mask": "empty", "boxes": []}
-    if label == 1:
-        record["mask"] = f"masks/{name}.png"
-        Image.fromarray(slice_["mask"].astype(np.uint8) * 255).save(folder / record["mask"])
-    if label == 2:
-        record |= {"boxes": slice_["boxes"], "instances": f"instances/{name}.png"}
-        Image.fromarray(slice_["instances"]).save(folder / record["instances"])
-    return record
+def _is_made(folder: Path, arguments: dict) -> bool:
+    """Whether the folder holds this data set; False if it is missing or empty, refused if it holds anything else."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return False
+    try:
+        found = json.loads((folder / "datalist.json").read_text())["phantom"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder}: found other files, expected an empty or missing one") from None
+    if found != arguments:
+        raise ValueError(f"{folder}: found phantom data of {found}, expected {arguments}; name another folder")
+    return True
+
+
+def _write_patient(folder: Path, arguments: dict, index: int, number: int, split: str) -> list[dict]:
+    """Write the slices of one patient and return their records."""
+    size, count = arguments["size"], arguments["slices_per_group"]
+    rng = np.random.default_rng([arguments["seed"], index])
+    patient, label, records = make_patient(rng, size), (number + 1) % len(CLASSES), []
+    for position in range(count):
+        level = (position + rng.uniform(0.1, 0.9)) / count
+        drawn = make_slice(rng, size, label, patient, level)
+        name = f"p{index:02d}_{position}"
+        record = {IMAGE: f"images/{name}.nii.gz", GROUP: f"phantom/p{index:02d}", SOURCE: "phantom"}
+        _write_image(folder / record[IMAGE], drawn[IMAGE], drawn["spacing"], position)
+        if not (split == "training" and number % 2 == 0 and 0 < position == count - 1):
+            record |= {CLASS: label} | _write_labels(folder, name, drawn, position)
+        records.append(record)
+    return records
+
+
+def _write_image(path: Path, image: np.ndarray, spacing: float, position: int) -> None:
+    # NIfTI's first axis is x, the column. Columns run to the patient's left and rows to posterior: both are negative in
+    # NIfTI's RAS. The middle of the slice is the origin; slices of a patient are 30 mm apart, from the head down.
+    affine = np.diag([-spacing, -spacing, 5.0, 1.0])
+    affine[:3, 3] = [(image.shape[1] - 1) / 2 * spacing, (image.shape[0] - 1) / 2 * spacing, -30.0 * position]
+    nifti = nib.Nifti1Image(image.T[..., None], affine)
+    nifti.header.set_xyzt_units("mm")
+    nib.save(nifti, path)
+
+
+def _write_labels(folder: Path, name: str, drawn: dict, position: int) -> dict:
+    """Write the label files of a slice and return its fields mask, boxes and instances, as far as it has them."""
+    if drawn[CLASS] == 0:
+        return ({MASK: EMPTY_MASK} if position % 3 != 2 else {}) | ({BOXES: []} if position % 3 != 1 else {})
+    if drawn[CLASS] == 1:
+        Image.fromarray(drawn[MASK] * 255).save(folder / f"masks/{name}.png")
+        return {MASK: f"masks/{name}.png"}
+    Image.fromarray(drawn[INSTANCES]).save(folder / f"instances/{name}.png")
+    return {BOXES: drawn[BOXES], INSTANCES: f"instances/{name}.png"}
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(make_phantom)
