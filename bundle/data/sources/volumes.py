@@ -1,0 +1,128 @@
+"""Layouts of volumes: their axial slices are exported as NIfTI files of one slice, in HU, beside the datalist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+
+from bundle.data.sources.tables import Records, lesions, read_rows, write_picture
+from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, sitk.Image]:
+    """Pixels (slices, rows, columns) and image of a volume of any format of SimpleITK, turned to LPS.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read or is no volume.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a volume")
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: cannot be read ({str(error).strip().splitlines()[-1]})") from None
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(f"{path}: found {image.GetDimension()} dimensions, expected a volume of one channel")
+    image = sitk.DICOMOrient(image, "LPS")
+    return sitk.GetArrayFromImage(image), image
+
+
+def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> str:
+    """Write (rows, columns) as a one-slice int16 NIfTI in LPS, spacing (x, y, z) in mm; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # NIfTI's world is RAS
+    nibabel.save(nibabel.Nifti1Image(np.round(pixels).astype(np.int16).T[..., None], affine), path)
+    return str(path)
+
+
+def with_as_many_free(positive: list[int], free: list[int]) -> list[int]:
+    """The slices with a lesion and as many without, evenly spaced over those there are."""
+    count = min(len(free), len(positive))
+    return sorted(positive + [free[round(i)] for i in np.linspace(0, len(free) - 1, count)] if count else positive)
+
+
+def medseg_nifti(folder: Path, export: Path) -> Records:
+    """The COVID-19 CT segmentation set as published: tr_im.nii.gz, tr_mask.nii.gz (1 ground glass, 2 consolidation).
+
+    Value 3, pleural effusion, is no infection and becomes background. Patients are not named: every slice is a group.
+    """
+    pixels, image = read_volume(folder / "tr_im.nii.gz")
+    masks, _ = read_volume(folder / "tr_mask.nii.gz")
+    if masks.shape != pixels.shape:
+        raise ValueError(f"{folder}/tr_mask.nii.gz: found shape {masks.shape}, expected {pixels.shape} as in tr_im.nii.gz")
+    masks = np.where(masks == 3, 0, masks)
+    for index, (slice_, mask) in enumerate(zip(pixels, masks)):
+        place = export / "medseg_nifti" / f"{index:03d}"
+        record = {IMAGE: write_slice(slice_, image.GetSpacing(), place.with_suffix(".nii.gz")), MASK: EMPTY_MASK}
+        if mask.any():
+            record[MASK] = write_slice(mask, image.GetSpacing(), place.with_name(f"{index:03d}_mask.nii.gz"))
+        yield None, {**record, GROUP: f"medseg_nifti/{index:03d}"}
+
+
+def msd_lung(folder: Path, export: Path) -> Records:
+    """MSD Task06_Lung: imagesTr and labelsTr of the same names; tumours become boxes and instances, patient by patient.
+
+    Kept are the slices whose tumour has a part of at least `MIN_LESION_PIXELS`, and as many free of tumour.
+    """
+    labels = sorted(path for path in (folder / "labelsTr").glob("*.nii.gz") if not path.name.startswith("."))
+    for label in labels:
+        name = label.name.removesuffix(".nii.gz")
+        pixels, image = read_volume(folder / "imagesTr" / label.name)
+        masks, _ = read_volume(label)
+        if masks.shape != pixels.shape:
+            raise ValueError(f"{label}: found shape {masks.shape}, expected {pixels.shape} as in imagesTr/{label.name}")
+        found = {index: lesions(mask) for index, mask in enumerate(masks) if mask.any()}
+        free = [index for index in range(len(masks)) if index not in found]
+        for index in with_as_many_free([index for index, (_, boxes) in found.items() if boxes], free):
+            place = export / "msd_lung" / name / f"{index:03d}.nii.gz"
+            record = {IMAGE: write_slice(pixels[index], image.GetSpacing(), place), BOXES: [], GROUP: f"msd_lung/{name}"}
+            if index in found:
+                instances, record[BOXES] = found[index]
+                record[INSTANCES] = write_picture(instances, place.with_name(f"{index:03d}_instances.png"))
+            yield None, record
+
+
+def luna16(folder: Path, export: Path) -> Records:
+    """LUNA16: *.mhd in any sub-folder and annotations.csv (seriesuid, coordX/Y/Z in mm LPS, diameter_mm).
+
+    A nodule is taken as a ball: the slices that cut it at half of its diameter or more get its box there; as many slices
+    that touch no nodule get none; those between are left out.
+    """
+    nodules: dict[str, list[np.ndarray]] = {}
+    columns = ("coordX", "coordY", "coordZ", "diameter_mm")
+    for row in read_rows(folder / "annotations.csv", ("seriesuid", *columns)):
+        nodules.setdefault(row["seriesuid"], []).append(np.array([float(row[name]) for name in columns]))
+    for path in sorted(folder.rglob("*.mhd")):
+        pixels, image = read_volume(path)
+        boxes, touched = _ball_boxes(nodules.get(path.stem, []), image)
+        free = [index for index in range(len(pixels)) if index not in touched]
+        for index in with_as_many_free(sorted(boxes), free):
+            place = export / "luna16" / path.stem / f"{index:03d}.nii.gz"
+            record = {IMAGE: write_slice(pixels[index], image.GetSpacing(), place), BOXES: boxes.get(index, [])}
+            yield None, {**record, GROUP: f"luna16/{path.stem}"}
+
+
+def _ball_boxes(nodules: list[np.ndarray], image: sitk.Image) -> tuple[dict[int, list], set[int]]:
+    """Slice -> boxes of the balls (x, y, z, diameter in mm) cut there, and the slices that any ball touches."""
+    (dx, dy, dz), (columns, rows, slices) = image.GetSpacing(), image.GetSize()
+    boxes: dict[int, list] = {}
+    touched, cut_thin = set(), set()
+    for x, y, z, diameter in nodules:
+        column, row, centre = image.TransformPhysicalPointToContinuousIndex((x, y, z))
+        for index in range(slices):
+            squared = (diameter / 2) ** 2 - ((index - centre) * dz) ** 2
+            if squared <= 0:
+                continue
+            touched.add(index)
+            radius = squared**0.5
+            box = [column + 0.5 - radius / dx, row + 0.5 - radius / dy, column + 0.5 + radius / dx, row + 0.5 + radius / dy]
+            box = [round(float(np.clip(value, 0, limit)), 2) for value, limit in zip(box, (columns, rows) * 2)]
+            if radius >= diameter / 4 and box[0] < box[2] and box[1] < box[3]:
+                boxes.setdefault(index, []).append(box)
+            else:
+                cut_thin.add(index)
+    return {index: found for index, found in boxes.items() if index not in cut_thin}, touched
