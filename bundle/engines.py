@@ -24,7 +24,7 @@ from monai.utils.enums import CommonKeys
 
 from bundle.metrics import plot_curves, stage_table
 from bundle.networks import load_weights
-from bundle.tasks import DETECTION, IMAGE, RECORD, check_tasks
+from bundle.tasks import ANNOTATED, DETECTION, IMAGE, RECORD, check_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,11 @@ def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs
     """Move a batch of `bundle.data.batch.collate` to the device and split it for a MONAI engine.
 
     Returns:
-        (image (B, 1, S, S), the whole batch as label, no positional and the detection targets as keyword arguments).
+        (image (B, 1, S, S), the whole batch as label, no positional and the network's keyword arguments: the detection
+        targets, and which images are annotated for which task).
     """
     batch = _to_device(batch, device, non_blocking)
-    return batch[IMAGE], batch, (), {"targets": batch[DETECTION]}
+    return batch[IMAGE], batch, (), {"targets": batch[DETECTION], "annotated": batch[ANNOTATED]}
 
 
 def _to_device(item, device, non_blocking: bool):

@@ -87,8 +87,8 @@ class MultiTaskLoss(nn.Module):
             if rows.any():
                 terms[task] = getattr(self, f"_{task}")(pred[task], label, rows)
         self.terms = {task: term.item() for task, term in terms.items()}
-        if not terms:  # the zero hangs on the predictions, so that backward works
-            return sum(tensor.sum() * 0 for tensor in pred.values() if isinstance(tensor, torch.Tensor))
+        if not terms:
+            return torch.zeros((), device=label[CLASS].device, requires_grad=True)  # so that backward works
         return sum(self._weighted(task, term) for task, term in terms.items())
 
     def _weighted(self, task: str, term: torch.Tensor) -> torch.Tensor:

@@ -34,18 +34,19 @@ class ClassificationHead(nn.Sequential):
 class DenseHead(nn.Module):
     """U-Net decoder (Ronneberger et al., arXiv 1505.04597) from a feature pyramid to one value per pixel and channel.
 
-    Each step doubles the resolution, down to stride 1; a step whose resolution the encoder has takes that feature map in
-    as a skip.
+    Each step doubles the resolution; a step whose resolution the encoder has takes that feature map in as a skip. Where the
+    steps end before stride 1, a sub-pixel convolution (Shi et al., arXiv 1609.05158) makes the rest of the way: a step at
+    full resolution costs as much as all others together.
 
     Args:
         channels: of the encoder's feature maps, finest first.
         strides: of the same.
-        decoder_channels: of the steps, deepest first: one for every halving from the deepest stride to 1.
+        decoder_channels: of the steps, deepest first: at most one for every halving from the deepest stride to 1.
         out_channels: of the output, which is linear.
         skips: take the encoder's feature maps in; False leaves the deepest ones only.
 
     Raises:
-        ValueError: if the number of decoder channels does not fit the encoder.
+        ValueError: if there are no decoder channels, or more than the encoder has halvings.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class DenseHead(nn.Module):
     ) -> None:
         super().__init__()
         steps = strides[-1].bit_length() - 1
-        if len(decoder_channels) != steps:
+        if not 1 <= len(decoder_channels) <= steps:
             raise ValueError(
-                f"decoder_channels: found {len(decoder_channels)} ({list(decoder_channels)}), expected {steps} for an "
+                f"decoder_channels: found {len(decoder_channels)} ({list(decoder_channels)}), expected 1 to {steps} for an "
                 f"encoder of stride {strides[-1]}"
             )
         level = {stride: index for index, stride in enumerate(strides[:-1])} if skips else {}
         # Index of the feature map each step takes in, or None.
-        self.skips = [level.get(strides[-1] >> step) for step in range(1, steps + 1)]
+        self.skips = [level.get(strides[-1] >> step) for step in range(1, len(decoder_channels) + 1)]
         blocks, in_channels = [], channels[-1]
         for skip, out in zip(self.skips, decoder_channels):
             blocks.append(
@@ -88,7 +89,8 @@ class DenseHead(nn.Module):
             )
             in_channels = out
         self.blocks = nn.ModuleList(blocks)
-        self.output = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        factor = strides[-1] >> len(decoder_channels)
+        self.output = nn.Sequential(nn.Conv2d(in_channels, out_channels * factor**2, kernel_size=1), nn.PixelShuffle(factor))
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Feature maps, finest first, to (B, out_channels, H, W) at stride 1."""

@@ -25,7 +25,7 @@ class MultiTaskNet(nn.Module):
         segmentation_channels: lesion classes of the segmentation.
         in_channels: of the image.
         image_size: side of the images it is made for, in pixels.
-        decoder_channels: of both U-Net decoders, deepest first.
+        decoder_channels: of both U-Net decoders, deepest first: see `DenseHead`.
         skips: skip connections of the reconstruction decoder; the segmentation decoder always has them.
         dropout: of the classification head.
         detection: further arguments of `MaskRCNNHead`.
@@ -63,12 +63,20 @@ class MultiTaskNet(nn.Module):
         self.heads = nn.ModuleDict({task: make[task]() for task in check_tasks(tasks)})
         self._check((1, in_channels, image_size, image_size))
 
-    def forward(self, image: torch.Tensor, targets: Sequence[dict | None] | None = None) -> dict:
+    def forward(
+        self,
+        image: torch.Tensor,
+        targets: Sequence[dict | None] | None = None,
+        annotated: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict:
         """Answer every active task in one pass.
 
         Args:
             image: (B, in_channels, H, W) in [0, 1]; H and W are multiples of the encoder's deepest stride.
             targets: detection targets, needed in training mode: see `MaskRCNNHead.forward`.
+            annotated: task -> bool (B,), in training mode: the head of a task is applied to these images alone, which
+                saves time and keeps its batch statistics to them. The rows of other images hold zeros, and a task
+                without any image is absent.
 
         Returns:
             By task: classification, logits (B, num_classes); segmentation, logits (B, channels, H, W); reconstruction,
@@ -78,11 +86,17 @@ class MultiTaskNet(nn.Module):
             ValueError: if the channels or the size of the image do not fit, naming the nearest size that does.
         """
         self._check(tuple(image.shape))
-        features = self.encoder(image)
-        return {
-            task: head(features, image, targets) if task == DETECTION else head(features)
-            for task, head in self.heads.items()
-        }
+        features, output = self.encoder(image), {}
+        for task, head in self.heads.items():
+            if task == DETECTION:
+                output[task] = head(features, image, targets)
+            elif not self.training or annotated is None or annotated[task].all():
+                output[task] = head(features)
+            elif annotated[task].any():
+                rows = annotated[task].nonzero()[:, 0]
+                part = head([feature[rows] for feature in features])
+                output[task] = part.new_zeros(len(image), *part.shape[1:]).index_copy(0, rows, part)
+        return output
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[1] != self.in_channels:
