@@ -7,27 +7,39 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ITKReader, MetaTensor, NibabelReader, PILReader
+from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
 from monai.data.utils import to_affine_nd
-from monai.transforms import LoadImage, MapTransform, Orientation, Transform
+from monai.transforms import EnsureChannelFirst, MapTransform, Orientation, Transform
 
 from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
 
+# Extensions, in lower case.
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 # Formats whose values are Hounsfield units and whose header tells the orientation.
 VOLUMES = {(".nii", ".nii.gz"): NibabelReader, (".dcm", ".mhd", ".mha", ".nrrd"): ITKReader}
 
 
-def _to_grey(image):
+def _one_grey_picture(image):
     """8-bit modes become luminance; 16-bit and floating-point pictures keep their depth."""
+    if getattr(image, "n_frames", 1) > 1:
+        raise ValueError(f"found {image.n_frames} pictures, expected one")
     return image if image.mode.startswith(("I", "F")) else image.convert("L")
+
+
+def _load(reader: ImageReader, path: str) -> MetaTensor:
+    """Read with this reader alone: MONAI's LoadImage would go on to others, which take what this one refuses."""
+    pixels, meta = reader.get_data(reader.read(path))
+    return EnsureChannelFirst()(MetaTensor.ensure_torch_and_prune_meta(pixels.astype(np.float32), meta))
 
 
 class LoadSlice(Transform):
     """Read one axial slice as a MetaTensor (1, rows, columns), rows to posterior, columns to the patient's left.
 
     Pictures (PNG, JPEG, BMP, TIFF of any mode) are read as they lie. NIfTI, DICOM, MetaImage and NRRD slices are turned
-    to LPS by their header. `meta` holds "filename_or_obj" and "hounsfield" (True where the values are HU).
+    to LPS by their header. The affine (3, 3) leads from (row, column) to (y, x) of the stored image, where x, the column,
+    runs along the file's first axis in the plane; it is the identity where nothing was turned. `meta` holds
+    "filename_or_obj", "hounsfield" (True where the values are HU), "file_shape", and of volumes "file_affine" (4, 4) to RAS
+    and "spacing" (row, column) in mm; both are None for pictures.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -43,28 +55,61 @@ class LoadSlice(Transform):
         if reader is None and not suffix.endswith(PICTURES):
             reader = ITKReader  # DICOM files often have no extension
         try:
-            image = self._read(path, reader)
+            image = self._read_picture(path) if reader is None else self._read_volume(path, reader)
         except Exception as error:  # readers raise anything: one line instead of a library's traceback
-            reason = str(error).strip().splitlines()
-            raise ValueError(f"{path}: cannot be read ({reason[-1] if reason else type(error).__name__})") from None
-        image = image.squeeze(-1) if image.ndim == 4 and image.shape[-1] == 1 else image
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1].replace(path, Path(path).name)
+            raise ValueError(f"{path}: cannot be read ({reason}), expected an intact picture, NIfTI or DICOM file") from None
         if image.ndim != 3 or image.shape[0] != 1:
             raise ValueError(f"{path}: found shape {tuple(image.shape[1:])}, expected a single grey slice")
         if not torch.isfinite(image).all():
             raise ValueError(f"{path}: found NaN or infinite pixels, expected finite values")
-        # MONAI's readers put x (the column) first; rows first is what networks and torchvision's boxes use.
-        pixels = image.as_tensor().transpose(1, 2).contiguous()
-        return MetaTensor(pixels, affine=torch.eye(3), meta={"filename_or_obj": path, "hounsfield": reader is not None})
+        image.meta.update(filename_or_obj=path, hounsfield=reader is not None)
+        return image
 
     @staticmethod
-    def _read(path: str, reader) -> MetaTensor:
-        if reader is None:
-            image = LoadImage(PILReader(converter=_to_grey), image_only=True, ensure_channel_first=True)(path)
-            return image[:1]
-        image = LoadImage(reader(), image_only=True, ensure_channel_first=True)(path)
+    def _read_picture(path: str) -> MetaTensor:
+        image = _load(PILReader(converter=_one_grey_picture), path)
+        # MONAI's readers put x (the column) first; rows first is what networks and torchvision's boxes use.
+        pixels = image.as_tensor()[:1].transpose(1, 2).contiguous()
+        meta = {"file_shape": tuple(pixels.shape[1:]), "file_affine": None, "spacing": None}
+        return MetaTensor(pixels, affine=torch.eye(3), meta=meta)
+
+    @staticmethod
+    def _read_volume(path: str, reader) -> MetaTensor:
+        image = _load(reader(), path)
+        file_shape, file_affine = tuple(image.shape[1:]), to_affine_nd(3, image.affine)
         if image.ndim == 3:  # a slice without its third axis, as nibabel gives 2D files
-            image = MetaTensor(image.as_tensor()[..., None], affine=image.affine)
-        return Orientation(axcodes="LPS", labels=None)(image)
+            image = MetaTensor(image.as_tensor()[..., None], affine=file_affine)
+        image = Orientation(axcodes="LPS", labels=None)(image)
+        if image.ndim != 4 or image.shape[-1] != 1:
+            return image  # no single axial slice: refused by the caller
+        # A permutation with signs: from (x, y, z) of the turned slice to the three axes of the file.
+        to_file = torch.linalg.solve(file_affine, image.affine).round()
+        first, second = [axis for axis in range(3) if to_file[axis, 2] == 0]
+        meta = {
+            "file_shape": file_shape,
+            "file_affine": file_affine,
+            "spacing": tuple(image.affine[:3, [1, 0]].norm(dim=0).tolist()),
+        }
+        pixels = image.as_tensor().squeeze(-1).transpose(1, 2).contiguous()
+        return MetaTensor(pixels, affine=to_file[[second, first, 3]][:, [1, 0, 3]], meta=meta)
+
+
+def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
+    """Turn pixels (rows, columns) on the grid of a slice back to how its file stores them; nothing is interpolated.
+
+    Args:
+        pixels: of any type.
+        slice_: what `LoadSlice` returned for the file.
+
+    Returns:
+        (rows, columns) for a picture; for a volume an array of its file's shape, x first.
+    """
+    to_plane = to_affine_nd(2, slice_.affine).numpy()
+    plane = pixels.T if to_plane[0, 1] else pixels
+    flipped = [axis for axis in (0, 1) if to_plane[axis, :2].sum() < 0]
+    plane = np.ascontiguousarray(np.flip(plane, flipped))
+    return plane if slice_.meta["file_affine"] is None else plane.T.reshape(slice_.meta["file_shape"])
 
 
 class LoadSliced(MapTransform):
@@ -123,6 +168,8 @@ class LoadSliced(MapTransform):
 class ScaleIntensityd(MapTransform):
     """Bring a slice to [0, 1]: Hounsfield units through a window, pictures by their own 0.5th and 99.5th percentile.
 
+    The values that became 0 and 1 are kept in `meta` as "intensity_range".
+
     Args:
         window: lowest and highest value shown, in HU.
     """
@@ -141,13 +188,14 @@ class ScaleIntensityd(MapTransform):
             if not image.meta.get("hounsfield"):
                 low, high = np.percentile(image.numpy(), (0.5, 99.5))
             data[key] = ((image - low) / max(high - low, 1e-6)).clamp(0, 1)
+            data[key].meta["intensity_range"] = (float(low), float(high))
         return data
 
 
 class FollowImaged(MapTransform):
     """Bring boxes to the pixel grid of the image after any affine transforms of MONAI (resize, pad, flip, rotate, zoom).
 
-    The image's affine tells where every pixel came from; corners of the stored boxes are sent through it. Where instance
+    The image's affine tells where every pixel lies in the file; corners of the stored boxes are sent through its inverse. Where instance
     masks exist, their extent is taken instead, which stays tight under rotation. Boxes are clipped to the image; those
     thinner than `min_size` pixels are dropped, with their instance.
 
@@ -172,7 +220,7 @@ class FollowImaged(MapTransform):
         elif len(boxes) == 0:  # nothing there: no instance either
             masks = torch.zeros(0, rows, columns, dtype=torch.bool)
         else:
-            boxes = self._through_affine(boxes, image)
+            boxes = move_boxes(boxes, torch.linalg.inv(to_affine_nd(2, image.affine)))
         limit = boxes.new_tensor([columns, rows, columns, rows])
         boxes = torch.minimum(boxes.clamp(min=0), limit)
         kept = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
@@ -181,15 +229,24 @@ class FollowImaged(MapTransform):
             sample[INSTANCES] = masks[kept].to(torch.uint8)
         return sample
 
-    @staticmethod
-    def _through_affine(boxes: torch.Tensor, image: MetaTensor) -> torch.Tensor:
-        x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
-        # Edges of pixel k lie at k - 0.5 and k + 0.5 of the affine's coordinates, whose integers are pixel centres.
-        corners = torch.stack([y[:, [0, 0, 1, 1]], x[:, [0, 1, 0, 1]]], -1) - 0.5
-        to_pixels = torch.linalg.inv(to_affine_nd(2, image.affine)).to(corners)
-        points = corners @ to_pixels[:2, :2].T + to_pixels[:2, 2] + 0.5
-        low, high = points.amin(1), points.amax(1)
-        return torch.stack([low[:, 1], low[:, 0], high[:, 1], high[:, 0]], 1)
+
+def move_boxes(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Send boxes through an affine map of pixel grids.
+
+    Args:
+        boxes: (N, 4) x1 y1 x2 y2 in pixels, x = column.
+        matrix: (3, 3) from (row, column, 1) to (row, column, 1), integers at pixel centres, as MetaTensor's affine.
+
+    Returns:
+        (N, 4), the hulls of the moved corners.
+    """
+    x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
+    # Edges of pixel k lie at k - 0.5 and k + 0.5 of the affine's coordinates, whose integers are pixel centres.
+    corners = torch.stack([y[:, [0, 0, 1, 1]], x[:, [0, 1, 0, 1]]], -1) - 0.5
+    matrix = torch.as_tensor(matrix).to(corners)
+    points = corners @ matrix[:2, :2].T + matrix[:2, 2] + 0.5
+    low, high = points.amin(1), points.amax(1)
+    return torch.stack([low[:, 1], low[:, 0], high[:, 1], high[:, 0]], 1)
 
 
 def _extent(mask: torch.Tensor) -> torch.Tensor:

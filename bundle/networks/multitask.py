@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -128,8 +127,10 @@ def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]
         raise FileNotFoundError(f"{path}: no such checkpoint; train first, or name another one")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: is no checkpoint of weights alone ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # the unpickler raises anything on bytes that are no pickle
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
+        ) from None
     weights = weights.get("network", weights) if isinstance(weights, Mapping) else {}
     parts = {"encoder": network.encoder, **network.heads}
     prefixes = {name: "encoder." if name == "encoder" else f"heads.{name}." for name in parts}
