@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from bundle.data.headers import slice_size
 from bundle.tasks import (
     ANNOTATION,
     BOXES,
@@ -33,7 +32,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
 
     Args:
         path: JSON file with `classes` and the lists training, validation and test.
-        dataset_dir: folder of the files; where it is given, they are checked to be there and boxes to lie inside.
+        dataset_dir: folder of the files; where it is given, they must be there, and boxes, masks and instances fit the image.
         classes: names that the configuration expects; their number must be the datalist's.
 
     Raises:
@@ -43,7 +42,10 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
     try:
-        datalist = json.loads(Path(path).read_text())
+        datalist = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: found no JSON ({error}), expected a datalist; make one with scripts/prepare_data.py") from None
+    try:
         validate(datalist, dataset_dir)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -74,66 +76,90 @@ def validate(datalist: Mapping, dataset_dir=None) -> None:
 
 
 def _complaints(datalist, dataset_dir):
-    if not isinstance(datalist, Mapping) or not isinstance(datalist.get("classes"), list):
-        yield "classes: found none, expected a list of class names beside the lists training, validation and test"
+    classes = datalist.get("classes") if isinstance(datalist, Mapping) else None
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        yield f"classes: found {classes!r}, expected a list of class names beside the lists training, validation and test"
         return
+    for key, value in datalist.items():
+        has_records = isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+        if has_records if key not in SPLITS else not isinstance(value, list):
+            yield f"{key}: found {type(value).__name__}, expected lists of records, and only under {', '.join(SPLITS)}"
+            return
     if not any(datalist.get(split) for split in SPLITS):
         yield f"found no record, expected a non-empty list under {', '.join(SPLITS)}"
-    split_of: dict[tuple[str, str], str] = {}
+    place_of: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for split in SPLITS:
         for index, record in enumerate(datalist.get(split, [])):
-            name = f"{split}[{index}] {record.get(IMAGE, '')}"
-            for complaint in _record_complaints(record, len(datalist["classes"]), dataset_dir):
-                yield f"{name}: {complaint}"
-            for field in (IMAGE, GROUP):
-                key = field, record.get(field, record.get(IMAGE))
-                if split_of.setdefault(key, split) != split:
-                    yield (
-                        f"{name}: {field}: found {key[1]!r} in {split} and in {split_of[key]}, expected it in one split only; "
-                        "keep all slices of a patient together"
-                    )
+            place = f"{split}[{index}]"
+            if not isinstance(record, Mapping):
+                yield f"{place}: found {record!r}, expected a record with {IMAGE} and any of {', '.join(FIELDS[1:])}"
+                continue
+            image = record.get(IMAGE)
+            name = f"{place} {image or ''}".strip()
+            yield from (f"{name}: {complaint}" for complaint in _record_complaints(record, len(classes), dataset_dir))
+            if isinstance(image, str) and (first := place_of.setdefault(os.path.normpath(image), place)) != place:
+                yield f"{name}: {IMAGE}: found in {first} as well, expected one record with all annotations of an image"
+            group = record.get(GROUP, image)
+            if isinstance(group, str) and (first := split_of.setdefault(group, split)) != split:
+                yield (
+                    f"{name}: {GROUP}: found {group!r} in {split} and in {first}, expected it in one split only; "
+                    "keep all slices of a patient together"
+                )
 
 
 def _record_complaints(record: Mapping, num_classes: int, dataset_dir):
     for field in record.keys() - set(FIELDS):
         yield f"{field}: unknown field, expected one of {', '.join(FIELDS)}"
+    files = {}
     for field in (IMAGE, MASK, INSTANCES):
-        value = record.get(field, "" if field == IMAGE else EMPTY_MASK)
+        if field not in record and field != IMAGE:
+            continue
+        value = record.get(field)
         if not isinstance(value, str) or not value:
             yield f"{field}: found {value!r}, expected a path relative to dataset_dir"
-        elif dataset_dir is not None and value != EMPTY_MASK and not (Path(dataset_dir) / value).is_file():
-            yield f"{field}: found no file {Path(dataset_dir) / value}, expected it there; check dataset_dir"
+        elif dataset_dir is not None and (field, value) != (MASK, EMPTY_MASK):
+            files[field] = Path(dataset_dir) / value
+            if not files[field].is_file():
+                yield f"{field}: found no file {files.pop(field)}, expected it there; check dataset_dir"
+    for field in (GROUP, SOURCE):
+        if not isinstance(record.get(field, ""), str):
+            yield f"{field}: found {record[field]!r}, expected text"
     label = record.get(CLASS, 0)
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
         yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}"
     if INSTANCES in record and BOXES not in record:
         yield f"{INSTANCES}: found without boxes, expected one box for each instance"
-    boxes = record.get(BOXES, [])
+    sizes = {}
+    if len(files) > 1 or record.get(BOXES):  # headers are read only where something has to fit the image
+        for field, path in files.items():
+            try:
+                sizes[field] = slice_size(path)
+            except ValueError as error:
+                yield f"{field}: {error}"
+    size = sizes.get(IMAGE)
+    for field in (MASK, INSTANCES):
+        if size and sizes.get(field, size) != size:
+            yield f"{field}: found (columns, rows) = {sizes[field]}, expected {size} as the image has"
+    yield from _box_complaints(record.get(BOXES, []), size)
+
+
+def _box_complaints(boxes, size: tuple[int, int] | None):
     if not isinstance(boxes, list):
         yield f"{BOXES}: found {boxes!r}, expected a list of [x1, y1, x2, y2]"
         return
-    size = _picture_size(record, dataset_dir) if boxes else None
     for box in boxes:
         if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
             yield f"{BOXES}: found {box!r}, expected four finite numbers [x1, y1, x2, y2]"
         elif box[2] <= box[0] or box[3] <= box[1]:
             yield f"{BOXES}: found {box}, expected x1 < x2 and y1 < y2"
         elif min(box) < 0 or size and (box[2] > size[0] or box[3] > size[1]):
-            limits = f"0 to {size[0]} and y from 0 to {size[1]}" if size else "and y not below 0"
+            limits = f"0 to {size[0]} and y from 0 to {size[1]}" if size else "0 and y from 0"
             yield f"{BOXES}: found {box} outside the image, expected x from {limits}"
 
 
 def _is_finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _picture_size(record: Mapping, dataset_dir) -> tuple[int, int] | None:
-    """(columns, rows) of a picture, from its header; None for other formats and where there is none to read."""
-    try:
-        with Image.open(Path(dataset_dir or "") / record[IMAGE]) as image:
-            return image.size
-    except (OSError, KeyError, TypeError):
-        return None
 
 
 def annotated_tasks(record: Mapping) -> tuple[str, ...]:

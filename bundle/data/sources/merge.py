@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from bundle.data.datalist import SPLITS, annotated_tasks, validate, write_datalist
-from bundle.data.sources import tables, volumes
-from bundle.tasks import CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
+from bundle.data.sources import published, tables, volumes
+from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
 
 logger = logging.getLogger(__name__)
 CLASSES = ("other", "COVID-19", "lung cancer")
@@ -23,12 +24,13 @@ CLASSES = ("other", "COVID-19", "lung cancer")
 class Source(NamedTuple):
     """A layout: `read(folder, export)` yields (split or None, record); `marks` are glob patterns that tell it apart.
 
-    `source` is the name records carry: layouts of one data set share it, so that they count as one.
+    `source` is the name that records carry and groups begin with: layouts of one data set share it, so that they count as
+    one. Where it is empty, the folder or file gives its name.
     """
 
     read: Callable
     marks: tuple[str, ...]
-    source: str
+    source: str = ""
 
 
 SOURCES = {
@@ -40,14 +42,14 @@ SOURCES = {
     "covid_volumes_unlabelled": Source(
         tables.unlabelled_slices, ("labels.csv", "images/coronacases_*.png"), "covid_volumes_unlabelled"
     ),
-    "covid_ct_original": Source(tables.covid_ct_original, ("Images-processed", "Data-split"), "covid_ct"),
-    "iqoth_nccd_original": Source(tables.iqoth_nccd_original, ("Normal cases", "Malignant cases"), "iqoth_nccd"),
-    "inf_net": Source(tables.inf_net, ("TrainingSet/LungInfection-Train", "TestingSet"), "medseg_covid19"),
+    "covid_ct_original": Source(published.covid_ct_original, ("Images-processed", "Data-split"), "covid_ct"),
+    "iqoth_nccd_original": Source(published.iqoth_nccd_original, ("Normal cases", "Malignant cases"), "iqoth_nccd"),
+    "inf_net": Source(published.inf_net, ("TrainingSet/LungInfection-Train", "TestingSet"), "medseg_covid19"),
     "medseg_nifti": Source(volumes.medseg_nifti, ("tr_im.nii.gz", "tr_mask.nii.gz"), "medseg_covid19"),
     "msd_lung": Source(volumes.msd_lung, ("imagesTr/lung_*.nii.gz", "labelsTr"), "msd_lung"),
-    "luna16": Source(volumes.luna16, ("annotations.csv",), "luna16"),
-    "coco": Source(tables.coco, ("annotations_*.json",), "coco"),
-    "csv": Source(tables.table_csv, (), "csv"),
+    "luna16": Source(volumes.luna16, ("annotations.csv", "**/*.mhd"), "luna16"),
+    "coco": Source(tables.coco, ("annotations_*.json",)),
+    "csv": Source(tables.table_csv, ()),
 }
 
 
@@ -62,38 +64,53 @@ def detect_layout(path) -> str | None:
 def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
     """(layout, path) of every LAYOUT=PATH or PATH; a folder of no layout stands for those in it that have one.
 
+    No path is returned twice: the layout that an argument names for it goes before the one that is recognised.
+
     Raises:
-        ValueError: if a layout is unknown or nothing is recognised.
+        ValueError: if two layouts are named for one path, or none is recognised.
         FileNotFoundError: if there is no such path.
     """
-    found = []
+    named: dict[Path, str] = {}
+    recognised: dict[Path, str] = {}
     for argument in arguments:
-        name, _, path = argument.rpartition("=") if argument.split("=")[0] in SOURCES else ("", "", argument)
-        path = Path(path)
-        if not path.exists():
+        layout, _, path = argument.partition("=") if argument.split("=")[0] in SOURCES else ("", "", argument)
+        if not Path(path).exists():
             layouts = f" and no layout; layouts: {', '.join(SOURCES)}" if "=" in argument else ""
             raise FileNotFoundError(f"{argument}: no such folder or file{layouts}")
-        named = name or detect_layout(path)
-        inside = [(named, path)] if named else [(detect_layout(p), p) for p in sorted(path.glob("*")) if p.is_dir()]
-        known = [(layout, place) for layout, place in inside if layout]
-        if not known:
-            raise ValueError(f"{path}: found no known layout, expected one of {', '.join(SOURCES)}; name it: LAYOUT={path}")
-        for place in (place for layout, place in inside if not layout):
-            logger.warning(f"{place}: left out, it has no known layout")
-        found += known
-    return found
+        path = Path(path).resolve()
+        if layout and named.setdefault(path, layout) != layout:
+            raise ValueError(f"{path}: found the layouts {named[path]} and {layout}, expected one")
+        if not layout:
+            recognised |= _recognised(path)
+    found = recognised | named
+    for path, layout in recognised.items():
+        if not layout and path not in named:
+            logger.warning(f"{path}: left out, it has no known layout")
+    known = [(layout, path) for path, layout in found.items() if layout]
+    for layout, path in known:
+        logger.info(f"{path}: read as {layout}")
+    return known
+
+
+def _recognised(path: Path) -> dict[Path, str]:
+    """Path -> layout, of the path itself or of the folders in it; "" for a folder in it that has none."""
+    layout = detect_layout(path)
+    inside = {path: layout} if layout else {p: detect_layout(p) or "" for p in sorted(path.glob("*")) if p.is_dir()}
+    if not any(inside.values()):
+        raise ValueError(f"{path}: found no known layout, expected one of {', '.join(SOURCES)}; name it: LAYOUT={path}")
+    return inside
 
 
 def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES, seed: int = 0) -> dict:
     """Write `output_dir`/datalist.json with the records of all sources, validated, and what they export beside it.
 
-    Layouts without splits are divided by group: 70 % for training, 10 % for validation, 20 % for test.
+    Groups whose layout knows no split are drawn, source by source: 70 % for training, 10 % for validation, 20 % for test.
 
     Args:
         arguments: of `find_layouts`.
         output_dir: made if missing; paths in the datalist are relative to it.
-        classes: names of the classes 0, 1, 2 …
-        seed: of the division into splits.
+        classes: names of the classes 0, 1, 2 …; a layout's classes are found in them by name.
+        seed: of the draw.
 
     Returns:
         The datalist.
@@ -101,41 +118,63 @@ def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES
     Raises:
         ValueError, FileNotFoundError: in one line, before anything but exported slices is written.
     """
-    output = Path(output_dir)
-    datalist = {"name": "chest CT", "classes": list(classes), **{split: [] for split in SPLITS}}
-    for layout, path in find_layouts(arguments):
+    layouts = find_layouts(arguments)
+    output = Path(output_dir).resolve()  # a relative path through a link would lead elsewhere
+    output.mkdir(parents=True, exist_ok=True)
+    sources: dict[str, list[tuple[str | None, dict]]] = {}
+    for number, (layout, path) in enumerate(layouts):
         source = SOURCES[layout]
-        records = list(source.read(path, output / "export"))
+        export = output / "export" / f"{number:02d}_{path.stem}"
+        records = list(tqdm(source.read(path, export), desc=path.name, unit="slice", disable=None))
         if not records:
             raise ValueError(f"{path}: found no record, expected the layout {layout} as docs/data.md describes it")
+        for split, record in records:
+            record = _finished(record, source.source or path.stem, output, classes)
+            sources.setdefault(record[SOURCE], []).append((split, record))
+    datalist = {"name": "chest CT", "classes": list(classes), **{split: [] for split in SPLITS}}
+    for records in sources.values():
         for split, record in _with_splits(records, seed):
-            files = {
-                key: os.path.relpath(record[key], output)
-                for key in (IMAGE, MASK, INSTANCES)
-                if record.get(key, EMPTY_MASK) != EMPTY_MASK
-            }
-            datalist[split].append({**record, **files, SOURCE: record.get(SOURCE, source.source)})
+            datalist[split].append(record)
     validate(datalist, output)
     write_datalist(datalist, output / "datalist.json")
     return datalist
 
 
+def _finished(record: dict, source: str, output: Path, classes: Sequence[str]) -> dict:
+    """The record with its source, paths from `output`, a class number for a name, and a group that no other source has."""
+    source = record.get(SOURCE, source)
+    finished = {**record, GROUP: f"{source}/{record[GROUP]}", SOURCE: source}
+    for key in (IMAGE, MASK, INSTANCES):
+        if record.get(key, EMPTY_MASK) != EMPTY_MASK:
+            finished[key] = os.path.relpath(record[key], output)
+    if isinstance(record.get(CLASS), str):
+        if record[CLASS] not in classes:
+            expected = f"a number from 0 to {len(classes) - 1} or one of {', '.join(classes)}; name others with --classes"
+            raise ValueError(f"{record[IMAGE]}: {CLASS}: found {record[CLASS]!r}, expected {expected}")
+        finished[CLASS] = list(classes).index(record[CLASS])
+    return finished
+
+
 def _with_splits(records: list[tuple[str | None, dict]], seed: int) -> list[tuple[str, dict]]:
-    groups = sorted({record[GROUP] for split, record in records if split is None})
-    shuffled = np.random.default_rng(seed).permutation(len(groups))
-    split_of = {groups[g]: "training" for g in shuffled}
-    tenth = len(groups) // 10 or min(1, len(groups) // 3)
-    split_of |= {groups[g]: "validation" for g in shuffled[:tenth]}
-    split_of |= {groups[g]: "test" for g in shuffled[tenth : 3 * tenth]}
+    """The records with a split for those that have none: their group's where it has one, otherwise drawn."""
+    split_of = {record[GROUP]: split for split, record in records if split}
+    groups = sorted({record[GROUP] for _, record in records} - split_of.keys())
+    shuffled = [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
+    few = len(groups) < 3
+    validation = 0 if few else max(1, round(0.1 * len(groups)))
+    test = 0 if few else max(1, round(0.2 * len(groups)))
+    split_of |= dict.fromkeys(shuffled[:validation], "validation")
+    split_of |= dict.fromkeys(shuffled[validation : validation + test], "test")
+    split_of |= dict.fromkeys(shuffled[validation + test :], "training")
     return [(split or split_of[record[GROUP]], record) for split, record in records]
 
 
 def table(datalist: dict) -> str:
-    """Markdown table of a datalist: for each source and split the records, groups, annotations by task and classes."""
+    """Markdown table of a datalist: for each source and split the records, groups, annotations by task, boxes and classes."""
     classes = datalist["classes"]
     lines = [
-        f"| source | split | slices | groups | {' | '.join(TASKS)} | {' | '.join(classes)} |",
-        "|" + "---|" * (4 + len(TASKS) + len(classes)),
+        f"| source | split | slices | groups | {' | '.join(TASKS)} | {BOXES} | {' | '.join(classes)} |",
+        "|" + "---|" * (5 + len(TASKS) + len(classes)),
     ]
     for source in sorted({record[SOURCE] for split in SPLITS for record in datalist[split]}):
         for split in SPLITS:
@@ -145,6 +184,6 @@ def table(datalist: dict) -> str:
             tasks = Counter(task for record in records for task in annotated_tasks(record))
             labels = Counter(record.get(CLASS) for record in records)
             counts = [len(records), len({record[GROUP] for record in records}), *(tasks[task] for task in TASKS)]
-            counts += [labels[index] for index in range(len(classes))]
+            counts += [sum(len(record.get(BOXES, [])) for record in records), *(labels[index] for index in range(len(classes)))]
             lines.append(f"| {source} | {split} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from bundle.data.sources.tables import Records, lesions, read_rows, write_picture
+from bundle.data.sources.common import Records, lesions, read_rows, write_picture
 from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
 
@@ -35,7 +35,8 @@ def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> s
     """Write (rows, columns) as a one-slice int16 NIfTI in LPS, spacing (x, y, z) in mm; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # NIfTI's world is RAS
-    nibabel.save(nibabel.Nifti1Image(np.round(pixels).astype(np.int16).T[..., None], affine), path)
+    stored = np.clip(np.round(pixels), -32768, 32767).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(stored.T[..., None], affine), path)
     return str(path)
 
 
@@ -56,11 +57,11 @@ def medseg_nifti(folder: Path, export: Path) -> Records:
         raise ValueError(f"{folder}/tr_mask.nii.gz: found shape {masks.shape}, expected {pixels.shape} as in tr_im.nii.gz")
     masks = np.where(masks == 3, 0, masks)
     for index, (slice_, mask) in enumerate(zip(pixels, masks)):
-        place = export / "medseg_nifti" / f"{index:03d}"
-        record = {IMAGE: write_slice(slice_, image.GetSpacing(), place.with_suffix(".nii.gz")), MASK: EMPTY_MASK}
+        name = f"{index:03d}"
+        record = {IMAGE: write_slice(slice_, image.GetSpacing(), export / f"{name}.nii.gz"), MASK: EMPTY_MASK, GROUP: name}
         if mask.any():
-            record[MASK] = write_slice(mask, image.GetSpacing(), place.with_name(f"{index:03d}_mask.nii.gz"))
-        yield None, {**record, GROUP: f"medseg_nifti/{index:03d}"}
+            record[MASK] = write_picture(np.uint8(mask), export / f"{name}_mask.png")
+        yield None, record
 
 
 def msd_lung(folder: Path, export: Path) -> Records:
@@ -78,8 +79,8 @@ def msd_lung(folder: Path, export: Path) -> Records:
         found = {index: lesions(mask) for index, mask in enumerate(masks) if mask.any()}
         free = [index for index in range(len(masks)) if index not in found]
         for index in with_as_many_free([index for index, (_, boxes) in found.items() if boxes], free):
-            place = export / "msd_lung" / name / f"{index:03d}.nii.gz"
-            record = {IMAGE: write_slice(pixels[index], image.GetSpacing(), place), BOXES: [], GROUP: f"msd_lung/{name}"}
+            place = export / name / f"{index:03d}.nii.gz"
+            record = {IMAGE: write_slice(pixels[index], image.GetSpacing(), place), BOXES: [], GROUP: name}
             if index in found:
                 instances, record[BOXES] = found[index]
                 record[INSTANCES] = write_picture(instances, place.with_name(f"{index:03d}_instances.png"))
@@ -90,23 +91,29 @@ def luna16(folder: Path, export: Path) -> Records:
     """LUNA16: *.mhd in any sub-folder and annotations.csv (seriesuid, coordX/Y/Z in mm LPS, diameter_mm).
 
     A nodule is taken as a ball: the slices that cut it at half of its diameter or more get its box there; as many slices
-    that touch no nodule get none; those between are left out.
+    that touch no nodule get none; those between are left out, and scans without nodules. The lung masks in seg-lungs-LUNA16
+    bear the scans' names and are not read.
     """
-    nodules: dict[str, list[np.ndarray]] = {}
+    nodules: dict[str, list[tuple[float, ...]]] = {}
     columns = ("coordX", "coordY", "coordZ", "diameter_mm")
-    for row in read_rows(folder / "annotations.csv", ("seriesuid", *columns)):
-        nodules.setdefault(row["seriesuid"], []).append(np.array([float(row[name]) for name in columns]))
+    for place, row in read_rows(folder / "annotations.csv", ("seriesuid", *columns)):
+        try:
+            nodules.setdefault(row["seriesuid"], []).append(tuple(float(row[name]) for name in columns))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}, expected numbers in {', '.join(columns)}") from None
     for path in sorted(folder.rglob("*.mhd")):
+        if path.stem not in nodules or any(parent.name.startswith("seg-lungs") for parent in path.parents):
+            continue
         pixels, image = read_volume(path)
-        boxes, touched = _ball_boxes(nodules.get(path.stem, []), image)
+        boxes, touched = _ball_boxes(nodules[path.stem], image)
         free = [index for index in range(len(pixels)) if index not in touched]
         for index in with_as_many_free(sorted(boxes), free):
-            place = export / "luna16" / path.stem / f"{index:03d}.nii.gz"
+            place = export / path.stem / f"{index:03d}.nii.gz"
             record = {IMAGE: write_slice(pixels[index], image.GetSpacing(), place), BOXES: boxes.get(index, [])}
-            yield None, {**record, GROUP: f"luna16/{path.stem}"}
+            yield None, {**record, GROUP: path.stem}
 
 
-def _ball_boxes(nodules: list[np.ndarray], image: sitk.Image) -> tuple[dict[int, list], set[int]]:
+def _ball_boxes(nodules: list[tuple[float, ...]], image: sitk.Image) -> tuple[dict[int, list], set[int]]:
     """Slice -> boxes of the balls (x, y, z, diameter in mm) cut there, and the slices that any ball touches."""
     (dx, dy, dz), (columns, rows, slices) = image.GetSpacing(), image.GetSize()
     boxes: dict[int, list] = {}

@@ -1,0 +1,98 @@
+"""Layouts of pictures in folders, as their authors published them."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bundle.data.sources.common import SPLIT_NAMES, Records, pictures, read_grey, write_picture
+from bundle.tasks import CLASS, GROUP, IMAGE, MASK
+
+logger = logging.getLogger(__name__)
+# Correlation of neighbours' thumbnails below which IQ-OTH/NCCD's numbering is taken to have reached another patient.
+SAME_PATIENT = 0.9
+
+
+def covid_ct_original(folder: Path, export: Path) -> Records:
+    """COVID-CT: Images-processed/CT_COVID and CT_NonCOVID, Data-split/{COVID,NonCOVID}/{train,val,test}CT_*.txt.
+
+    Patients come from *MetaInfo*.csv beside them; an image that these do not name is a group of its own.
+    """
+    patients = _patients(folder)
+    unknown = 0
+    for kind, label in (("COVID", "COVID-19"), ("NonCOVID", "other")):
+        for split in ("train", "val", "test"):
+            listing = folder / "Data-split" / kind / f"{split}CT_{kind}.txt"
+            if not listing.is_file():
+                raise FileNotFoundError(f"{listing}: no such file, expected the official list of COVID-CT")
+            for name in filter(None, map(str.strip, listing.read_text(errors="replace").splitlines())):
+                image = folder / "Images-processed" / f"CT_{kind}" / name
+                unknown += name not in patients
+                yield SPLIT_NAMES[split], {IMAGE: str(image), CLASS: label, GROUP: patients.get(name, name)}
+    if unknown:
+        logger.info(f"{folder}: {unknown} images of unknown patient, each a group of its own; *MetaInfo*.csv would name them")
+
+
+def _patients(folder: Path) -> dict[str, str]:
+    """File name -> patient, from COVID-CT's *MetaInfo*.csv, whose rows have more or fewer cells than columns."""
+    patients = {}
+    for path in sorted(folder.rglob("*MetaInfo*.csv")):
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            for row in csv.DictReader(file):
+                row = {str(key).strip().lower(): cell for key, cell in row.items()}
+                name, patient = row.get("file name") or row.get("image name"), row.get("patient id")
+                if name and patient:
+                    name = name.strip() if name.strip().endswith((".png", ".jpg")) else f"{name.strip()}.png"  # some lack it
+                    patients[name] = f"{path.stem} {patient.strip()}"
+    return patients
+
+
+def iqoth_nccd_original(folder: Path, export: Path) -> Records:
+    """IQ-OTH/NCCD: folders "Normal cases", "Bengin cases" (so spelt), "Malignant cases" of numbered pictures.
+
+    No patient is named, but numbers run patient by patient: a group is a run of slices that resemble their neighbour.
+    """
+    for case, label in (("Normal", "other"), ("Bengin", "other"), ("Malignant", "lung cancer")):
+        run, before = 0, None
+        for image in sorted(pictures(folder / f"{case} cases"), key=_number):
+            thumbnail = _thumbnail(image)
+            run += before is not None and float((thumbnail * before).mean()) < SAME_PATIENT
+            before = thumbnail
+            yield None, {IMAGE: str(image), CLASS: label, GROUP: f"{case.lower()}_{run}"}
+
+
+def _number(path: Path) -> int:
+    return int("".join(filter(str.isdigit, path.stem)) or 0)
+
+
+def _thumbnail(path: Path) -> np.ndarray:
+    """32 x 32 pixels of mean 0 and variance 1, so that the mean of a product is the correlation of two images."""
+    pixels = np.asarray(Image.fromarray(read_grey(path)).resize((32, 32)), float)
+    return (pixels - pixels.mean()) / max(pixels.std(), 1e-6)
+
+
+def inf_net(folder: Path, export: Path) -> Records:
+    """Inf-Net's release: TrainingSet/LungInfection-Train/Doctor-label and TestingSet/LungInfection-Test, each Imgs and GT.
+
+    The pictures lie transposed there: they are written below `export` with the spine down. A seventh of the training slices,
+    evenly spaced, is for validation. Patients are not named: every slice is a group.
+    """
+    places = (
+        (folder / "TrainingSet/LungInfection-Train/Doctor-label", ["validation"] + 6 * ["training"]),
+        (folder / "TestingSet/LungInfection-Test", ["test"]),
+    )
+    for place, splits in places:
+        masks = {path.stem: path for path in pictures(place / "GT")}
+        for index, image in enumerate(pictures(place / "Imgs")):
+            if image.stem not in masks:
+                raise FileNotFoundError(f"{place / 'GT' / image.stem}.png: no such file, expected the mask of {image}")
+            split, mask = splits[index % len(splits)], read_grey(masks[image.stem])
+            record = {
+                IMAGE: write_picture(read_grey(image).T, export / place.name / "image" / f"{image.stem}.png"),
+                MASK: write_picture(np.uint8(mask.T > 127), export / place.name / "mask" / f"{image.stem}.png"),
+            }
+            yield split, {**record, GROUP: f"{place.name} {image.stem}"}
