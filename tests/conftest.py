@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from bundle.data.phantom import make_phantom
 
@@ -22,3 +25,27 @@ def phantom_dir(tmp_path_factory) -> Path:
     """Phantom data of 64 x 64 pixels, only to be read: three patients a split (one a class), two slices each."""
     folder = tmp_path_factory.mktemp("data") / "phantom"
     return Path(make_phantom(folder, size=64, groups=(3, 3, 3), slices_per_group=2))
+
+
+@pytest.fixture(scope="session")
+def write_dicom():
+    """Function that writes HU (rows, columns) as a CT slice and returns the path."""
+
+    def write(path, hu, spacing=(0.75, 1.5), orientation=(1, 0, 0, 0, 1, 0)) -> Path:
+        dataset = pydicom.Dataset()
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
+        dataset.Modality, dataset.PhotometricInterpretation, dataset.SamplesPerPixel = "CT", "MONOCHROME2", 1
+        dataset.Rows, dataset.Columns = hu.shape
+        dataset.PixelSpacing, dataset.SliceThickness = list(spacing), 5
+        dataset.ImageOrientationPatient, dataset.ImagePositionPatient = list(orientation), [-50, -40, 30]
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 0
+        dataset.RescaleIntercept, dataset.RescaleSlope = -1024, 2
+        dataset.PixelData = ((np.asarray(hu) + 1024) // 2).astype("<u2").tobytes()
+        dataset.save_as(path, enforce_file_format=True)
+        return Path(path)
+
+    return write

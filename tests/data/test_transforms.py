@@ -1,11 +1,15 @@
+import csv
+import json
+
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from monai.transforms import Compose, RandAffined, RandFlipd, Resized, SpatialPadd
 from PIL import Image
 
-from bundle.data.transforms import FollowImaged, LoadSlice, LoadSliced, ScaleIntensityd
+from bundle.data.transforms import FollowImaged, LoadSlice, LoadSliced, ScaleIntensityd, move_boxes, to_file_grid
 
 ROWS, COLUMNS = 60, 100
 BOX = [50.0, 15.0, 70.0, 25.0]
@@ -134,6 +138,77 @@ def test_nifti_is_turned_to_lps_and_windowed_in_hu(tmp_path, flip):
     assert np.unravel_index(int(loaded.argmax()), (8, 12)) == (2, 9)
     scaled = ScaleIntensityd("image", window=(-1000, 100))({"image": loaded})["image"]
     assert scaled.max() == 1 and scaled.min() == 0
+
+
+# Axes of the file as (axis of the patient's L P S, direction), as nibabel's orientations.
+ORIENTATIONS = [[[a, f], [1 - a, g], [2, h]] for a in (0, 1) for f in (1, -1) for g in (1, -1) for h in (1, -1)]
+ORIENTATIONS += [[[1, 1], [2, -1], [0, 1]], [[2, 1], [0, -1], [1, 1]]]
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS, ids=str)
+def test_a_turned_slice_finds_back_to_its_file(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(-1000, 500, (8, 12)).astype(np.int16)
+    affine = np.diag([-1.5, -0.75, 5.0, 1.0])
+    affine[:3, 3] = [9, 8, 7]
+    stored = nib.Nifti1Image(pixels.T[..., None], affine).as_reoriented(np.array(orientation))
+    nib.save(stored, tmp_path / "x.nii.gz")
+    loaded = LoadSlice()(tmp_path / "x.nii.gz")
+    np.testing.assert_array_equal(loaded[0], pixels)
+    np.testing.assert_array_equal(to_file_grid(pixels, loaded), stored.get_fdata())
+    np.testing.assert_allclose(loaded.meta["file_affine"], stored.affine)
+    assert loaded.meta["spacing"] == (0.75, 1.5)
+    # A box around one pixel of the file encloses the same pixel of the slice, and the other way round.
+    row, column = 2, 9
+    x, y = np.argwhere(np.squeeze(stored.get_fdata()) == pixels[row, column])[0]
+    box = torch.tensor([[x, y, x + 1, y + 1]]).float()
+    sample = FollowImaged()({"image": loaded, "boxes": box})
+    torch.testing.assert_close(sample["boxes"], torch.tensor([[9.0, 2.0, 10.0, 3.0]]))
+    torch.testing.assert_close(move_boxes(sample["boxes"], loaded.affine), box)
+
+
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, 1, 0), (0, 1, 0, 1, 0, 0), (0, -1, 0, 1, 0, 0)])
+@pytest.mark.parametrize("name", ["x.dcm", "x", "1.2.840.113619"])
+def test_dicom_is_in_hu_and_finds_back_to_its_file(tmp_path, write_dicom, orientation, name):
+    hu = np.full((8, 12), -1000)
+    hu[2, 9] = 100
+    path = write_dicom(tmp_path / name, hu, orientation=orientation)
+    loaded = LoadSlice()(path)
+    assert loaded.meta["hounsfield"] and loaded.min() == -1000 and loaded.max() == 100
+    across, down = np.array(orientation[:3]), np.array(orientation[3:])
+    turned = hu if across[0] else hu.T  # columns of the file run along the patient's left and right, or front and back
+    turned = turned[:, ::-1] if (across + down)[0] < 0 else turned
+    turned = turned[::-1] if (across + down)[1] < 0 else turned
+    np.testing.assert_array_equal(loaded[0], turned)
+    np.testing.assert_array_equal(to_file_grid(turned, loaded)[..., 0].T, hu)
+    assert loaded.meta["spacing"] == ((0.75, 1.5) if across[0] else (1.5, 0.75))
+
+
+def test_real_dicom_has_the_hu_rows_and_columns_of_pydicom(real_data):
+    with (real_data / "lung_pet_ct_dx/labels.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if int(row["n_boxes"]))
+    path = real_data / "lung_pet_ct_dx" / row["file"]
+    dataset = pydicom.dcmread(path)
+    hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
+    loaded = LoadSlice()(path)
+    np.testing.assert_array_equal(loaded[0], hu)
+    assert loaded.meta["spacing"] == pytest.approx([float(value) for value in dataset.PixelSpacing])
+    corner = np.array([-1, -1, 1]) * [float(value) for value in dataset.ImagePositionPatient]  # LPS to RAS
+    np.testing.assert_allclose(loaded.meta["file_affine"][:3, 3], corner)
+    # The tumour that was boxed is tissue, not lung: pixels of boxes mean here what they mean to the annotators.
+    x1, y1, x2, y2 = map(int, json.loads(row["boxes_xyxy"])[0])
+    assert np.median(hu[y1:y2, x1:x2]) > -300
+
+
+def test_a_picture_of_several_pages_is_refused(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "x.tif", save_all=True, append_images=[Image.new("L", (8, 8))])
+    with pytest.raises(ValueError, match="x.tif: cannot be read .found 2 pictures, expected one"):
+        LoadSlice()(tmp_path / "x.tif")
+
+
+def test_a_text_file_named_png_is_refused_by_the_reader_of_pictures(tmp_path):
+    (tmp_path / "x.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="x.png: cannot be read .cannot identify image file"):
+        LoadSlice()(tmp_path / "x.png")
 
 
 def test_bad_files_are_refused_in_one_line(record, tmp_path):
