@@ -1,4 +1,4 @@
-"""The datalist: one JSON file of partially labelled records, read, validated and selected from. docs/data.md describes it."""
+"""The datalist: one JSON file of partially labelled records: read, validate, select. docs/data.md describes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
 
     Args:
         path: JSON file with `classes` and the lists training, validation and test.
-        dataset_dir: folder of the files; where it is given, they must be there, and boxes, masks and instances fit the image.
+        dataset_dir: folder of the files; where it is given, they must be there, and boxes, masks and instances fit the
+            image.
         classes: names that the configuration expects; their number must be the datalist's.
 
     Raises:
@@ -44,7 +45,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
     try:
         datalist = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error}), expected a datalist; make one with scripts/prepare_data.py") from None
+        raise ValueError(f"{path}: found no JSON ({error}), expected a datalist") from None
     try:
         validate(datalist, dataset_dir)
     except ValueError as error:
@@ -137,11 +138,11 @@ def _record_complaints(record: Mapping, num_classes: int, dataset_dir):
                 sizes[field] = slice_size(path)
             except ValueError as error:
                 yield f"{field}: {error}"
-    size = sizes.get(IMAGE)
+    image = sizes.get(IMAGE)
     for field in (MASK, INSTANCES):
-        if size and sizes.get(field, size) != size:
-            yield f"{field}: found (columns, rows) = {sizes[field]}, expected {size} as the image has"
-    yield from _box_complaints(record.get(BOXES, []), size)
+        if image and field in sizes and sizes[field].turned != image.turned:
+            yield f"{field}: found (columns, rows) = {sizes[field].turned}, expected {image.turned} as the image has"
+    yield from _box_complaints(record.get(BOXES, []), image and image.stored)
 
 
 def _box_complaints(boxes, size: tuple[int, int] | None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -10,8 +11,15 @@ import SimpleITK as sitk
 from PIL import Image, UnidentifiedImageError
 
 
-def slice_size(path) -> tuple[int, int]:
-    """(columns, rows) of the one axial slice in a file of any format that `LoadSlice` reads, turned to LPS as it does.
+class SliceSize(NamedTuple):
+    """(columns, rows) of a slice: `stored` on the grid of its file, as boxes are; `turned` to LPS, as it is read."""
+
+    stored: tuple[int, int]
+    turned: tuple[int, int]
+
+
+def slice_size(path) -> SliceSize:
+    """Size of the one axial slice in a file of any format that `bundle.data.transforms.LoadSlice` reads.
 
     Raises:
         ValueError: if the header cannot be read, or tells of more than one slice.
@@ -23,18 +31,21 @@ def slice_size(path) -> tuple[int, int]:
         else:
             try:
                 with Image.open(path) as picture:
-                    return picture.size
+                    return SliceSize(picture.size, picture.size)
             except UnidentifiedImageError:
                 shape, affine = _itk_header(str(path))
-        # Size of the array axis that runs most along the patient's x, y and z; a file of two axes is one slice.
-        axes = nibabel.io_orientation(affine)[:, 0].tolist()
-        columns, rows, slices = ((*shape, 1, 1)[axes.index(world)] for world in range(3))
+        shape = (*shape, 1)[:3]  # a file of two axes is one slice
+        # For each axis of the array, the axis of the patient (x, y, z) that it runs along.
+        along = nibabel.io_orientation(affine)[:, 0].tolist()
+        slices = shape[along.index(2)]
     except Exception as error:  # readers raise anything: one line instead of a library's traceback
         reason = str(error).strip().splitlines()
         raise ValueError(f"cannot read {path} ({reason[-1] if reason else type(error).__name__})") from None
     if slices != 1:
         raise ValueError(f"found {slices} slices in {path}, expected a single one")
-    return columns, rows
+    first, second = (axis for axis in range(3) if along[axis] != 2)
+    stored = shape[first], shape[second]
+    return SliceSize(stored, stored if along[first] == 0 else stored[::-1])
 
 
 def _itk_header(path: str) -> tuple[tuple[int, ...], np.ndarray]:

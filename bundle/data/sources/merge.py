@@ -170,7 +170,7 @@ def _with_splits(records: list[tuple[str | None, dict]], seed: int) -> list[tupl
 
 
 def table(datalist: dict) -> str:
-    """Markdown table of a datalist: for each source and split the records, groups, annotations by task, boxes and classes."""
+    """Markdown table of a datalist: slices, groups, annotations by task, boxes and classes of each source and split."""
     classes = datalist["classes"]
     lines = [
         f"| source | split | slices | groups | {' | '.join(TASKS)} | {BOXES} | {' | '.join(classes)} |",
@@ -184,6 +184,7 @@ def table(datalist: dict) -> str:
             tasks = Counter(task for record in records for task in annotated_tasks(record))
             labels = Counter(record.get(CLASS) for record in records)
             counts = [len(records), len({record[GROUP] for record in records}), *(tasks[task] for task in TASKS)]
-            counts += [sum(len(record.get(BOXES, [])) for record in records), *(labels[index] for index in range(len(classes)))]
+            counts.append(sum(len(record.get(BOXES, [])) for record in records))
+            counts += [labels[index] for index in range(len(classes))]
             lines.append(f"| {source} | {split} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines) + "\n"

@@ -34,7 +34,7 @@ def covid_ct_original(folder: Path, export: Path) -> Records:
                 unknown += name not in patients
                 yield SPLIT_NAMES[split], {IMAGE: str(image), CLASS: label, GROUP: patients.get(name, name)}
     if unknown:
-        logger.info(f"{folder}: {unknown} images of unknown patient, each a group of its own; *MetaInfo*.csv would name them")
+        logger.info(f"{folder}: {unknown} images of patients that no *MetaInfo*.csv names, each a group of its own")
 
 
 def _patients(folder: Path) -> dict[str, str]:

@@ -97,9 +97,9 @@ def coco(folder: Path, export: Path) -> Records:
 
 
 def table_csv(path: Path, export: Path) -> Records:
-    """A CSV file with `image` and any of class, mask, boxes (JSON), instances, group, source, split; an empty cell is absent.
+    """A CSV file with `image` and any of class, mask, boxes (JSON), instances, group, source, split.
 
-    Paths count from the folder of the file. A class is a number or a name.
+    An empty cell is an absent field. Paths count from the folder of the file. A class is a number or a name.
     """
     for place, row in read_rows(path, ("image",)):
         row = {key: cell.strip() for key, cell in row.items() if cell.strip()}
@@ -114,5 +114,5 @@ def table_csv(path: Path, export: Path) -> Records:
                 row[BOXES] = json.loads(row[BOXES])
             except ValueError:
                 raise ValueError(f"{place}: {BOXES}: found {row[BOXES]!r}, expected [[x1, y1, x2, y2], …]") from None
-        files = {key: str(path.parent / row[key]) for key in (IMAGE, MASK, INSTANCES) if row.get(key, EMPTY_MASK) != EMPTY_MASK}
-        yield split, {GROUP: row[IMAGE], **row, **files}
+        files = [key for key in (IMAGE, MASK, INSTANCES) if row.get(key, EMPTY_MASK) != EMPTY_MASK]
+        yield split, {GROUP: row[IMAGE], **row, **{key: str(path.parent / row[key]) for key in files}}

@@ -22,8 +22,8 @@ def covid_ct(tmp_path, picture):
         path.write_text("\n".join(names) + "\n\n")
         for name in names:
             picture(folder / f"Images-processed/CT_{path.parent.name}" / name, (40, 60))
-    rows = ["File name,Patient ID,Age,Captions", '2020.01.24-p27%0.png,Patient 1,41,"a, b",,', "2020.01.24-p27%1,Patient 1 ,41"]
-    (folder / "COVID-CT-MetaInfo.csv").write_text("\n".join(rows))
+    rows = ['2020.01.24-p27%0.png,Patient 1,41,"a, b",,', "2020.01.24-p27%1,Patient 1 ,41"]
+    (folder / "COVID-CT-MetaInfo.csv").write_text("\n".join(["File name,Patient ID,Age,Captions", *rows]))
     (folder / "NonCOVID-CT-MetaInfo.csv").write_text(",image name,patient id\n0,25.png,1.3.6\n")
     return folder
 
@@ -37,7 +37,7 @@ def test_covid_ct_original(covid_ct, merged, caplog):
         "validation": [(1, "covid_ct/v.png"), (0, "covid_ct/25.jpg")],
         "test": [(1, "covid_ct/t.png")],
     }
-    assert "3 images of unknown patient" in caplog.text
+    assert "3 images of patients that no *MetaInfo*.csv names" in caplog.text
 
 
 def test_covid_ct_without_a_list_is_refused(covid_ct, merged):
@@ -67,9 +67,8 @@ def iqoth(tmp_path, picture):
 def test_iqoth_nccd_original(iqoth, merged):
     records = [record for found in merged(iqoth).values() for record in found]
     groups = Counter((record["group"], record["class"]) for record in records)
-    assert groups == {
-        (f"iqoth_nccd/{case}_{run}", label): 2 for case, label in (("normal", 0), ("bengin", 0), ("malignant", 2)) for run in (0, 1)
-    }
+    labels = {"normal": 0, "bengin": 0, "malignant": 2}
+    assert groups == {(f"iqoth_nccd/{case}_{run}", labels[case]): 2 for case in labels for run in (0, 1)}
     names = {record["image"].split("(")[1][:2] for record in records if record["group"].endswith("_1")}
     assert names == {"10", "11"}
 

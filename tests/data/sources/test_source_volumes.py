@@ -86,7 +86,8 @@ def test_msd_lung(tmp_path, chest, samples):
     (tmp_path / "Task06_Lung/labelsTr/._lung_000.nii.gz").write_bytes(b"what macOS leaves")
     found = samples(tmp_path / "Task06_Lung")
     # Two slices with a tumour and two without; the one whose tumour is dust is neither.
-    assert sorted(sample["image"].meta["filename_or_obj"][-10:-7] for sample in found) == sorted(3 * ["000", "002", "003", "005"])
+    names = [sample["image"].meta["filename_or_obj"][-10:-7] for sample in found]
+    assert sorted(names) == sorted(3 * ["000", "002", "003", "005"])
     assert {sample["record"]["group"] for sample in found} == {f"msd_lung/lung_{number:03d}" for number in range(3)}
     for sample in found:
         index = int(sample["image"].meta["filename_or_obj"][-10:-7])
@@ -101,7 +102,7 @@ def test_msd_lung(tmp_path, chest, samples):
 
 @pytest.fixture
 def luna16(tmp_path):
-    """A scan of unequal spacing, an offset and reversed axes, with two balls in tissue; one scan without nodule; lung masks."""
+    """A scan of unequal spacing, an offset and reversed axes, with two balls; a scan without nodule; lung masks."""
     folder = tmp_path / "LUNA16"
     size, spacing = (COLUMNS, ROWS, 16), (0.6, 0.8, 2.0)
     nodules = [((-12.3, 31.0, -92.2), 10.0), ((-28.0, 40.5, -84.0), 6.0)]
@@ -143,5 +144,5 @@ def test_luna16_boxes_hold_the_balls(luna16, samples):
 
 def test_luna16_bad_number_is_refused(luna16, merged):
     (luna16 / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,1,2,x,4\n")
-    with pytest.raises(ValueError, match="annotations.csv: line 2: could not convert string to float: 'x', expected numbers in"):
+    with pytest.raises(ValueError, match="csv: line 2: could not convert string to float: 'x', expected numbers in coordX"):
         merged(luna16)

@@ -1,0 +1,285 @@
+import copy
+import json
+import math
+import os
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+
+from bundle.data.datalist import annotated_tasks, load_datalist, select, validate, write_datalist
+
+ROWS, COLUMNS = 40, 60
+
+
+def write(path, columns=COLUMNS, rows=ROWS):
+    """An empty slice in the format of the path's suffix."""
+    if path.name.endswith(".png"):
+        Image.new("L", (columns, rows)).save(path)
+    elif path.name.endswith(".nii.gz"):
+        affine = np.diag([-0.7, -0.9, 5, 1])
+        nibabel.save(nibabel.Nifti1Image(np.zeros((columns, rows, 1), np.int16), affine), path)
+    else:
+        sitk.WriteImage(sitk.Image((columns, rows, 1), sitk.sitkInt16), str(path))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png", "mask.png", "instances.png", "s.nii.gz", "s.mhd", "s.dcm"):
+        write(tmp_path / name)
+    write(tmp_path / "turned.png", ROWS, COLUMNS)
+    write(tmp_path / "turned.nii.gz", ROWS, COLUMNS)
+    return tmp_path
+
+
+@pytest.fixture
+def datalist():
+    return {
+        "name": "tiny",
+        "classes": ["other", "COVID-19", "lung cancer"],
+        "training": [
+            {"image": "a.png", "class": 2, "boxes": [[50, 30, 60, 40]], "instances": "instances.png", "group": "p1"},
+            {"image": "b.png", "mask": "mask.png", "group": "p1", "source": "x"},
+        ],
+        "validation": [{"image": "c.png", "mask": "empty", "boxes": []}],
+        "test": [{"image": "d.png"}],
+    }
+
+
+def complaint(datalist, folder):
+    """The one line with which a datalist is refused, without the path of the test's folder."""
+    path = folder / "datalist.json"
+    path.write_text(datalist if isinstance(datalist, str) else json.dumps(datalist))
+    with pytest.raises(ValueError) as error:
+        load_datalist(path, folder)
+    message = str(error.value)
+    assert "\n" not in message and message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ").replace(f"{folder}{os.sep}", "")
+
+
+def test_a_good_datalist_is_read_as_it_was_written(folder, datalist):
+    write_datalist(datalist, folder / "new/datalist.json")
+    assert load_datalist(folder / "new/datalist.json", folder, ["a", "b", "c"]) == datalist
+    assert [path.name for path in (folder / "new").iterdir()] == ["datalist.json"]
+
+
+BAD_RECORDS = {
+    "missing file": ({"image": "z.png"}, "image: found no file z.png, expected it there; check dataset_dir"),
+    "missing mask": ({"mask": "z.png"}, "mask: found no file z.png, expected it there; check dataset_dir"),
+    "image null": ({"image": None}, "image: found None, expected a path relative to dataset_dir"),
+    "mask null": ({"mask": None}, "mask: found None, expected a path relative to dataset_dir"),
+    "instances empty": ({"instances": "empty"}, "instances: found no file empty, expected it there; check dataset_dir"),
+    "class above": ({"class": 3}, "class: found 3, expected a whole number from 0 to 2"),
+    "class below": ({"class": -1}, "class: found -1, expected a whole number from 0 to 2"),
+    "class bool": ({"class": True}, "class: found True, expected a whole number from 0 to 2"),
+    "class float": ({"class": 1.0}, "class: found 1.0, expected a whole number from 0 to 2"),
+    "class text": ({"class": "1"}, "class: found '1', expected a whole number from 0 to 2"),
+    "x2 below x1": ({"boxes": [[50, 30, 40, 40]]}, "boxes: found [50, 30, 40, 40], expected x1 < x2 and y1 < y2"),
+    "y2 equals y1": ({"boxes": [[50, 30, 60, 30]]}, "boxes: found [50, 30, 60, 30], expected x1 < x2 and y1 < y2"),
+    "beyond the right": (
+        {"boxes": [[50, 30, 60.5, 40]]},
+        "boxes: found [50, 30, 60.5, 40] outside the image, expected x from 0 to 60 and y from 0 to 40",
+    ),
+    "columns and rows mistaken": (
+        {"boxes": [[30, 50, 40, 60]]},
+        "boxes: found [30, 50, 40, 60] outside the image, expected x from 0 to 60 and y from 0 to 40",
+    ),
+    "negative": (
+        {"boxes": [[-1, 0, 5, 5]]},
+        "boxes: found [-1, 0, 5, 5] outside the image, expected x from 0 to 60 and y from 0 to 40",
+    ),
+    "three numbers": ({"boxes": [[1, 2, 3]]}, "boxes: found [1, 2, 3], expected four finite numbers [x1, y1, x2, y2]"),
+    "NaN": ({"boxes": [[1, 2, math.nan, 4]]}, "boxes: found [1, 2, nan, 4], expected four finite numbers [x1, y1, x2, y2]"),
+    "one box, not a list of boxes": (
+        {"boxes": [1, 2, 3, 4]},
+        "boxes: found 1, expected four finite numbers [x1, y1, x2, y2] (and 3 more complaints)",
+    ),
+    "boxes no list": ({"boxes": "none"}, "boxes: found 'none', expected a list of [x1, y1, x2, y2]"),
+    "mask of another size": (
+        {"mask": "turned.png"},
+        "mask: found (columns, rows) = (40, 60), expected (60, 40) as the image has",
+    ),
+    "NIfTI mask of another size": (
+        {"mask": "turned.nii.gz"},
+        "mask: found (columns, rows) = (40, 60), expected (60, 40) as the image has",
+    ),
+    "instances of another size": (
+        {"instances": "turned.png"},
+        "instances: found (columns, rows) = (40, 60), expected (60, 40) as the image has",
+    ),
+    "unknown field": (
+        {"label": 1},
+        "label: unknown field, expected one of image, class, mask, boxes, instances, group, source",
+    ),
+    "group a number": ({"group": 7}, "group: found 7, expected text"),
+    "source a number": ({"source": 7}, "source: found 7, expected text"),
+}
+
+
+@pytest.mark.parametrize("change, expected", BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_bad_record_is_refused_by_name(folder, datalist, change, expected):
+    datalist["training"][0] |= change
+    datalist["training"][1].pop("group")
+    name = f"training[0] {datalist['training'][0]['image'] or ''}".strip()
+    assert complaint(datalist, folder) == f"{name}: {expected}"
+
+
+def test_boxes_are_on_the_grid_of_a_turned_file(folder, datalist):
+    """The file's first axis runs to the back, so its x is the slice's row; a picture of a mask lies as the slice is read."""
+    affine = np.array([[0, -0.7, 0, 0], [-0.9, 0, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(np.zeros((ROWS, COLUMNS, 1), np.int16), affine), folder / "x.nii.gz")
+    datalist["training"] = [{"image": "x.nii.gz", "boxes": [[30, 50, 40, 60]], "mask": "mask.png"}]
+    validate(datalist, folder)
+    datalist["training"][0]["boxes"] = [[50, 30, 60, 40]]
+    expected = "boxes: found [50, 30, 60, 40] outside the image, expected x from 0 to 40 and y from 0 to 60"
+    assert complaint(datalist, folder) == f"training[0] x.nii.gz: {expected}"
+
+
+@pytest.mark.parametrize("image", ["s.nii.gz", "s.mhd", "s.dcm"])
+def test_boxes_and_masks_must_fit_volumes_too(folder, datalist, image):
+    datalist["training"] = [{"image": image, "boxes": [[50, 30, 60, 40]], "mask": "mask.png"}]
+    (folder / "datalist.json").write_text(json.dumps(datalist))
+    load_datalist(folder / "datalist.json", folder)
+    datalist["training"][0]["boxes"] = [[50, 30, 60, 41]]
+    expected = "boxes: found [50, 30, 60, 41] outside the image, expected x from 0 to 60 and y from 0 to 40"
+    assert complaint(datalist, folder) == f"training[0] {image}: {expected}"
+    datalist["training"][0] |= {"boxes": [], "mask": "turned.png"}
+    expected = "mask: found (columns, rows) = (40, 60), expected (60, 40) as the image has"
+    assert complaint(datalist, folder) == f"training[0] {image}: {expected}"
+
+
+def test_what_is_no_image_is_refused(folder, datalist):
+    (folder / "mask.png").write_bytes(b"text")
+    assert complaint(datalist, folder).startswith("training[1] b.png: mask: cannot read mask.png (")
+
+
+def test_instances_without_boxes_are_refused(folder, datalist):
+    datalist["training"][0].pop("boxes")
+    expected = "training[0] a.png: instances: found without boxes, expected one box for each instance"
+    assert complaint(datalist, folder) == expected
+
+
+def test_a_group_in_two_splits_is_refused(folder, datalist):
+    datalist["test"][0]["group"] = "p1"
+    assert complaint(datalist, folder) == (
+        "test[0] d.png: group: found 'p1' in test and in training, expected it in one split only; "
+        "keep all slices of a patient together"
+    )
+
+
+@pytest.mark.parametrize("split, again", [("test", "a.png"), ("training", "./a.png")])
+def test_an_image_in_two_records_is_refused(folder, datalist, split, again):
+    datalist[split].append({"image": again, "group": f"of {split}"})
+    assert complaint(datalist, folder) == (
+        f"{split}[{len(datalist[split]) - 1}] {again}: image: found in training[0] as well, "
+        "expected one record with all annotations of an image"
+    )
+
+
+def test_the_number_of_complaints_is_told(folder, datalist):
+    datalist["training"][0] |= {"class": 9, "boxes": [[5, 5, 1, 9], [0, 0, 99, 9]]}
+    expected = "training[0] a.png: class: found 9, expected a whole number from 0 to 2 (and 2 more complaints)"
+    assert complaint(datalist, folder) == expected
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda d: d.pop("classes"), "classes: found None, expected a list of class names beside the lists training"),
+        (lambda d: d.update(classes=[]), "classes: found [], expected a list of class names"),
+        (lambda d: d.update(classes=3), "classes: found 3, expected a list of class names"),
+        (lambda d: d.update(training=[], validation=[], test=[]), "found no record, expected a non-empty list under"),
+        (lambda d: d.update(train=d.pop("training")), "train: found list, expected lists of records, and only under"),
+        (lambda d: d.update(test={"a": 1}), "test: found dict, expected lists of records, and only under training"),
+        (lambda d: d.update(test=["d.png"]), "test[0]: found 'd.png', expected a record with image and any of class, mask"),
+    ],
+)
+def test_a_bad_datalist_is_refused(folder, datalist, change, expected):
+    change(datalist)
+    assert complaint(datalist, folder).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("", "found no JSON (Expecting value: line 1 column 1 (char 0)), expected a datalist"),
+        ("{'a': 1}", "found no JSON (Expecting"),
+        ("[]", "classes: found None"),
+    ],
+)
+def test_what_is_no_datalist_is_refused(folder, content, expected):
+    assert complaint(content, folder).startswith(expected)
+
+
+def test_a_missing_datalist_is_refused(folder):
+    expected = "no.json: no such datalist; make one with scripts/prepare_data.py, or set datalist"
+    with pytest.raises(FileNotFoundError, match=expected):
+        load_datalist(folder / "no.json", folder)
+
+
+def test_another_number_of_classes_than_the_configs_is_refused(folder, datalist):
+    write_datalist(datalist, folder / "datalist.json")
+    expected = r"datalist.json: classes: found \['other', 'COVID-19', 'lung cancer'\], expected 2 as in the config's classes"
+    with pytest.raises(ValueError, match=expected):
+        load_datalist(folder / "datalist.json", folder, ["other", "ill"])
+
+
+def test_files_are_looked_at_only_where_the_folder_is_known(datalist):
+    validate(datalist)
+    datalist["training"][0]["boxes"] = [[-1, 0, 5, 5]]
+    with pytest.raises(ValueError, match=r"found \[-1, 0, 5, 5\] outside the image, expected x from 0 and y from 0$"):
+        validate(datalist)
+
+
+def test_validation_changes_nothing(folder, datalist):
+    before = copy.deepcopy(datalist)
+    validate(datalist, folder)
+    assert datalist == before
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, ("reconstruction",)),
+        ({"class": 0}, ("classification", "reconstruction")),
+        ({"mask": "empty", "boxes": []}, ("segmentation", "detection", "reconstruction")),
+    ],
+)
+def test_absent_fields_are_not_annotated_and_empty_ones_are(fields, expected):
+    assert annotated_tasks({"image": "a.png"} | fields) == expected
+
+
+@pytest.mark.parametrize(
+    "split, tasks, expected",
+    [
+        ("training", ["classification"], ["a.png"]),
+        ("training", {"segmentation": 1.0, "detection": 0.5}, ["a.png", "b.png"]),
+        ("training", ["reconstruction"], ["a.png", "b.png"]),
+        ("validation", ["detection"], ["c.png"]),
+    ],
+)
+def test_selection_by_split_and_task(datalist, split, tasks, expected):
+    records = select(datalist, split, tasks, "data")
+    assert [record["image"] for record in records] == [os.path.join("data", name) for name in expected]
+
+
+def test_selection_joins_the_paths_of_annotations(datalist):
+    a, b = select(datalist, "training", ["reconstruction"], "data")
+    assert a["instances"] == os.path.join("data", "instances.png") and b["mask"] == os.path.join("data", "mask.png")
+    assert select(datalist, "validation", ["segmentation"], "data")[0]["mask"] == "empty"
+    assert datalist["training"][0]["image"] == "a.png"
+
+
+@pytest.mark.parametrize(
+    "split, tasks, expected",
+    [
+        ("dev", ["detection"], "split: found 'dev', expected one of training, validation, test"),
+        ("test", ["segmentation"], "split test: found no record annotated for segmentation; name other tasks or add"),
+        ("test", ["segment"], "tasks: found 'segment', expected one or more of classification"),
+    ],
+)
+def test_a_bad_selection_is_refused(datalist, split, tasks, expected):
+    with pytest.raises(ValueError, match=expected):
+        select(datalist, split, tasks)
