@@ -123,7 +123,7 @@ class LoadSliced(MapTransform):
         segmentation_classes: number of lesion channels.
 
     Raises:
-        ValueError: naming the files, if the mask or the instances have another size than the image.
+        ValueError: naming the files, if the mask or the instances have another size than the image, or a box no instance.
     """
 
     def __init__(self, segmentation_classes: int = 1) -> None:
@@ -152,6 +152,9 @@ class LoadSliced(MapTransform):
             if INSTANCES in record and len(sample[BOXES]):
                 labels = self._labels(record, INSTANCES, image)
                 masks = [labels[0] == n + 1 for n in range(len(sample[BOXES]))]
+                missing = [n + 1 for n, mask in enumerate(masks) if not mask.any()]
+                if missing:
+                    raise ValueError(f"{record[INSTANCES]}: found no pixel of {missing}, expected n + 1 on the object of boxes[n]")
                 sample[INSTANCES] = MetaTensor(torch.stack(masks).float(), affine=image.affine)
         return sample
 

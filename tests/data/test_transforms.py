@@ -233,6 +233,12 @@ def test_a_mask_of_another_size_is_refused_naming_both_files(record, tmp_path):
         LoadSliced()({**record, "mask": str(tmp_path / "small.png")})
 
 
+def test_a_box_without_its_instance_is_refused(record):
+    record["boxes"] = [BOX, [0.0, 0.0, 5.0, 5.0]]
+    with pytest.raises(ValueError, match=r"instances.png: found no pixel of \[2\], expected n \+ 1 on the object of boxes\[n\]"):
+        LoadSliced()(record)
+
+
 def test_window_must_be_ordered():
     with pytest.raises(ValueError, match="window"):
         ScaleIntensityd("image", window=(100, -100))
