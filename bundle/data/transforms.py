@@ -154,7 +154,8 @@ class LoadSliced(MapTransform):
                 masks = [labels[0] == n + 1 for n in range(len(sample[BOXES]))]
                 missing = [n + 1 for n, mask in enumerate(masks) if not mask.any()]
                 if missing:
-                    raise ValueError(f"{record[INSTANCES]}: found no pixel of {missing}, expected n + 1 on the object of boxes[n]")
+                    expected = "n + 1 on the object of boxes[n]"
+                    raise ValueError(f"{record[INSTANCES]}: found no pixel of value {missing}, expected {expected}")
                 sample[INSTANCES] = MetaTensor(torch.stack(masks).float(), affine=image.affine)
         return sample
 
@@ -198,8 +199,8 @@ class ScaleIntensityd(MapTransform):
 class FollowImaged(MapTransform):
     """Bring boxes to the pixel grid of the image after any affine transforms of MONAI (resize, pad, flip, rotate, zoom).
 
-    The image's affine tells where every pixel lies in the file; corners of the stored boxes are sent through its inverse. Where instance
-    masks exist, their extent is taken instead, which stays tight under rotation. Boxes are clipped to the image; those
+    The image's affine tells where every pixel lies in the file; corners of the stored boxes are sent through its inverse.
+    Where instance masks exist, their extent is taken instead, which stays tight under rotation. Boxes are clipped to the image; those
     thinner than `min_size` pixels are dropped, with their instance.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bundle.data.datalist import load_datalist
+from bundle.data.datalist import FIELDS, load_datalist
 from bundle.data.sources import SOURCES, detect_layout, merge, table
 from bundle.data.sources.merge import find_layouts
 
@@ -44,6 +44,16 @@ def test_layouts_are_told_apart(tmp_path, layout, files):
 
 def test_every_layout_is_recognised_but_the_one_to_be_named():
     assert [name for name, source in SOURCES.items() if not source.marks] == ["medseg_covid19_official", "csv"]
+
+
+def test_the_document_names_every_layout_with_its_marks_and_every_field():
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8").replace("\\*", "*").replace("\\_", "_")
+    for name, source in SOURCES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        for mark in source.marks if name not in ("coco", "luna16") else ():  # these two are told in other words
+            assert f"**{mark}**" in row
+    for field in FIELDS:
+        assert f"\n| `{field}` |" in text
 
 
 @pytest.fixture
