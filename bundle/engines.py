@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from monai.engines import SupervisedTrainer
 from monai.utils import set_determinism
 from monai.utils.enums import CommonKeys
 
+from bundle.configuration import check_ids, running_workflow
 from bundle.metrics import plot_curves, stage_table
 from bundle.networks import load_weights
 from bundle.tasks import ANNOTATED, DETECTION, IMAGE, RECORD, check_tasks
@@ -83,8 +83,8 @@ class RunRecorder:
         output_dir: folder of the run.
         state: name -> object with a state_dict, "network" among them.
         dataset: training dataset, whose random transforms are seeded.
-        evaluator: engine whose `state.metrics` hold the validation metrics of the epoch, "score" among them.
-        val_interval: epochs between validations.
+        evaluator: engine that is run for the validation; its `state.metrics` then hold the metrics, "score" among them.
+        val_interval: epochs between validations; the last epoch is always validated.
         seed: of the run.
         init_checkpoint: weights that the run starts from; None for fresh ones.
     """
@@ -135,6 +135,7 @@ class RunRecorder:
         entry = {"epoch": epoch, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         entry |= {name if name == "loss" else f"loss_{name}": float(np.mean(v)) for name, v in self.terms.items()}
         if epoch % self.val_interval == 0 or epoch == trainer.state.max_epochs:
+            self.evaluator.run(epoch)
             entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
         self.history.append(entry)
         if self.best() is entry:
@@ -173,19 +174,9 @@ def write_json(content, path: Path) -> None:
 
 
 def running_config() -> dict:
-    """The raw configuration whose expression is being evaluated, overlays and command line merged in.
-
-    MONAI gives an expression no handle on the parser that evaluates it, so it is looked up among the callers.
-
-    Raises:
-        RuntimeError: if no `monai.bundle.ConfigParser` is among the callers.
-    """
-    for caller in inspect.stack():
-        parser = caller.frame.f_locals.get("self")
-        if isinstance(parser, ConfigWorkflow):
-            config = deepcopy(parser.parser.get())
-            return {key: value for key, value in config.items() if key != ConfigParser.meta_key}
-    raise RuntimeError("running_config() works inside an expression of a bundle config only")
+    """The raw configuration whose expression is being evaluated, overlays and command line merged in, without metadata."""
+    config = deepcopy(running_workflow().parser.get())
+    return {key: value for key, value in config.items() if key != ConfigParser.meta_key}
 
 
 def start_run(output_dir: str, resume: bool = True) -> None:
@@ -231,12 +222,15 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
 
     Raises:
         FileNotFoundError: if a stage has no overlay.
+        ValueError: if a stage has an unknown id: see `bundle.configuration.check_ids`.
     """
     folder, base = Path(output_dir), running_config()
     first, previous, trained, reports = base.get("init_checkpoint"), None, set(), {}
-    for name in stages:
-        if not (Path(config_dir) / f"{name}.json").is_file():
+    for name, entries in stages.items():
+        overlay = Path(config_dir) / f"{name}.json"
+        if not overlay.is_file():
             raise FileNotFoundError(f"stages: found {name!r}, expected {config_dir}/{name}.json")
+        check_ids(_overlay(base, overlay, entries), config_dir)
     for name, entries in stages.items():
         stage = folder / name
         config = _overlay(base, Path(config_dir) / f"{name}.json", {**entries, "output_dir": str(stage)})

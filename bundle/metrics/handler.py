@@ -84,7 +84,7 @@ class MultiTaskMetrics:
     def update(self, engine) -> None:
         label, pred = engine.state.output[CommonKeys.LABEL], engine.state.output[CommonKeys.PRED]
         rows = [{RECORD: record} for record in label[RECORD]]
-        for task in self.tasks:
+        for task in filter(pred.__contains__, self.tasks):
             for row, case, annotated in zip(
                 rows, cases_of(task, pred[task], label, self.folder is not None), label[ANNOTATED][task].tolist()
             ):

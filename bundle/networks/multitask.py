@@ -73,9 +73,9 @@ class MultiTaskNet(nn.Module):
         Args:
             image: (B, in_channels, H, W) in [0, 1]; H and W are multiples of the encoder's deepest stride.
             targets: detection targets, needed in training mode: see `MaskRCNNHead.forward`.
-            annotated: task -> bool (B,), in training mode: the head of a task is applied to these images alone, which
-                saves time and keeps its batch statistics to them. The rows of other images hold zeros, and a task
-                without any image is absent.
+            annotated: task -> bool (B,): the head of a task is applied to these images alone, which saves time and keeps
+                its batch statistics to them. The rows of other images hold zeros (detection: None), and a task without
+                any image is absent. Without it every head is applied to every image.
 
         Returns:
             By task: classification, logits (B, num_classes); segmentation, logits (B, channels, H, W); reconstruction,
@@ -87,14 +87,14 @@ class MultiTaskNet(nn.Module):
         self._check(tuple(image.shape))
         features, output = self.encoder(image), {}
         for task, head in self.heads.items():
-            if task == DETECTION:
+            if task == DETECTION and self.training:
                 output[task] = head(features, image, targets)
-            elif not self.training or annotated is None or annotated[task].all():
-                output[task] = head(features)
-            elif annotated[task].any():
-                rows = annotated[task].nonzero()[:, 0]
-                part = head([feature[rows] for feature in features])
-                output[task] = part.new_zeros(len(image), *part.shape[1:]).index_copy(0, rows, part)
+                continue
+            rows = slice(None) if annotated is None or annotated[task].all() else annotated[task].nonzero()[:, 0]
+            part = [feature[rows] for feature in features]
+            if len(part[0]):
+                answer = head(part, image[rows]) if task == DETECTION else head(part)
+                output[task] = answer if len(answer) == len(image) else _spread(answer, rows, len(image))
         return output
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -106,6 +106,16 @@ class MultiTaskNet(nn.Module):
                 f"image: found {shape[2]} x {shape[3]} pixels, expected multiples of {self.stride}; use {fit[0]} x {fit[1]} "
                 "(image_size)"
             )
+
+
+def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch.Tensor | list:
+    """Put the answers for some images of a batch on their rows; the other rows hold zeros, or None in a list."""
+    if isinstance(answer, torch.Tensor):
+        return answer.new_zeros(size, *answer.shape[1:]).index_copy(0, rows, answer)
+    spread = [None] * size
+    for row, item in zip(rows.tolist(), answer):
+        spread[row] = item
+    return spread
 
 
 def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:
