@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -13,18 +14,29 @@ def one_line_errors() -> None:
     """From now on, end the process with one line where this package has refused a file or a knob.
 
     That is a ValueError or an OSError that this package raised and nobody caught; MONAI's runner and its configs bury it in
-    a long traceback otherwise. Every other exception is shown as before.
+    a long traceback otherwise, and engines log it on the way. Every other exception is shown and logged as before.
     """
     before = sys.excepthook
 
     def show(kind, error, trace):
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        frames = traceback.extract_tb(cause.__traceback__)
-        if isinstance(cause, (ValueError, OSError)) and frames and frames[-1].filename.startswith(PACKAGE):
-            print(f"error: {cause}", file=sys.stderr)
+        if refusal := _refusal(error):
+            print(f"error: {refusal}", file=sys.stderr)
         else:
             before(kind, error, trace)
 
     sys.excepthook = show
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_news)
+
+
+def _refusal(error: BaseException | None) -> BaseException | None:
+    """The exception that an error goes back to, if this package raised it to refuse a file or a knob."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, (ValueError, OSError)) else []
+    return error if frames and frames[-1].filename.startswith(PACKAGE) else None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what an engine logs while a refusal passes through it, which is shown in the end."""
+    return record.levelno < logging.ERROR or _refusal(sys.exc_info()[1]) is None

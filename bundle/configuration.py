@@ -1,0 +1,66 @@
+"""The configuration that is being run, and the refusal of ids that mean nothing in it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+WORKFLOWS = ("train.json", "evaluate.json", "inference.json")
+# Ids that MONAI itself reads, or adds when an experiment is tracked.
+READ_BY_MONAI = {ConfigParser.meta_key, "imports", "initialize", "run", "finalize", "run_name", "save_execute_config"}
+
+
+def running_workflow() -> ConfigWorkflow:
+    """The workflow whose expression is being evaluated.
+
+    MONAI gives an expression no handle on the workflow that evaluates it, so it is looked up among the callers.
+
+    Raises:
+        RuntimeError: if no `monai.bundle.ConfigWorkflow` is among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame := frame.f_back:
+        workflow = frame.f_locals.get("self")
+        if isinstance(workflow, ConfigWorkflow):
+            return workflow
+    raise RuntimeError("found no ConfigWorkflow among the callers, expected an expression of a bundle config to call this")
+
+
+def refuse_unknown_ids() -> None:
+    """`check_ids` on the running configuration; made for the id `initialize` of a config, so that no work has begun.
+
+    Raises:
+        ValueError: see `check_ids`.
+    """
+    workflow = running_workflow()
+    check_ids(workflow.parser.get(), workflow.config_root_path, (workflow.run_id, workflow.init_id, workflow.final_id))
+
+
+def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
+    """Refuse a top-level id that no workflow has and nothing refers to, which MONAI would ignore.
+
+    Args:
+        config: the raw configuration, overlays and command line merged in.
+        config_dir: folder of the bundle's train.json, evaluate.json and inference.json, whose ids are the known ones.
+        also: further ids that are known, such as the one to run.
+
+    Raises:
+        ValueError: naming the id and the known ids nearest to it.
+    """
+    files = [file for name in WORKFLOWS if (file := Path(config_dir) / name).is_file()]
+    known = {id for file in files for id in json.loads(file.read_text())}
+    referred = set(re.findall(r"[@%](\w+)", json.dumps(config, default=str)))
+    for id in config if known else ():  # a folder without any of the three holds a workflow of its own
+        if id not in known | referred | READ_BY_MONAI | set(also):
+            near = difflib.get_close_matches(id, known, n=3)
+            hint = f"; near matches: {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"configuration: found {id!r}, which no workflow has and nothing refers to as @{id}, expected an id of "
+                f"docs/configuration.md{hint}"
+            )
