@@ -9,13 +9,13 @@ import platform
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.config import get_config_values
 from monai.data.utils import set_rnd
 from monai.engines import SupervisedTrainer
 from monai.utils import set_determinism
@@ -27,6 +27,9 @@ from bundle.networks import load_weights
 from bundle.tasks import ANNOTATED, DETECTION, IMAGE, RECORD, check_tasks
 
 logger = logging.getLogger(__name__)
+
+# Entries that say where and how fast a run is computed, not what: they may differ when it is resumed.
+CHANGEABLE = {"resume", "device", "num_workers", "cache_rate"}
 
 
 def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
@@ -74,10 +77,11 @@ class RunRecorder:
     """Handler that makes a training run repeatable, resumable and readable; attach it last.
 
     Every epoch is seeded from (seed, epoch) alone, so an epoch depends on nothing but the state it starts from. After every
-    epoch the folder holds `last.pt` (network, optimiser, schedule, loss, history; state_dicts and plain numbers),
-    `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. A run that
+    epoch the folder holds `last.pt` (network, optimiser, schedule, loss, gradient scaler, history; state_dicts and plain
+    numbers), `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. A run that
     finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of `init_checkpoint` that
-    this run did not have, and `metrics.json` the best epoch. All are written under a temporary name, then renamed.
+    this run did not have, and `metrics.json` the best epoch. All are written under a temporary name, then renamed;
+    `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both.
 
     Args:
         output_dir: folder of the run.
@@ -91,7 +95,7 @@ class RunRecorder:
 
     def __init__(self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None) -> None:
         self.folder = Path(output_dir)
-        self.state = state
+        self.state = dict(state)
         self.dataset = dataset
         self.evaluator = evaluator
         self.val_interval = val_interval
@@ -101,17 +105,19 @@ class RunRecorder:
 
     def attach(self, trainer) -> None:
         trainer.add_event_handler(Events.STARTED, self.start)
-        trainer.add_event_handler(Events.EPOCH_STARTED, self.seed_epoch)
+        trainer.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.add_terms)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save_epoch)
         trainer.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, trainer) -> None:
+        if trainer.scaler is not None and trainer.scaler.is_enabled():
+            self.state["scaler"] = trainer.scaler
         last = self.folder / "last.pt"
         if last.exists():
             saved = torch.load(last, map_location=trainer.state.device, weights_only=True)
-            for name, item in self.state.items():
-                item.load_state_dict(saved[name])
+            for name in self.state.keys() & saved.keys():
+                self.state[name].load_state_dict(saved[name])
             self.history = saved["history"]
             trainer.state.epoch = len(self.history)
             trainer.state.iteration = len(self.history) * trainer.state.epoch_length
@@ -120,10 +126,11 @@ class RunRecorder:
             loaded = load_weights(self.state["network"], self.init_checkpoint)
             logger.info(f"{self.folder}: started from {self.init_checkpoint} ({', '.join(loaded)})")
 
-    def seed_epoch(self, trainer) -> None:
+    def start_epoch(self, trainer) -> None:
         seed = int(np.random.SeedSequence([self.seed, trainer.state.epoch]).generate_state(1)[0])
         set_determinism(seed)
         set_rnd(self.dataset, seed=seed)
+        self.learning_rate = trainer.optimizer.param_groups[0]["lr"]
         self.terms = defaultdict(list)
 
     def add_terms(self, trainer) -> None:
@@ -131,10 +138,10 @@ class RunRecorder:
             self.terms[name].append(value)
 
     def save_epoch(self, trainer) -> None:
-        epoch = trainer.state.epoch
-        entry = {"epoch": epoch, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
+        epoch, epochs = trainer.state.epoch, trainer.state.max_epochs
+        entry = {"epoch": epoch, "learning_rate": self.learning_rate}
         entry |= {name if name == "loss" else f"loss_{name}": float(np.mean(v)) for name, v in self.terms.items()}
-        if epoch % self.val_interval == 0 or epoch == trainer.state.max_epochs:
+        if epoch % self.val_interval == 0 or epoch == epochs:
             self.evaluator.run(epoch)
             entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
         self.history.append(entry)
@@ -144,13 +151,20 @@ class RunRecorder:
         save_atomically({**states, "history": self.history}, self.folder / "last.pt")
         write_json(self.history, self.folder / "history.json")
         plot_curves(self.history, self.folder / "curves.png")
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name.startswith(("loss", "score")))
+        logger.info(f"{self.folder}: epoch {epoch} of {epochs}: {figures}")
 
     def best(self) -> dict | None:
         """Entry of the epoch with the highest validation score, the earliest of equals; None before a validation."""
-        scored = [entry for entry in self.history if "score" in entry]
+        scored = [entry for entry in self.history if np.isfinite(entry.get("score", np.nan))]
         return max(scored, key=lambda entry: entry["score"]) if scored else None
 
     def finish(self, trainer) -> None:
+        if self.best() is None:
+            raise RuntimeError(
+                f"{self.folder}: found no epoch with a validation score, expected one to choose the weights by; is the "
+                "validation split annotated for the tasks?"
+            )
         weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
         if self.init_checkpoint:
             before = torch.load(self.init_checkpoint, map_location="cpu", weights_only=True)
@@ -174,9 +188,25 @@ def write_json(content, path: Path) -> None:
 
 
 def running_config() -> dict:
-    """The raw configuration whose expression is being evaluated, overlays and command line merged in, without metadata."""
-    config = deepcopy(running_workflow().parser.get())
+    """The raw configuration whose expression is being evaluated, overlays and command line merged in, as JSON holds it."""
+    return json.loads(json.dumps(_without_metadata(running_workflow().parser.get()), default=str))
+
+
+def _without_metadata(config: Mapping) -> dict:
     return {key: value for key, value in config.items() if key != ConfigParser.meta_key}
+
+
+def environment() -> dict:
+    """Versions of Python and of the packages that decide a result, and the machine, without its name."""
+    names = ("monai", "torch", "torchvision", "pytorch-ignite", "timm", "numpy", "nibabel", "itk")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "system": platform.platform(),
+        "cpu": f"{os.cpu_count()} x {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def start_run(output_dir: str, resume: bool = True) -> None:
@@ -191,21 +221,46 @@ def start_run(output_dir: str, resume: bool = True) -> None:
     """
     folder, config = Path(output_dir), running_config()
     folder.mkdir(parents=True, exist_ok=True)
-    last, kept = folder / "last.pt", folder / "config.json"
-    if not resume:
-        last.unlink(missing_ok=True)
-    if last.exists() and kept.exists():
-        before = json.loads(kept.read_text())
-        for key in sorted(before.keys() | config.keys()):
-            if before.get(key) != config.get(key) and key != "resume":
-                raise ValueError(
-                    f"{folder}: holds an unfinished or finished run with {key} {before.get(key)!r}, found {config.get(key)!r}; "
-                    "set another output_dir, or resume false to start anew"
-                )
-    write_json(config, kept)
-    versions = {name: str(version) for name, version in get_config_values().items()}
-    machine = {"machine": platform.machine(), "system": platform.platform(), "python": platform.python_version()}
-    write_json({**versions, **machine, "cuda": torch.cuda.is_available()}, folder / "environment.json")
+    if resume:
+        check_resumable(folder, config)
+    else:
+        remove_run(folder)
+    write_json(config, folder / "config.json")
+    write_json(environment(), folder / "environment.json")
+
+
+def check_resumable(folder: Path, config: Mapping) -> None:
+    """Refuse to go on with a run under another configuration; `CHANGEABLE` may differ.
+
+    Raises:
+        ValueError: naming the first key that differs.
+    """
+    kept = folder / "config.json"
+    if not (folder / "last.pt").exists() or not kept.exists():
+        return
+    before, now = dict(_leaves(json.loads(kept.read_text()))), dict(_leaves(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and key not in CHANGEABLE:
+            raise ValueError(
+                f"{folder}: holds a run with {key} {before.get(key)!r}, found {now.get(key)!r}; set another output_dir (with "
+                f"init_checkpoint {folder / 'model.pt'} to train on from its weights), or resume false to start anew"
+            )
+
+
+def _leaves(config, id: str = ""):
+    """(id, value) of everything in a configuration that is neither a dictionary nor a list, and of the empty ones."""
+    if not isinstance(config, (dict, list)) or not config:
+        yield id, config
+        return
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        yield from _leaves(value, f"{id}::{key}" if id else key)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run left in its folder, so that nothing old passes for a result of the next one."""
+    results = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png", "evaluation/metrics.json")
+    for path in [*(folder / name for name in results), *folder.glob("events.out.tfevents.*")]:
+        path.unlink(missing_ok=True)
 
 
 def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> None:
@@ -213,57 +268,79 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
 
     Stage NAME is the running configuration, overlaid with `config_dir`/NAME.json and then with its own entries of `stages`,
     in the folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint` instead of the stage before. A
-    finished stage is skipped, an unfinished one resumed. Writes `stage_table.md` and, from the last stage, `model.pt`.
+    finished stage is skipped, an unfinished one resumed; with `resume` false a stage and those that build on it start anew.
+    Writes `stage_table.md` after every stage and, from the last one, `model.pt`.
 
     Args:
         stages: name -> configuration entries of this stage alone (ids as keys).
         output_dir: folder of the curriculum.
-        config_dir: folder of the overlays, with `evaluate.json` and `metadata.json`.
+        config_dir: folder of the overlays, with `evaluate.json`, `metadata.json` and `logging.conf`.
 
     Raises:
         FileNotFoundError: if a stage has no overlay.
-        ValueError: if a stage has an unknown id: see `bundle.configuration.check_ids`.
+        ValueError: if there is no stage, a stage has an unknown id (see `bundle.configuration.check_ids`), or it was begun
+            with another configuration.
     """
-    folder, base = Path(output_dir), running_config()
-    first, previous, trained, reports = base.get("init_checkpoint"), None, set(), {}
+    folder, configs = Path(output_dir), _stage_configs(stages, output_dir, config_dir)
+    for config in reversed(configs.values()):  # last first: killed here, no stage is left whose origin is gone
+        if config["resume"]:
+            check_resumable(Path(config["output_dir"]), config)
+        else:
+            remove_run(Path(config["output_dir"]))
+    reports = {}
+    for name, config in configs.items():
+        stage = folder / name
+        report = stage / "evaluation" / "metrics.json"
+        if report.exists():
+            logger.info(f"{stage}: finished before")
+        else:
+            logger.info(f"{stage}: {', '.join(config['tasks'])}")
+            _run(config, stage / "train.json", config_dir)
+            tasks = {task: 1.0 for task in trained_tasks(stage / "model.pt")}
+            entries = {"tasks": tasks, "split": "validation", "bootstrap": 0}
+            _run(_overlay(config, Path(config_dir) / "evaluate.json", entries), stage / "evaluate.json", config_dir)
+        reports[name] = json.loads(report.read_text())
+        (folder / "stage_table.md").write_text(stage_table(reports))
+    save_atomically(torch.load(stage / "model.pt", map_location="cpu", weights_only=True), folder / "model.pt")
+    print(stage_table(reports))
+
+
+def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> dict[str, dict]:
+    """Configuration of every stage by name, in order."""
+    base, configs, before = running_config(), {}, None
     for name, entries in stages.items():
         overlay = Path(config_dir) / f"{name}.json"
         if not overlay.is_file():
-            raise FileNotFoundError(f"stages: found {name!r}, expected {config_dir}/{name}.json")
-        check_ids(_overlay(base, overlay, entries), config_dir)
-    for name, entries in stages.items():
-        stage = folder / name
-        config = _overlay(base, Path(config_dir) / f"{name}.json", {**entries, "output_dir": str(stage)})
-        config["init_checkpoint"] = str(previous) if previous and config["transfer"] else first
-        trained |= set(config["tasks"])
-        report = stage / "evaluation" / "metrics.json"
-        if not report.exists():
-            logger.info(f"stage {name}: {', '.join(config['tasks'])}")
-            _run(config, stage / "train.json", config_dir)
-            tasks = {task: 1.0 for task in check_tasks(trained)}
-            entries = {"tasks": tasks, "split": "validation", "bootstrap": 0}
-            evaluation = _overlay(config, Path(config_dir) / "evaluate.json", entries)
-            _run(evaluation, stage / "evaluate.json", config_dir)
-        reports[name] = json.loads(report.read_text())
-        previous = stage / "model.pt"
-    save_atomically(torch.load(previous, map_location="cpu", weights_only=True), folder / "model.pt")
-    table = stage_table(reports)
-    (folder / "stage_table.md").write_text(table)
-    print(table)
+            raise FileNotFoundError(f"stages: found {name!r}, expected {overlay}")
+        config = _overlay(base, overlay, {**entries, "output_dir": str(Path(output_dir) / name)})
+        check_ids(config, config_dir)
+        if before and config["transfer"]:
+            config["init_checkpoint"] = str(Path(before["output_dir"]) / "model.pt")
+            config["resume"] = config["resume"] and before["resume"]
+        configs[name] = before = config
+    if not configs:
+        raise ValueError("stages: found none, expected one or more")
+    return configs
 
 
 def _overlay(base: dict, file: Path, entries: Mapping) -> dict:
     parser = ConfigParser(deepcopy(base))
     parser.update({**ConfigParser.load_config_file(str(file)), **entries})
-    return {key: value for key, value in parser.get().items() if key != ConfigParser.meta_key}
+    return _without_metadata(parser.get())
+
+
+def trained_tasks(checkpoint) -> tuple[str, ...]:
+    """Tasks whose heads a checkpoint of weights holds."""
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return check_tasks({key.split(".")[1] for key in weights if key.startswith("heads.")})
 
 
 def _run(config: dict, path: Path, config_dir: str) -> None:
     """Run id `run` of a configuration as an ordinary MONAI workflow, from a file that is kept beside its results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(config, path)
-    meta_file = Path(config_dir) / "metadata.json"
-    workflow = ConfigWorkflow(str(path), meta_file=str(meta_file), logging_file=False)
+    meta_file, logging_file = (str(Path(config_dir) / name) for name in ("metadata.json", "logging.conf"))
+    workflow = ConfigWorkflow(str(path), meta_file=meta_file, logging_file=logging_file)
     workflow.initialize()
     workflow.run()
     workflow.finalize()

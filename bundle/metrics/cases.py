@@ -12,7 +12,7 @@ from monai.metrics import SSIMMetric, compute_dice, compute_hausdorff_distance, 
 from bundle.tasks import CLASS, CLASSIFICATION, DETECTION, MASK, RECONSTRUCTION, SEGMENTATION, TARGET
 
 # COCO's AP, at IoU 0.1 and 0.5 and averaged over 0.5:0.05:0.95; its lowest threshold, 0.1, comes first.
-COCO = COCOMetric(classes=["lesion"], iou_list=(0.1, 0.5), iou_range=(0.5, 0.95, 0.05), max_detection=(100,))
+COCO = COCOMetric(classes=["lesion"], iou_list=(0.1, 0.5), iou_range=(0.5, 0.95, 0.05), max_detection=(100,), verbose=False)
 
 
 def classification_cases(pred: torch.Tensor, label: dict) -> list[dict]:
