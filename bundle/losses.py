@@ -9,7 +9,7 @@ from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, GeneralizedDiceFoc
 from torch import nn
 from torch.nn import functional as F
 
-from bundle.tasks import ANNOTATED, CLASS, MASK, TARGET, check_tasks
+from bundle.tasks import ANNOTATED, CLASS, DETECTION, MASK, TARGET, check_tasks
 
 SEGMENTATION_LOSSES = {
     "generalized_dice": GeneralizedDiceLoss,
@@ -62,7 +62,8 @@ class MultiTaskLoss(nn.Module):
         uncertainty: learn the balance: w_t exp(-s_t) L_t + s_t / 2 with one trainable s_t = log(sigma_t^2) for each task
             (Kendall et al., CVPR 2018, arXiv 1705.07115; the factor 1/2 of the regression terms is left to w_t).
 
-    After a call `terms` holds the unweighted value of every term, by task, as floats.
+    After a call `terms` holds the unweighted value of every term, by task, as floats, and the parts of the detection's as
+    detection_classifier, detection_box_reg, detection_mask, detection_objectness and detection_rpn_box_reg.
     """
 
     def __init__(
@@ -87,6 +88,9 @@ class MultiTaskLoss(nn.Module):
             if rows.any():
                 terms[task] = getattr(self, f"_{task}")(pred[task], label, rows)
         self.terms = {task: term.item() for task, term in terms.items()}
+        if DETECTION in terms:
+            parts = pred[DETECTION].items()
+            self.terms |= {f"{DETECTION}_{name.removeprefix('loss_')}": part.item() for name, part in parts}
         if not terms:
             return torch.zeros((), device=label[CLASS].device, requires_grad=True)  # so that backward works
         return sum(self._weighted(task, term) for task, term in terms.items())

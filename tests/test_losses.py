@@ -69,6 +69,7 @@ def test_weights_and_the_sum_of_detection_losses():
     weighted = MultiTaskLoss({"detection": 2.0, "reconstruction": 0.5})
     total = weighted(pred, label)
     assert weighted.terms["detection"] == pytest.approx(0.75)
+    assert (weighted.terms["detection_mask"], weighted.terms["detection_classifier"]) == (0.5, 0.25)
     assert total.item() == pytest.approx(2 * 0.75 + 0.5 * weighted.terms["reconstruction"])
 
 
