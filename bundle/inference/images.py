@@ -38,10 +38,8 @@ def find_images(source, output_dir) -> list[dict]:
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
-        ValueError: if the source is None, a folder without images, or holds output_dir.
+        ValueError: if the source is a folder without images, or holds output_dir.
     """
-    if source is None:
-        raise ValueError("input: found none, expected an image or a folder of images; name it with --input")
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"input: {source}: no such file or folder")

@@ -1,0 +1,22 @@
+import subprocess
+import sys
+
+import pytest
+
+REFUSED = "from bundle.tasks import check_tasks\ntry:\n    check_tasks(['x'])\nexcept ValueError as error:\n    raise RuntimeError from error"
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        (REFUSED, "error: tasks: found 'x', expected one or more of classification, "),
+        ("float('x')", "Traceback (most recent call last):"),
+        ("from bundle.tasks import check_tasks\ncheck_tasks(1)", "Traceback (most recent call last):"),
+    ],
+    ids=["refused by us", "raised by others", "a programming error"],
+)
+def test_only_what_the_package_refuses_is_shown_in_one_line(code, shown):
+    program = f"from bundle.errors import one_line_errors\none_line_errors()\none_line_errors()\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(shown) and (done.stderr.count("\n") == 1) == shown.startswith("error")
