@@ -133,7 +133,7 @@ def data_pipeline(parser: ConfigParser, turns: int) -> float:
 
 
 def report(parser: ConfigParser, turns: int) -> str:
-    """All three measurements as text: machine and configuration, then a ratio a line with what it is made of and its goal."""
+    """All three measurements as text: machine and configuration, then a line for each ratio with its parts and goal."""
     get = parser.get_parsed_content
     shared, step, samples = sharing(parser, turns), training_step(parser, turns), data_pipeline(parser, max(1, turns // 4))
     size, batch_size = get("image_size"), get("batch_size")
@@ -141,8 +141,8 @@ def report(parser: ConfigParser, turns: int) -> str:
     rate = batch_size / step["seconds"]["trainer"]
     versions = environment()
     lines = [
-        f"{versions['processor']}, {torch.get_num_threads()} threads, device {get('device')}; Python {versions['python']}, "
-        f"PyTorch {versions['Pytorch']}, MONAI {versions['MONAI']}",
+        f"{versions['cpu']}, {versions['threads']} threads, device {get('device')}; Python {versions['python']}, "
+        f"PyTorch {versions['torch']}, MONAI {versions['monai']}",
         f"{get('backbone')}, {size} x {size} pixels, {len(get('train::data'))} training records, seed {get('seed')}, "
         f"median of {turns} turns",
         "",

@@ -79,8 +79,8 @@ class RunRecorder:
     Every epoch is seeded from (seed, epoch) alone, so an epoch depends on nothing but the state it starts from. After every
     epoch the folder holds `last.pt` (network, optimiser, schedule, loss, gradient scaler, history; state_dicts and plain
     numbers), `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. A run that
-    finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of `init_checkpoint` that
-    this run did not have, and `metrics.json` the best epoch. All are written under a temporary name, then renamed;
+    finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of `init_checkpoint`
+    that this run did not have, and `metrics.json` the best epoch. All are written under a temporary name, then renamed;
     `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both.
 
     Args:
@@ -242,8 +242,8 @@ def check_resumable(folder: Path, config: Mapping) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in CHANGEABLE:
             raise ValueError(
-                f"{folder}: holds a run with {key} {before.get(key)!r}, found {now.get(key)!r}; set another output_dir (with "
-                f"init_checkpoint {folder / 'model.pt'} to train on from its weights), or resume false to start anew"
+                f"{folder}: holds a run with {key} {before.get(key)!r}, found {now.get(key)!r}; set another output_dir "
+                f"(with init_checkpoint {folder / 'model.pt'} to train on from its weights), or resume false to start anew"
             )
 
 

@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overlays", nargs="*", metavar="OVERLAY", help="config files merged into configs/train.json")
     parser.add_argument("--dataset_dir", help="folder with a datalist.json; phantom data without it")
-    parser.add_argument("--quick", action="store_true", help="tiny network (preset_smoke.json) and few turns: a trial, no result")
+    parser.add_argument("--quick", action="store_true", help="tiny network and few turns: a trial, no result")
     arguments = parser.parse_args()
     overlays = arguments.overlays + [str(CONFIGS / "preset_smoke.json")] * arguments.quick
     with tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write

@@ -1,61 +1,90 @@
 """The commands of the README, typed as a user would, on phantom data."""
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
 ROOT = Path(__file__).parents[2]
+STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stage_joint"]
 
 
-def bundle(*arguments):
+def bundle(*arguments, log: Path, terminal: bool = False) -> str:
+    """Run the command to its end and return what it writes to stderr; stdout goes to `log`.
+
+    With `terminal` stderr is one, otherwise a pipe.
+    """
     command = [sys.executable, "-m", "monai.bundle", "run", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    with log.open("w") as stdout, subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=writer) as process:
+        os.close(writer)
+        written = b""
+        try:
+            while part := os.read(reader, 65536):
+                written += part
+        except OSError:  # how a terminal on Linux says that its last writer is gone
+            pass
+        os.close(reader)
+        assert process.wait() == 0, log.read_text()[-3000:] + written.decode()[-3000:]
+    return written.decode()
 
 
 def configs(*names):
     return str([f"configs/{name}.json" for name in names])
 
 
-def test_curriculum_resumes_where_it_was_and_is_evaluated(tmp_path):
-    data = ["--dataset_dir", "$bundle.data.phantom.make_phantom('" + str(tmp_path / "phantom") + "', size=64)"]
-    out = tmp_path / "run"
-    train = ["training", "--config_file", configs("train", "preset_smoke"), "--output_dir", out, *data]
-    table = bundle(*train)
-    assert "| stage_joint |" in table
-    stages = ["stage_classification", "stage_segmentation", "stage_detection", "stage_joint"]
-    for stage in stages:
-        assert {"best.pt", "last.pt", "model.pt", "metrics.json", "curves.png", "config.json", "environment.json"} <= {
-            path.name for path in (out / stage).iterdir()
-        }
-    heads = {key.split(".")[1] for key in torch.load(out / "stage_detection/model.pt", weights_only=True) if "heads" in key}
-    assert heads == {"classification", "segmentation", "reconstruction", "detection"}, "earlier heads travel along"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, phantom_dir):
+    """Folder of a trained curriculum, what it printed and what it wrote to stderr."""
+    out = tmp_path_factory.mktemp("commands") / "run"
+    arguments = ["--config_file", configs("train", "preset_smoke"), "--output_dir", out, "--dataset_dir", phantom_dir]
+    stderr = bundle("training", *arguments, log=out.with_suffix(".log"))
+    return out, out.with_suffix(".log").read_text(), stderr
 
-    before = torch.load(out / "model.pt", weights_only=True)
-    for file in ("model.pt", "metrics.json", "evaluation/metrics.json"):
-        (out / "stage_joint" / file).unlink()  # as if killed before the end of the last stage
-    bundle(*train)
-    after = torch.load(out / "model.pt", weights_only=True)
+
+def test_curriculum_prints_a_line_an_epoch_and_the_stage_table(trained):
+    out, printed, stderr = trained
+    assert (out / "stage_table.md").read_text() in printed
+    for stage in STAGES:
+        assert re.search(rf"{stage}: epoch 1 of 1: loss [\d.]+, .*score [\d.]+", printed)
+    for noise in ("nvImageCodec", "COCO", "Engine run", "Logging file"):
+        assert noise not in printed + stderr
+    assert printed.count("\n") < 40
+    assert "train [" not in stderr and "validate" not in stderr, "a progress bar is for terminals"
+
+
+def test_a_stage_can_be_repeated_by_itself_from_its_resolved_config(trained, tmp_path):
+    stage, again = trained[0] / "stage_detection", tmp_path / "again"
+    arguments = ["--config_file", stage / "train.json", "--output_dir", again]
+    stderr = bundle(*arguments, log=tmp_path / "log", terminal=True)
+    assert "train" in stderr and "validate" in stderr and "[1/3]" in stderr, "progress bars"
+    before, after = (torch.load(folder / "model.pt", weights_only=True) for folder in (stage, again))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert any(key.startswith("heads.classification") for key in after), "earlier heads travel along"
 
-    evaluate = ["--config_file", configs("train", "preset_smoke", "evaluate"), "--output_dir", out, "--bootstrap", 20, *data]
-    bundle(*evaluate)
+
+def test_evaluation_writes_metrics_with_intervals_and_a_row_a_case(trained, tmp_path, phantom_dir):
+    out = trained[0]
+    arguments = ["--config_file", configs("train", "preset_smoke", "evaluate"), "--output_dir", out, "--bootstrap", 20]
+    stderr = bundle(*arguments, "--dataset_dir", phantom_dir, log=tmp_path / "log", terminal=True)
+    assert "evaluate" in stderr and "100%" in stderr, "a progress bar"
     report = json.loads((out / "evaluation/metrics.json").read_text())
     assert report.keys() == {"classification", "segmentation", "reconstruction", "detection"}
     low, high = report["segmentation"]["dice"]["ci95"]
     assert 0 <= low <= report["segmentation"]["dice"]["value"] <= high <= 1
-    assert (out / "evaluation/per_case.csv").read_text().count("\n") == 19
+    assert (out / "evaluation/per_case.csv").read_text().count("\n") == 7
 
 
-def test_train_config_has_every_property_monai_asks_for(tmp_path):
-    phantom = "$bundle.data.phantom.make_phantom('" + str(tmp_path / "phantom") + "', size=64)"
+def test_train_config_has_every_property_monai_asks_for(phantom_dir):
     workflow = ConfigWorkflow(
-        str(ROOT / "configs/train.json"), workflow_type="train", logging_file=False, dataset_dir=phantom
+        str(ROOT / "configs/train.json"), workflow_type="train", logging_file=False, dataset_dir=str(phantom_dir)
     )
     workflow.initialize()
     assert workflow.check_properties() == []

@@ -1,0 +1,31 @@
+"""The scripts, started as a user would."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name, *arguments, cwd):
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_benchmark_prints_three_ratios_from_any_directory(phantom_dir, tmp_path):
+    done = script("benchmark.py", "--quick", "--dataset_dir", phantom_dir, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if "(goal: " in line]
+    assert [line.split("  ")[0].strip() for line in lines] == [
+        "networks of one task : network of all tasks, seconds",
+        "training step : step of a plain PyTorch loop",
+        "data pipeline : training, samples per second",
+    ]
+    assert all(float(line.split("(goal")[0].split()[-1]) > 0 for line in lines)
+    assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
+
+
+def test_benchmark_says_which_file_is_missing(tmp_path):
+    done = script("benchmark.py", "--quick", "--dataset_dir", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}/nowhere/datalist.json: no such datalist")
