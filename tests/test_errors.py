@@ -3,7 +3,13 @@ import sys
 
 import pytest
 
-REFUSED = "from bundle.tasks import check_tasks\ntry:\n    check_tasks(['x'])\nexcept ValueError as error:\n    raise RuntimeError from error"
+REFUSED = """
+from bundle.tasks import check_tasks
+try:
+    check_tasks(["x"])
+except ValueError as error:
+    raise RuntimeError("as MONAI does") from error
+"""
 
 
 @pytest.mark.parametrize(

@@ -200,8 +200,8 @@ class FollowImaged(MapTransform):
     """Bring boxes to the pixel grid of the image after any affine transforms of MONAI (resize, pad, flip, rotate, zoom).
 
     The image's affine tells where every pixel lies in the file; corners of the stored boxes are sent through its inverse.
-    Where instance masks exist, their extent is taken instead, which stays tight under rotation. Boxes are clipped to the image; those
-    thinner than `min_size` pixels are dropped, with their instance.
+    Where instance masks exist, their extent is taken instead, which stays tight under rotation. Boxes are clipped to the
+    image; those thinner than `min_size` pixels are dropped, with their instance.
 
     Args:
         min_size: smallest width and height in pixels of the image.

@@ -50,7 +50,7 @@ def find_images(source, output_dir) -> list[dict]:
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     images = [path for path in files if path.name.lower().endswith(EXTENSIONS) or _is_dicom(path)]
     if not images:
-        raise ValueError(f"input: {source}: found no image among {len(files)} files, expected PNG, JPEG, TIFF, NIfTI, DICOM …")
+        raise ValueError(f"input: {source}: found no image among {len(files)} files, expected some of {', '.join(EXTENSIONS)}")
     logger.info(f"{source}: {len(images)} images, {len(files) - len(images)} other files")
     return [{IMAGE: str(path), NAME: path.relative_to(source).as_posix()} for path in images]
 

@@ -164,7 +164,7 @@ class PredictionWriter:
             entry[RECONSTRUCTION] = {"image": self._save(pixels, sample, "reconstruction")}
         if DETECTION in self.tasks:
             found = zip(answer[DETECTION]["boxes"].tolist(), answer[DETECTION]["scores"].tolist())
-            entry[DETECTION] = [{"box": [round(value, 2) for value in box], "score": round(score, 6)} for box, score in found]
+            entry[DETECTION] = [{"box": [round(v, 2) for v in box], "score": round(score, 6)} for box, score in found]
         entry["overlay"] = f"{sample[NAME]}.overlay.png"
         with _written(self.folder / entry["overlay"]) as file:
             draw_overlay(slice_, answer, entry, file)

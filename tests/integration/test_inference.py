@@ -43,7 +43,8 @@ def test_a_folder_is_predicted(phantom_dir, checkpoint, tmp_path):
         (source / path.name).write_bytes(path.read_bytes())
     Image.fromarray(np.arange(48 * 80, dtype=np.uint8).reshape(48, 80)).save(source / "picture.jpg")
     (source / "bad.png").write_text("not a picture")
-    done = predict("--input", source, "--output_dir", out, "--checkpoint", checkpoint, "--score_threshold", 0.06, "--batch_size", 2)
+    knobs = ["--checkpoint", checkpoint, "--score_threshold", 0.06, "--batch_size", 2]
+    done = predict("--input", source, "--output_dir", out, *knobs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stdout + done.stderr and done.stdout.count("skipped /") == 1 and "predict" in done.stderr
     report = json.loads((out / "predictions.json").read_text())
@@ -109,7 +110,9 @@ def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same():
     assert {"backbone", "tasks", "classes", "image_size", "window", "detection"} <= train.keys() & inference.keys() - own
 
 
-OVERLAYS = sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem.split("_")[0] in ("backbone", "preset", "stage"))
+OVERLAYS = sorted(
+    path.stem for kind in ("backbone", "preset", "stage") for path in (ROOT / "configs").glob(f"{kind}_*.json")
+)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
