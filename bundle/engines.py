@@ -55,7 +55,7 @@ class MultiTaskTrainer(SupervisedTrainer):
     """MONAI's SupervisedTrainer that keeps every loss term, under "loss_terms" of its output, and stops on NaN.
 
     Raises:
-        RuntimeError: naming the images of the batch, if the loss is not finite.
+        ValueError: naming the images of the batch, if the loss is not finite.
     """
 
     def _iteration(self, engine, batchdata):
@@ -63,7 +63,10 @@ class MultiTaskTrainer(SupervisedTrainer):
         terms = {"loss": output[CommonKeys.LOSS].item(), **engine.loss_function.terms}
         if not np.isfinite(terms["loss"]):
             images = ", ".join(record[IMAGE] for record in batchdata[RECORD])
-            raise RuntimeError(f"loss is {terms} in iteration {engine.state.iteration} ({images}); lower learning_rate")
+            raise ValueError(
+                f"loss: found {terms} in iteration {engine.state.iteration} ({images}), expected finite values; "
+                "lower learning_rate"
+            )
         output["loss_terms"] = terms
         return output
 
@@ -161,7 +164,7 @@ class RunRecorder:
 
     def finish(self, trainer) -> None:
         if self.best() is None:
-            raise RuntimeError(
+            raise ValueError(
                 f"{self.folder}: found no epoch with a validation score, expected one to choose the weights by; is the "
                 "validation split annotated for the tasks?"
             )

@@ -100,7 +100,7 @@ def test_the_best_epoch_is_the_earliest_of_the_highest_finite_scores(scores, exp
     recorder.history = [{"epoch": n, **({} if s is None else {"score": s})} for n, s in enumerate(scores, 1)]
     assert (recorder.best() or {}).get("epoch") == expected
     if expected is None:
-        with pytest.raises(RuntimeError, match="no epoch with a validation score"):
+        with pytest.raises(ValueError, match="no epoch with a validation score"):
             recorder.finish(None)
 
 
