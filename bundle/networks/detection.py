@@ -34,8 +34,9 @@ class MaskRCNNHead(nn.Module):
         fpn_channels: channels of the feature pyramid network.
         box_features: units of the box head.
         mask_channels: channels of the mask head's convolutions.
-        anchor_sizes: sides of the anchors in pixels for each level. The default grows by about 1.6 from 4 to 112 px, so
-            that any square lesion of 4 to 128 px overlaps an anchor by an IoU of at least 0.6.
+        anchor_sizes: sides of the anchors in pixels for each level. The default grows by about 1.6 from 4 to 112 px: every
+            square lesion of 4 to 128 px overlaps an anchor with the same centre by an IoU of at least 0.5. Off the grid of
+            the anchors it is less; the best anchor of a lesion is a positive all the same.
         aspect_ratios: height over width of the anchors.
         score_threshold: detections below it are dropped.
         nms_threshold: IoU above which the weaker of two detections is dropped.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -21,12 +22,17 @@ class VGGEncoder(nn.Module):
         batch_norm: batch normalisation after every convolution.
         in_channels: channels of the image.
         width: share of the channels of VGG-13, each rounded to at least 8.
+
+    Raises:
+        ValueError: if the width is not positive.
     """
 
     strides = (1, 2, 4, 8, 16, 32)
 
     def __init__(self, batch_norm: bool = True, in_channels: int = 1, width: float = 1.0) -> None:
         super().__init__()
+        if not width > 0:
+            raise ValueError(f"width: found {width}, expected more than 0")
         layers = [c if c == "M" else max(8, round(c * width)) for c in cfgs["B"]]
         self.features = make_layers(layers, batch_norm=batch_norm)
         if in_channels != 3:
@@ -46,36 +52,56 @@ class VGGEncoder(nn.Module):
             x = layer(x)
         return [*pyramid, x]
 
-    def load_rgb(self, weights: dict[str, torch.Tensor], source: str) -> None:
-        """Load torchvision's weights of the same VGG; its RGB filters are summed for a grey image."""
+    def load_rgb(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Load torchvision's weights of the same VGG; its RGB filters are summed for a grey image.
+
+        Raises:
+            RuntimeError: of torch, if they are those of another network.
+        """
         weights = {key: value for key, value in weights.items() if key.startswith("features.")}
         first, own = weights.get("features.0.weight"), self.features[0].weight
         if first is not None and first.shape[1] == 3 and own.shape[1] == 1:
             weights["features.0.weight"] = first.sum(1, keepdim=True)
-        try:
-            self.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ValueError(f"pretrained: {source} does not fit this VGG: {reason}") from None
+        self.load_state_dict(weights)
 
 
 class TimmEncoder(nn.Module):
-    """Any convolutional model of timm that offers a feature pyramid.
+    """Any model of timm that gives a feature pyramid for images of any size.
 
     Args:
         name: of the model in timm.
         in_channels: channels of the image; timm folds pretrained RGB filters itself.
-        pretrained: False, True (downloads) or a file of weights for the whole model.
+        pretrained: False, True (downloads) or the weights of the whole model.
+
+    Raises:
+        ValueError: if it gives no such pyramid.
+        RuntimeError: of torch, if the weights are those of another network.
     """
 
-    def __init__(self, name: str, in_channels: int = 1, pretrained: bool | str = False) -> None:
+    def __init__(self, name: str, in_channels: int = 1, pretrained: bool | Mapping[str, torch.Tensor] = False) -> None:
         super().__init__()
-        overlay = {"pretrained_cfg_overlay": {"file": pretrained}} if isinstance(pretrained, str) else {}
-        self.model = timm.create_model(
-            name, features_only=True, in_chans=in_channels, pretrained=bool(pretrained), **overlay
-        )
+        weights = {"pretrained_cfg_overlay": {"state_dict": pretrained}} if isinstance(pretrained, Mapping) else {}
+        if pretrained:  # whole, because timm loads the weights of a pyramid leniently: none at all if no name fits
+            timm.create_model(name, in_chans=in_channels, pretrained=True, **weights)
+        try:
+            self.model = timm.create_model(
+                name, features_only=True, in_chans=in_channels, pretrained=bool(pretrained), **weights
+            )
+            with torch.no_grad():
+                trial = self.model.eval()(torch.zeros(1, in_channels, 64, 64))
+        except Exception as error:  # transformers raise anything on images of a size they are not made for
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ValueError(f"backbone: {name} gives no feature pyramid of a 64 x 64 image ({reason[:200]})") from None
+        self.model.train()
         self.channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
+        expected = [(1, c, 64 // s, 64 // s) for c, s in zip(self.channels, self.strides)]
+        halved = all(2 * fine == coarse for fine, coarse in zip(self.strides, self.strides[1:]))
+        if not halved or [tuple(feature.shape) for feature in trial] != expected:
+            raise ValueError(
+                f"backbone: {name} gives no feature pyramid: found maps of shape {[tuple(f.shape[1:]) for f in trial]} for "
+                "64 x 64 pixels, expected (channels, rows, columns) that halve from map to map"
+            )
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         return self.model(image)
@@ -90,34 +116,47 @@ def build_encoder(
         backbone: vgg13, vgg13_bn, or a timm name with a feature pyramid (resnet50, densenet121, efficientnet_b0 …).
         in_channels: channels of the image.
         width: share of the channels, VGG only.
-        pretrained: False for fresh weights, True to download ImageNet weights, or a file of RGB weights.
+        pretrained: False for fresh weights, True to download ImageNet weights, or a file of RGB weights: the state_dict of
+            torchvision's (VGG) or timm's whole model.
 
     Returns:
         Module from (B, in_channels, H, W) to a list of feature maps, finest first, with `channels` and `strides`.
 
     Raises:
-        ValueError: for an unknown backbone, one without a pyramid, or a width it does not take.
+        ValueError: for an unknown backbone, one without a pyramid, a width it does not take, or a file of other weights.
         FileNotFoundError: if `pretrained` names no file.
     """
-    if isinstance(pretrained, str) and not Path(pretrained).is_file():
-        raise FileNotFoundError(f"pretrained: {pretrained}: no such file")
-    if backbone in ("vgg13", "vgg13_bn"):
-        encoder = VGGEncoder(backbone == "vgg13_bn", in_channels, width)
-        if pretrained:
-            if isinstance(pretrained, str):
-                weights = torch.load(pretrained, map_location="cpu", weights_only=True)
-            else:
-                weights = get_model(backbone, weights="DEFAULT").state_dict()
-            encoder.load_rgb(weights, str(pretrained))
-        return encoder
+    weights = _read_weights(pretrained) if isinstance(pretrained, str) else pretrained
+    try:
+        if backbone in ("vgg13", "vgg13_bn"):
+            encoder = VGGEncoder(backbone == "vgg13_bn", in_channels, width)
+            if weights:
+                encoder.load_rgb(get_model(backbone, weights="DEFAULT").state_dict() if weights is True else weights)
+            return encoder
+        _check_timm(backbone, width)
+        return TimmEncoder(backbone, in_channels, weights)
+    except RuntimeError as error:
+        if not isinstance(pretrained, str):
+            raise
+        reason = str(error).strip().splitlines()[:2][-1].strip()
+        raise ValueError(f"pretrained: {pretrained}: found other weights than those of {backbone} ({reason[:200]})") from None
+
+
+def _read_weights(path: str) -> Mapping[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"pretrained: {path}: no such file")
+    try:
+        return timm.models.load_state_dict(path)
+    except Exception as error:  # the unpickler raises anything on bytes that are no pickle
+        raise ValueError(
+            f"pretrained: {path}: cannot be read as weights ({type(error).__name__}), expected a state_dict saved with torch.save"
+        ) from None
+
+
+def _check_timm(backbone: str, width: float) -> None:
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone, ["vgg13", "vgg13_bn", *timm.list_models()], n=3)
         hint = f"; near matches: {', '.join(near)}" if near else ""
         raise ValueError(f"backbone: found {backbone!r}, expected vgg13, vgg13_bn or a model name of timm{hint}")
     if width != 1.0:
         raise ValueError(f"width: found {width} with backbone {backbone}, expected 1.0; only vgg13 and vgg13_bn take a width")
-    try:
-        return TimmEncoder(backbone, in_channels, pretrained)
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"backbone: {backbone} gives no feature pyramid or takes no such weights ({reason})") from None

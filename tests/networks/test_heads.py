@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from bundle.networks.heads import ClassificationHead, DenseHead
+
+VGG = {"channels": (4, 6, 8, 10, 12, 14), "strides": (1, 2, 4, 8, 16, 32)}
+TIMM = {"channels": (6, 8, 10, 12, 14), "strides": (2, 4, 8, 16, 32)}
+
+
+def pyramid(channels, strides, size=64):
+    return [torch.rand(2, c, size // s, size // s, requires_grad=True) for c, s in zip(channels, strides)]
+
+
+# [arguments, skips taken in, expected shape], for 64 x 64 pixels
+CASES = [
+    [{**VGG, "decoder_channels": (16, 8, 8, 4, 4)}, [4, 3, 2, 1, 0], (2, 1, 64, 64)],
+    [{**VGG, "decoder_channels": (16, 8, 8, 4)}, [4, 3, 2, 1], (2, 1, 64, 64)],
+    [{**VGG, "decoder_channels": (16,)}, [4], (2, 1, 64, 64)],
+    [{**VGG, "decoder_channels": (16, 8, 8, 4, 4), "skips": False}, [None] * 5, (2, 1, 64, 64)],
+    [{**TIMM, "decoder_channels": (16, 8, 8, 4, 4), "out_channels": 3}, [3, 2, 1, 0, None], (2, 3, 64, 64)],
+    [{**TIMM, "decoder_channels": (16, 8, 8), "out_channels": 3}, [3, 2, 1], (2, 3, 64, 64)],
+    [{**TIMM, "decoder_channels": (16, 8), "skips": False}, [None] * 2, (2, 1, 64, 64)],
+]
+
+
+@pytest.mark.parametrize(("arguments", "skips", "shape"), CASES)
+def test_decoder_answers_at_full_resolution_from_the_skips_it_has(arguments, skips, shape):
+    head, features = DenseHead(**arguments), pyramid(arguments["channels"], arguments["strides"])
+    assert head.skips == skips
+    output = head(features)
+    assert tuple(output.shape) == shape
+    output.square().sum().backward()
+    used = [feature.grad is not None and bool(feature.grad.any()) for feature in features]
+    assert used == [level in skips or level == len(features) - 1 for level in range(len(features))]
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_a_number_of_decoder_channels_that_does_not_fit_is_refused(count):
+    with pytest.raises(ValueError, match=rf"decoder_channels: found {count} \(.*\), expected 1 to 5 for an encoder of stride 32"):
+        DenseHead(**VGG, decoder_channels=[8] * count)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "channels", "shape"),
+    [
+        [{"in_channels": 14, "num_classes": 3}, VGG, (2, 3)],
+        [{"in_channels": 14, "num_classes": 2, "hidden": (8,), "dropout": 0.0}, TIMM, (2, 2)],
+        [{"in_channels": 14, "num_classes": 4, "hidden": ()}, TIMM, (2, 4)],
+    ],
+)
+def test_classification_head(arguments, channels, shape):
+    head, features = ClassificationHead(**arguments), pyramid(**channels)
+    assert tuple(head(features).shape) == shape
+    linear = [layer for layer in head if isinstance(layer, torch.nn.Linear)]
+    assert len(linear) == len(arguments.get("hidden", (256, 64))) + 1
+
+
+def test_classification_sees_the_deepest_features_wherever_they_are():
+    head, features = ClassificationHead(14, 3).eval(), pyramid(**VGG)
+    moved = [*features[:-1], features[-1].roll(1, dims=-1)]
+    torch.testing.assert_close(head(features), head(moved))

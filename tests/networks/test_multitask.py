@@ -1,0 +1,238 @@
+from itertools import chain, combinations
+
+import pytest
+import torch
+
+from bundle.networks import MultiTaskNet, load_weights
+from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+
+TINY = {
+    "backbone": "vgg13_bn",
+    "width": 0.125,
+    "image_size": 64,
+    "decoder_channels": (16, 8, 8, 8, 8),
+    "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "score_threshold": 0.0, "detections_per_image": 5},
+}
+SUBSETS = list(chain.from_iterable(combinations(TASKS, count) for count in range(1, 5)))
+BACKBONES = ["vgg13", "vgg13_bn", "resnet50", "densenet121", "efficientnet_b0", "regnety_002", "mobilenetv3_small_100"]
+
+SHAPES = {CLASSIFICATION: (2, 3), SEGMENTATION: (2, 1, 64, 64), RECONSTRUCTION: (2, 1, 64, 64)}
+# [arguments, input shape, expected shapes without detection]
+CASES = [[{**TINY, "tasks": tasks}, (2, 1, 64, 64), SHAPES] for tasks in SUBSETS]
+CASES += [
+    [{**TINY, "tasks": TASKS, "backbone": name, "width": 0.125 if "vgg" in name else 1.0}, (2, 1, 64, 64), SHAPES]
+    for name in BACKBONES
+]
+CASES += [
+    [
+        {**TINY, "tasks": TASKS, "in_channels": 3, "num_classes": 5, "segmentation_channels": 2, "skips": False},
+        (2, 3, 64, 64),
+        {CLASSIFICATION: (2, 5), SEGMENTATION: (2, 2, 64, 64), RECONSTRUCTION: (2, 3, 64, 64)},
+    ],
+    [
+        {**TINY, "tasks": dict.fromkeys(TASKS, 0.5), "decoder_channels": (16, 8)},
+        (2, 1, 64, 128),
+        {CLASSIFICATION: (2, 3), SEGMENTATION: (2, 1, 64, 128), RECONSTRUCTION: (2, 1, 64, 128)},
+    ],
+]
+
+
+def targets(boxes=((10.0, 12.0, 30.0, 28.0),), count=2):
+    return [{"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.ones(len(boxes), dtype=torch.int64)}] * count
+
+
+def case_name(value):
+    if isinstance(value, dict) and "tasks" in value:
+        return f"{value['backbone']}-{'+'.join(task[:3] for task in value['tasks'])}"
+    return ""
+
+
+@pytest.mark.parametrize(("arguments", "shape", "expected"), CASES, ids=case_name)
+def test_every_task_is_answered_in_one_pass(arguments, shape, expected):
+    network, image = MultiTaskNet(**arguments), torch.rand(shape)
+    trained = network.train()(image, targets())
+    with torch.no_grad():
+        answered = network.eval()(image)
+    assert set(trained) == set(answered) == set(network.heads) == set(arguments["tasks"])
+    for output in (trained, answered):
+        dense = {task: tuple(tensor.shape) for task, tensor in output.items() if task != DETECTION}
+        assert dense == {task: expected[task] for task in dense}
+    if DETECTION in arguments["tasks"]:
+        assert sum(trained[DETECTION].values()).isfinite()
+        for found in answered[DETECTION]:
+            assert tuple(found["masks"].shape) == (len(found["boxes"]), 1, *shape[2:])
+        assert len(answered[DETECTION]) == shape[0]
+
+
+@pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
+def test_a_task_that_is_absent_has_no_parameters(tasks):
+    names = {name.split(".")[1] for name in MultiTaskNet(**TINY, tasks=tasks).state_dict() if name.startswith("heads.")}
+    assert names == set(tasks)
+
+
+def scalar(output, task):
+    return sum(output[task].values()) if task == DETECTION else output[task].square().sum()
+
+
+def reached(module):
+    return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["vgg13", "regnety_002"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_loss_of_a_task_reaches_the_encoder_and_its_own_head_alone(task, backbone):
+    torch.manual_seed(0)
+    arguments = {**TINY, "backbone": backbone, "width": 0.125 if "vgg" in backbone else 1.0}
+    network = MultiTaskNet(**arguments, tasks=TASKS, dropout=0.0)
+    scalar(network(torch.rand(2, 1, 64, 64), targets()), task).backward()
+    assert {name for name, head in network.heads.items() if reached(head)} == {task}
+    first = next(network.encoder.parameters())
+    assert first.grad is not None and first.grad.any(), "the gradient reaches the first convolution"
+
+
+def test_images_that_are_not_annotated_leave_a_head_and_its_gradient_alone():
+    torch.manual_seed(0)
+    network, image = MultiTaskNet(**{**TINY, "backbone": "vgg13"}, tasks=TASKS), torch.rand(3, 1, 64, 64, requires_grad=True)
+    annotated = {
+        CLASSIFICATION: torch.tensor([False, False, False]),
+        SEGMENTATION: torch.tensor([True, False, True]),
+        RECONSTRUCTION: torch.ones(3, dtype=torch.bool),
+        DETECTION: torch.tensor([False, True, False]),
+    }
+    output = network(image, [None, *targets(count=1), None], annotated)
+    assert output.keys() == {SEGMENTATION, RECONSTRUCTION, DETECTION}
+    assert output[SEGMENTATION][[0, 2]].any() and not output[SEGMENTATION][1].any()
+    (gradient,) = torch.autograd.grad(scalar(output, SEGMENTATION), image, retain_graph=True)
+    assert gradient.flatten(1).any(1).tolist() == [True, False, True]
+    (gradient,) = torch.autograd.grad(scalar(output, DETECTION), image)
+    assert gradient.flatten(1).any(1).tolist() == [False, True, False]
+    alone = MultiTaskNet(**{**TINY, "backbone": "vgg13"}, tasks=TASKS)
+    alone.load_state_dict(network.state_dict())
+    torch.testing.assert_close(alone(image[[0, 2]], [None, None])[SEGMENTATION], output[SEGMENTATION][[0, 2]])
+
+
+def test_a_batch_without_boxes_gives_the_detection_head_no_gradient():
+    network = MultiTaskNet(**TINY, tasks=TASKS)
+    output = network(torch.rand(2, 1, 64, 64), [None, None])
+    assert output[DETECTION] == {}
+    scalar(output, CLASSIFICATION).backward()
+    assert not reached(network.heads[DETECTION])
+
+
+def test_evaluation_answers_the_annotated_images_as_it_answers_all():
+    torch.manual_seed(0)
+    network, image = MultiTaskNet(**TINY, tasks=TASKS).eval(), torch.rand(3, 1, 64, 64)
+    some = {task: torch.tensor([False, True, True]) for task in TASKS}
+    with torch.no_grad():
+        whole, part = network(image), network(image, annotated=some)
+    torch.testing.assert_close(part[SEGMENTATION][1:], whole[SEGMENTATION][1:])
+    assert not part[SEGMENTATION][0].any()
+    assert part[DETECTION][0] is None
+    for a, b in zip(part[DETECTION][1:], whole[DETECTION][1:]):
+        torch.testing.assert_close(a["boxes"], b["boxes"])
+
+
+# [arguments, words of the message]
+WRONG_CASES = [
+    [{"tasks": []}, "tasks: found no task, expected one or more of classification, segmentation"],
+    [{"tasks": ["segmentaton"]}, "tasks: found 'segmentaton', expected one or more of"],
+    [{"image_size": 100}, r"image: found 100 x 100 pixels, expected multiples of 32; use 96 x 96 \(image_size\)"],
+    [{"image_size": 0}, r"image: found 0 x 0 pixels, expected multiples of 32; use 32 x 32"],
+    [{"backbone": "vgg31"}, "backbone: found 'vgg31', expected .*near matches: .*vgg13"],
+    [{"backbone": "resnet18"}, "width: found 0.125 with backbone resnet18"],
+    [{"decoder_channels": []}, "decoder_channels: found 0"],
+    [{"decoder_channels": [8] * 6}, "decoder_channels: found 6"],
+    [{"detection": {"anchor_sizes": [[4]]}}, "detection.anchor_sizes: found 1 levels, expected 4"],
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CASES)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiTaskNet(**{**TINY, "tasks": TASKS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 60, 64), r"image: found 60 x 64 pixels, expected multiples of 32; use 64 x 64"),
+        ((2, 1, 64, 512 + 8), r"use 64 x 512"),
+        ((2, 3, 64, 64), r"image: found shape \(2, 3, 64, 64\), expected \(batch, 1, rows, columns\)"),
+        ((1, 64, 64), r"image: found shape \(1, 64, 64\), expected"),
+    ],
+)
+def test_an_image_that_does_not_fit_is_refused_with_the_size_to_use(shape, message):
+    with pytest.raises(ValueError, match=message):
+        MultiTaskNet(**TINY, tasks=TASKS)(torch.rand(shape))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Weights of classification and reconstruction, and the network that has them."""
+    network = MultiTaskNet(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt", network
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_of_the_parts_that_both_have_are_loaded(checkpoint, wrapped):
+    path, source = checkpoint
+    if wrapped:  # last.pt of a run
+        torch.save({"network": source.state_dict(), "history": []}, path)
+    network = MultiTaskNet(**TINY, tasks=(SEGMENTATION, RECONSTRUCTION))
+    fresh = {key: value.clone() for key, value in network.heads[SEGMENTATION].state_dict().items()}
+    assert load_weights(network, path) == ["encoder", RECONSTRUCTION]
+    assert equal(network.encoder, source.encoder) and equal(network.heads[RECONSTRUCTION], source.heads[RECONSTRUCTION])
+    assert all(torch.equal(value, fresh[key]) for key, value in network.heads[SEGMENTATION].state_dict().items())
+
+
+def test_strict_loading_wants_every_head(checkpoint):
+    path, source = checkpoint
+    network = MultiTaskNet(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
+    assert load_weights(network, path, strict=True) == ["encoder", CLASSIFICATION, RECONSTRUCTION]
+    assert equal(network, source)
+    with pytest.raises(ValueError, match=r"model.pt: found heads.segmentation\.\S+ absent, expected \(.*tasks"):
+        load_weights(MultiTaskNet(**TINY, tasks=(SEGMENTATION,)), path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0.25}, r"found encoder.features.0.weight \(8, 1, 3, 3\), expected \(16, 1, 3, 3\); it was made with another"),
+        ({"backbone": "vgg13"}, r"found encoder\.features\.2\.weight absent, expected \(8, 8, 3, 3\)"),
+        ({"backbone": "regnety_002", "width": 1.0}, r"found encoder\.model\.\S+ absent, expected"),
+        ({"decoder_channels": (16, 8, 8, 8, 4)}, r"found heads.reconstruction\.\S+ \(8, .*\), expected \(4, "),
+        ({"num_classes": 2}, r"found heads.classification.6.weight \(3, 64\), expected \(2, 64\)"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_and_nothing_is_changed(checkpoint, change, message):
+    path, _ = checkpoint
+    network = MultiTaskNet(**{**TINY, **change}, tasks=TASKS)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_weights(network, path)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 broken zip"], ids=["empty", "text", "broken"])
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.pt: cannot be read as a checkpoint") as caught:
+        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "model.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    torch.save([1, 2, 3], tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: found encoder\.\S+ absent, expected"):
+        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "model.pt")
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint; train first, or name another one"):
+        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "none.pt")
