@@ -64,7 +64,9 @@ def _draw_boxes(axis, slice_, detections: Mapping) -> None:
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=BOX, linewidth=1.4))
         label = {"color": DARK, "fontsize": 8, "bbox": {"facecolor": BOX, "edgecolor": "none", "pad": 1.2}}
         above = y1 > 0.06 * slice_.shape[-2]
-        axis.text(x1, y1 if above else y2, f"{score:.2f}", va="bottom" if above else "top", clip_on=True, **label)
+        corner, offset = ((x1, y1), 3) if above else ((x1, y2), -3)
+        va = "bottom" if above else "top"
+        axis.annotate(f"{score:.2f}", corner, (1, offset), textcoords="offset points", va=va, annotation_clip=True, **label)
 
 
 def _draw_classes(axis, classification: Mapping) -> None:
