@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from monai.apps.detection.metrics.coco import COCOMetric
@@ -36,7 +38,9 @@ def segmentation_cases(pred: torch.Tensor, label: dict, with_distance: bool) -> 
         "specificity": tn / (tn + fp),
     }
     if with_distance:
-        distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95)
+        with warnings.catch_warnings():  # of empty masks, which have no distance
+            warnings.simplefilter("ignore")
+            distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95)
         both = mask.flatten(2).any(2) & truth.flatten(2).any(2)
         figures["hd95"] = torch.where(both, distance.float(), torch.nan)
     rows = {name: values.float().nanmean(1).tolist() for name, values in figures.items()}

@@ -95,7 +95,7 @@ def _draw_dice(rows: Sequence[Mapping], folder: Path) -> None:
 
 
 def _draw_froc(cases: Sequence[Mapping], folder: Path) -> None:
-    rates, sensitivity = froc_curve([case["match"] for case in cases], sum(case["n_boxes"] for case in cases))
+    rates, sensitivity = froc_curve(cases)
     figure = Figure(figsize=(5, 4), layout="constrained")
     axis = figure.subplots()
     axis.step([0, *rates], [0, *sensitivity], where="post")

@@ -107,11 +107,9 @@ class MultiTaskMetrics:
     def _task_report(self, task: str, rows: Sequence[dict]) -> dict:
         report = self._figures(task, rows)
         sources = sorted({row[RECORD][SOURCE] for row in rows})
-        if len(sources) > 1:
-            report["within_source"] = {
-                source: self._figures(task, [row for row in rows if row[RECORD][SOURCE] == source]) for source in sources
-            }
-        return report
+        parts = [[row for row in rows if row[RECORD][SOURCE] == source] for source in sources]
+        within = [self._figures(task, part) for part in parts] if len(parts) > 1 else [report]
+        return {**report, "within_source": dict(zip(sources, within))}
 
     def _figures(self, task: str, rows: Sequence[dict]) -> dict:
         cases, groups = [row[task] for row in rows], [row[RECORD][GROUP] for row in rows]

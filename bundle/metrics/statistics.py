@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import confusion_matrix
 
 from bundle.metrics.cases import COCO
 from bundle.tasks import CLASSIFICATION, DETECTION
 
 FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+RECALLS = np.linspace(0, 1, 101)
+
+# Figures of cases of which each counts as often as its weight says: by name, without those that are undefined. A draw of the
+# bootstrap is a weight for every case, so that what is the same for all draws (sorting by score) is done once.
+Figures = Callable[[np.ndarray], dict[str, float]]
 
 
-def classification_figures(cases: Sequence[dict]) -> dict[str, float]:
+def classification_figures(cases: Sequence[dict]) -> Figures:
     """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels) and AUROC.
 
     The predicted class is the most probable of all classes. AUROC ranks the classes that occur: with two, the higher one
@@ -22,73 +28,129 @@ def classification_figures(cases: Sequence[dict]) -> dict[str, float]:
     """
     labels = np.array([case["label"] for case in cases])
     probabilities = np.stack([case["probabilities"] for case in cases])
-    predicted, present = probabilities.argmax(1), np.unique(labels)
-    figures = {
-        "accuracy": accuracy_score(labels, predicted),
-        "balanced_accuracy": np.mean([(predicted[labels == c] == c).mean() for c in present]),
-        "f1_macro": f1_score(labels, predicted, labels=present, average="macro", zero_division=0),
-    }
-    if len(present) > 1:
+    classes = probabilities.shape[1]
+    cells = labels * classes + probabilities.argmax(1)
+
+    @cache
+    def ranks(present: tuple[int, ...]) -> list[np.ndarray]:
+        """For each class that occurs, the rank of every case by the class's share; equal shares have equal ranks."""
         share = probabilities[:, present] / np.maximum(probabilities[:, present].sum(1, keepdims=True), 1e-12)
-        one_vs_rest = [roc_auc_score(labels == c, share[:, i]) for i, c in enumerate(present)]
-        figures["auroc"] = one_vs_rest[1] if len(present) == 2 else np.mean(one_vs_rest)
-    return {name: float(value) for name, value in figures.items()}
+        return [np.unique(column, return_inverse=True)[1] for column in share.T]
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        counts = np.bincount(cells, weights, classes**2).reshape(classes, classes)
+        present = np.flatnonzero(counts.sum(1))
+        hits, annotated, predicted = np.diag(counts)[present], counts.sum(1)[present], counts.sum(0)[present]
+        result = {
+            "accuracy": hits.sum() / counts.sum(),
+            "balanced_accuracy": (hits / annotated).mean(),
+            "f1_macro": (2 * hits / (annotated + predicted)).mean(),
+        }
+        if len(present) > 1:
+            one_vs_rest = [auroc(r, labels == c, weights) for c, r in zip(present, ranks(tuple(present.tolist())))]
+            result["auroc"] = one_vs_rest[1] if len(present) == 2 else np.mean(one_vs_rest)
+        return {name: float(value) for name, value in result.items()}
+
+    return figures
 
 
-def mean_figures(cases: Sequence[dict]) -> dict[str, float]:
+def auroc(ranks: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> float:
+    """Share of the pairs of a positive and a negative case in which the positive ranks higher, ties half (Mann-Whitney)."""
+    positives, negatives = np.bincount(ranks, weights * positive), np.bincount(ranks, weights * ~positive)
+    below = np.cumsum(negatives) - negatives / 2
+    return float((positives * below).sum() / (positives.sum() * negatives.sum()))
+
+
+def mean_figures(cases: Sequence[dict]) -> Figures:
     """Mean over the cases of every figure that is defined (not NaN) in at least one."""
     names = [name for name in cases[0] if name != "lesion_pixels"]
     values = np.array([[case[name] for name in names] for case in cases], dtype=float)
     defined = ~np.isnan(values)
-    sums, counts = np.where(defined, values, 0).sum(0), defined.sum(0)
-    return {name: float(total / count) for name, total, count in zip(names, sums, counts) if count}
+    values = np.where(defined, values, 0)
 
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        sums, counts = weights @ values, weights @ defined
+        return {name: float(total / count) for name, total, count in zip(names, sums, counts) if count}
 
-def detection_figures(cases: Sequence[dict]) -> dict[str, float]:
-    """AP at IoU 0.1, 0.5 and 0.5:0.95, mask AP, and sensitivity at given false positives per image (FROC, IoU 0.1).
-
-    Left out where there is no annotated lesion.
-    """
-    figures = _average_precision([case["match"] for case in cases], ("ap10", "ap50", "ap"))
-    masks = [case["mask_match"] for case in cases if "mask_match" in case]
-    if masks:
-        figures |= _average_precision(masks, ("mask_ap10", "mask_ap50", "mask_ap"))
-    lesions = sum(case["n_boxes"] for case in cases)
-    if lesions:
-        curve = froc_curve([case["match"] for case in cases], lesions)
-        figures |= {f"froc_{rate:g}": sensitivity_at(curve, rate) for rate in FALSE_POSITIVE_RATES}
-        figures["froc_mean"] = float(np.mean([figures[f"froc_{rate:g}"] for rate in FALSE_POSITIVE_RATES]))
     return figures
 
 
-def _average_precision(matches: Sequence[dict], names: Sequence[str]) -> dict[str, float]:
-    if not any(match and match[0]["gtIgnore"].size for match in matches):
-        return {}
-    result = COCO.compute(matches)[0]
-    keys = ("AP_IoU_0.10_MaxDet_100", "AP_IoU_0.50_MaxDet_100", "mAP_IoU_0.50_0.95_0.05_MaxDet_100")
-    return {name: float(result[key]) for name, key in zip(names, keys)}
+def detection_figures(cases: Sequence[dict]) -> Figures:
+    """AP at IoU 0.1, 0.5 and 0.5:0.95, mask AP, and sensitivity at given false positives per image (FROC, IoU 0.1).
+
+    Left out where there is no annotated lesion. The detections were matched by MONAI; from its matches its COCOMetric
+    computes the same AP, some fifty times slower than the bootstrap can wait for.
+    """
+    boxes = _Matches([case["match"] for case in cases])
+    masks = _Matches([case.get("mask_match", {}) for case in cases])
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        result = dict(zip(("ap10", "ap50", "ap"), boxes.average_precision(weights)))
+        result |= dict(zip(("mask_ap10", "mask_ap50", "mask_ap"), masks.average_precision(weights)))
+        if weights @ boxes.lesions:
+            curve = boxes.froc(weights)
+            result |= {f"froc_{rate:g}": sensitivity_at(curve, rate) for rate in FALSE_POSITIVE_RATES}
+            result["froc_mean"] = float(np.mean([result[f"froc_{rate:g}"] for rate in FALSE_POSITIVE_RATES]))
+        return result
+
+    return figures
 
 
-def froc_curve(matches: Sequence[dict], lesions: int) -> tuple[np.ndarray, np.ndarray]:
+class _Matches:
+    """Detections of many images in the order of their scores, from high to low, and which of them are hits.
+
+    Args:
+        matches: for each image what `monai.apps.detection.metrics.matching.matching_batch` returns; {} for no image.
+    """
+
+    def __init__(self, matches: Sequence[dict]) -> None:
+        found = [(image, match[0]) for image, match in enumerate(matches) if match]
+        scores = np.concatenate([np.zeros(0), *(match["dtScores"] for _, match in found)])
+        order = np.argsort(-scores, kind="stable")
+        self.images = np.concatenate([np.zeros(0, int), *(np.full(len(m["dtScores"]), image) for image, m in found)])[order]
+        thresholds = range(len(COCO.get_iou_thresholds()))
+        hits = [np.concatenate([np.zeros(0), *(m["dtMatches"][t] for _, m in found)])[order] > 0 for t in thresholds]
+        self.loosest = hits[0]
+        self.hits = [np.flatnonzero(hit) for hit in hits]
+        self.lesions = np.zeros(len(matches))
+        self.lesions[[image for image, _ in found]] = [match["gtIgnore"].size for _, match in found]
+
+    def average_precision(self, weights: np.ndarray) -> tuple[float, ...]:
+        """COCO's AP (precision at 101 recalls) at the first and second threshold and averaged from the second on.
+
+        Precision is taken at the hits alone: between two of them it only falls.
+        """
+        lesions, drawn = weights @ self.lesions, weights[self.images]
+        if not lesions:
+            return ()
+        so_far, at = np.cumsum(drawn), []
+        for hits in self.hits:
+            true = np.cumsum(drawn[hits])
+            precision = np.append(true / np.maximum(so_far[hits], 1), 0)  # 0 at recalls that are never reached
+            precision = np.maximum.accumulate(precision[::-1])[::-1]
+            at.append(precision[np.searchsorted(true / lesions, RECALLS)].mean())
+        return float(at[0]), float(at[1]), float(np.mean(at[1:]))
+
+    def froc(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """False positives per image and sensitivity at every score threshold, from high to low, at the first threshold."""
+        drawn = weights[self.images]
+        return np.cumsum(drawn * ~self.loosest) / weights.sum(), np.cumsum(drawn * self.loosest) / (weights @ self.lesions)
+
+
+def froc_curve(cases: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
     """False positives per image and sensitivity at every score threshold, from high to low, at IoU 0.1.
 
     MONAI's compute_froc_curve_data leaves out the lowest threshold, so that the last detections never count.
     """
-    found = [match[0] for match in matches if match]
-    scores = np.concatenate([match["dtScores"] for match in found]) if found else np.array([])
-    hits = np.concatenate([match["dtMatches"][0] for match in found]) if found else np.array([])
-    hits = hits[np.argsort(-scores, kind="stable")] > 0
-    return np.cumsum(~hits) / len(matches), np.cumsum(hits) / lesions
+    return _Matches([case["match"] for case in cases]).froc(np.ones(len(cases)))
 
 
 def sensitivity_at(curve: tuple[np.ndarray, np.ndarray], rate: float) -> float:
     """Highest sensitivity with at most `rate` false positives per image."""
-    return float(max(curve[1][curve[0] <= rate], default=0.0))
+    return float(curve[1][curve[0] <= rate].max(initial=0.0))
 
 
-def figures_of(task: str) -> Callable[[Sequence[dict]], dict[str, float]]:
-    """The function that turns a task's cases into figures."""
-    return {CLASSIFICATION: classification_figures, DETECTION: detection_figures}.get(task, mean_figures)
+FIGURES = {CLASSIFICATION: classification_figures, DETECTION: detection_figures}
 
 
 def with_intervals(task: str, cases: Sequence[dict], groups: Sequence[str], bootstrap: int, seed: int) -> dict:
@@ -103,26 +165,27 @@ def with_intervals(task: str, cases: Sequence[dict], groups: Sequence[str], boot
     Returns:
         name -> {"value", "ci95": [low, high] or None, "n": number of cases the figure is defined for}.
     """
-    compute, rng = figures_of(task), np.random.default_rng(seed)
-    values = compute(cases)
-    members: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    members_list, draws = list(members.values()), {name: [] for name in values}
+    figures, rng = FIGURES.get(task, mean_figures)(cases), np.random.default_rng(seed)
+    values = figures(np.ones(len(cases)))
+    members = np.unique(groups, return_inverse=True)[1]
+    draws = {name: [] for name in values}
     for _ in range(bootstrap):
-        chosen = rng.integers(len(members_list), size=len(members_list))
-        drawn = compute([cases[index] for group in chosen for index in members_list[group]])
-        for name, value in drawn.items():
-            if name in draws:
-                draws[name].append(value)
+        chosen = rng.integers(members.max() + 1, size=members.max() + 1)
+        for name, value in figures(np.bincount(chosen, minlength=members.max() + 1)[members]).items():
+            draws[name].append(value)
     return {
         name: {
             "value": value,
             "ci95": [float(edge) for edge in np.percentile(draws[name], (2.5, 97.5))] if draws[name] else None,
-            "n": sum(not np.isnan(case.get(name, 0.0)) for case in cases),
+            "n": sum(_defined(case, name) for case in cases),
         }
         for name, value in values.items()
     }
+
+
+def _defined(case: dict, name: str) -> bool:
+    """Whether a case takes part in a figure: it has instance masks for mask AP, and its own value is not NaN."""
+    return "mask_match" in case if name.startswith("mask_") else not np.isnan(case.get(name, 0.0))
 
 
 def confusion(cases: Sequence[dict], num_classes: int) -> list[list[int]]:

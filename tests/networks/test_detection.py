@@ -118,7 +118,7 @@ def test_a_wide_box_of_a_wide_image_is_learned_as_wide():
     maps = [torch.nn.functional.avg_pool2d(image, s).repeat(1, 8, 1, 1) for s in STRIDES]
     head = MaskRCNNHead(CHANNELS, STRIDES, **SMALL)
     optimizer = torch.optim.Adam(head.parameters(), 5e-3)
-    for _ in range(40):
+    for _ in range(60):
         loss = sum(head(maps, image, [target((84, 10, 116, 18), masks=True, rows=32, columns=128)]).values())
         optimizer.zero_grad()
         loss.backward()
@@ -138,7 +138,7 @@ def anchors_of(head, size=256):
 
 def test_every_square_lesion_of_4_to_128_pixels_has_an_anchor_of_its_size():
     anchors = anchors_of(MaskRCNNHead(CHANNELS, STRIDES, **SMALL))
-    sides = torch.arange(4, 128, 0.1)
+    sides = torch.arange(4, 128, 0.25)
     centres = anchors.reshape(-1, 2, 2).mean(1)
     nearest = centres[(centres - 128).norm(dim=1).argmin()]  # of an image of 256 pixels; every level has an anchor there
     lesions = torch.cat([nearest - sides[:, None] / 2, nearest + sides[:, None] / 2], 1)
