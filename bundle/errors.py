@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -21,12 +22,20 @@ def one_line_errors() -> None:
     def show(kind, error, trace):
         if refusal := _refusal(error):
             print(f"error: {refusal}", file=sys.stderr)
+            _let_threads_end()
         else:
             before(kind, error, trace)
 
     sys.excepthook = show
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_news)
+
+
+def _let_threads_end(seconds: float = 2.0) -> None:
+    """Wait for a pool that is still reading files: the interpreter would take its threads down in the middle and abort."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(seconds)
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:
