@@ -38,7 +38,9 @@ def section(title):
 
 def table(title):
     """Knob -> default of the table of a section."""
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| ", section(title).split("| knob | default | meaning |")[1].split("\n\n")[0], re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*?) \| ", section(title).split("| knob | default | meaning |")[1].split("\n\n")[0], re.M
+    )
     assert len(rows) == len(dict(rows)), "a knob has one line"
     return dict(rows)
 
@@ -150,10 +152,14 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("entries", "near"), UNKNOWN, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("entries", "near"), UNKNOWN, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
 def test_an_id_that_means_nothing_is_refused(entries, near):
     unknown = list(entries)[-1]
-    message = f"configuration: found '{unknown}', which no workflow has and nothing refers to as @{unknown}, expected an id of"
+    message = (
+        f"configuration: found '{unknown}', which no workflow has and nothing refers to as @{unknown}, expected an id of"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         check_ids({**read("train.json"), **entries}, CONFIGS)
     assert (f"; near matches: {near}" in str(caught.value)) if near else ("near matches" not in str(caught.value))

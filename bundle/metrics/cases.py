@@ -105,4 +105,6 @@ def cases_of(task: str, pred, label: dict, with_distance: bool) -> list[dict]:
         CLASSIFICATION: classification_cases,
         RECONSTRUCTION: reconstruction_cases,
         DETECTION: detection_cases,
-    }[task](pred, label)
+    }[
+        task
+    ](pred, label)

@@ -63,8 +63,8 @@ class MaskRCNNHead(nn.Module):
         self.levels = [index for index, stride in enumerate(strides) if 4 <= stride <= 32]
         if len(self.levels) != len(anchor_sizes):
             raise ValueError(
-                f"detection.anchor_sizes: found {len(anchor_sizes)} levels, expected {len(self.levels)}, one for each of the "
-                f"encoder's strides from 4 to 32 (it has {list(strides)})"
+                f"detection.anchor_sizes: found {len(anchor_sizes)} levels, expected {len(self.levels)}, one for each of "
+                f"the encoder's strides from 4 to 32 (it has {list(strides)})"
             )
         self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], fpn_channels)
         anchors = AnchorGenerator(tuple(map(tuple, anchor_sizes)), (tuple(aspect_ratios),) * len(anchor_sizes))

@@ -139,7 +139,9 @@ def build_encoder(
         if not isinstance(pretrained, str):
             raise
         reason = str(error).strip().splitlines()[:2][-1].strip()
-        raise ValueError(f"pretrained: {pretrained}: found other weights than those of {backbone} ({reason[:200]})") from None
+        raise ValueError(
+            f"pretrained: {pretrained}: found other weights than those of {backbone} ({reason[:200]})"
+        ) from None
 
 
 def _read_weights(path: str) -> Mapping[str, torch.Tensor]:
@@ -149,7 +151,7 @@ def _read_weights(path: str) -> Mapping[str, torch.Tensor]:
         return timm.models.load_state_dict(path)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
         raise ValueError(
-            f"pretrained: {path}: cannot be read as weights ({type(error).__name__}), expected a state_dict saved with torch.save"
+            f"pretrained: {path}: cannot be read as weights ({type(error).__name__}), expected a state_dict of torch.save"
         ) from None
 
 
@@ -159,4 +161,6 @@ def _check_timm(backbone: str, width: float) -> None:
         hint = f"; near matches: {', '.join(near)}" if near else ""
         raise ValueError(f"backbone: found {backbone!r}, expected vgg13, vgg13_bn or a model name of timm{hint}")
     if width != 1.0:
-        raise ValueError(f"width: found {width} with backbone {backbone}, expected 1.0; only vgg13 and vgg13_bn take a width")
+        raise ValueError(
+            f"width: found {width} with backbone {backbone}, expected 1.0; only vgg13 and vgg13_bn take a width"
+        )

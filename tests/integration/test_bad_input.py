@@ -63,15 +63,50 @@ def other_weights(folder, datalist):
 # [configs, arguments, what is done to the data, words of the line]; DATA stands for the folder
 CASES = {
     "unknown config key": [TRAIN, ["--learning_rat", "0.1"], None, r"found 'learning_rat', .* near matches: learning_rate"],
-    "unknown backbone": [TRAIN, ["--backbone", "resnet5"], None, r"backbone: found 'resnet5', expected .* near matches: resnet50"],
-    "unknown task": [TRAIN, ["--tasks", "{'segmentaton': 1.0}"], None, r"tasks: found 'segmentaton', expected one or more of"],
+    "unknown backbone": [
+        TRAIN,
+        ["--backbone", "resnet5"],
+        None,
+        r"backbone: found 'resnet5', expected .* near matches: resnet50",
+    ],
+    "unknown task": [
+        TRAIN,
+        ["--tasks", "{'segmentaton': 1.0}"],
+        None,
+        r"tasks: found 'segmentaton', expected one or more of",
+    ],
     "missing datalist": [TRAIN, [], missing, r"DATA/datalist.json: no such datalist; make one with scripts/prepare_data.py"],
     "empty datalist": [TRAIN, [], empty, r"DATA/datalist.json: found no record, expected a non-empty list"],
-    "class out of range": [TRAIN, [], change(**{"class": 3}), r"training\[0\] .*: class: found 3, expected a whole number from 0 to 2"],
-    "group in two splits": [TRAIN, [], same_group, r"test\[0\] .*: group: found '.*' in test and in training, expected it in one"],
-    "box outside": [TRAIN, [], change(boxes=[[40, 8, 70, 20]]), r"boxes: found \[40, 8, 70, 20\] outside the image, expected x from 0 to 64"],
-    "box turned round": [TRAIN, [], change(boxes=[[40, 8, 30, 20]]), r"boxes: found \[40, 8, 30, 20\], expected x1 < x2 and y1 < y2"],
-    "missing image": [TRAIN, [], change(image="none.png"), r"image: found no file .*none.png, expected it there; check dataset_dir"],
+    "class out of range": [
+        TRAIN,
+        [],
+        change(**{"class": 3}),
+        r"training\[0\] .*: class: found 3, expected a whole number from 0 to 2",
+    ],
+    "group in two splits": [
+        TRAIN,
+        [],
+        same_group,
+        r"test\[0\] .*: group: found '.*' in test and in training, expected it in one",
+    ],
+    "box outside": [
+        TRAIN,
+        [],
+        change(boxes=[[40, 8, 70, 20]]),
+        r"boxes: found \[40, 8, 70, 20\] outside the image, expected x from 0 to 64",
+    ],
+    "box turned round": [
+        TRAIN,
+        [],
+        change(boxes=[[40, 8, 30, 20]]),
+        r"boxes: found \[40, 8, 30, 20\], expected x1 < x2 and y1 < y2",
+    ],
+    "missing image": [
+        TRAIN,
+        [],
+        change(image="none.png"),
+        r"image: found no file .*none.png, expected it there; check dataset_dir",
+    ],
     "truncated image": [TRAIN, [], truncate, r"DATA/cut.png: cannot be read \(.*truncated.*\)"],
     "NaN pixels": [TRAIN, [], nan_pixels, r"DATA/nan.nii.gz: found NaN or infinite pixels, expected finite values"],
     "mask of another size": [TRAIN, [], small_mask, r"mask: found \(columns, rows\) = \(32, 48\), expected \(64, 64\)"],
@@ -80,7 +115,7 @@ CASES = {
         EVALUATE,
         ["--checkpoint", "DATA/other.pt"],
         other_weights,
-        r"DATA/other.pt: found encoder.features.0.weight \(64, 1, 3, 3\), expected \(8, 1, 3, 3\); it was made with another network",
+        r"DATA/other.pt: found encoder.features.0.weight \(64, 1, 3, 3\), expected \(8, 1, 3, 3\); it was made with another",
     ],
 }
 

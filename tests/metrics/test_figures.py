@@ -43,7 +43,9 @@ def test_curves_are_drawn_while_validation_is_still_missing(tmp_path):
 
 def test_stage_table_has_a_row_for_every_stage_and_a_dash_where_nothing_was_measured():
     metrics, _ = evaluate([batch(ALL)])
-    table = stage_table({"stage_classification": {CLASSIFICATION: metrics.report[CLASSIFICATION]}, "stage_joint": metrics.report})
+    table = stage_table(
+        {"stage_classification": {CLASSIFICATION: metrics.report[CLASSIFICATION]}, "stage_joint": metrics.report}
+    )
     header, line, first, second = table.strip().split("\n")
     assert header == "| after stage | accuracy | AUROC | Dice | IoU | SSIM | AP@0.1 | AP@0.5 |"
     accuracy = f"{metrics.report[CLASSIFICATION]['accuracy']['value']:.3f}"

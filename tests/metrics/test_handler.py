@@ -27,7 +27,9 @@ def batch(annotated, source="covid_ct", start=0, size=4):
         "target": torch.rand(size, 1, 32, 32),
         "detection": [{"boxes": box, "labels": torch.ones(1), "masks": masks} if row else None for row in rows[DETECTION]],
         "annotated": rows,
-        "record": [{"image": f"{source}/{start + i}.png", "group": f"p{(start + i) // 2}", "source": source} for i in range(size)],
+        "record": [
+            {"image": f"{source}/{start + i}.png", "group": f"p{(start + i) // 2}", "source": source} for i in range(size)
+        ],
     }
     pred = {
         CLASSIFICATION: torch.randn(size, 3),
@@ -88,7 +90,11 @@ def test_metrics_json_has_the_one_fixed_form(tmp_path, sources):
 
 
 def test_only_annotated_samples_count():
-    some = {CLASSIFICATION: [True, False, False, True], SEGMENTATION: [False, True, False, False], DETECTION: [False, False, True, True]}
+    some = {
+        CLASSIFICATION: [True, False, False, True],
+        SEGMENTATION: [False, True, False, False],
+        DETECTION: [False, False, True, True],
+    }
     metrics, _ = evaluate([batch(some), batch(some, start=4)])
     counts = {CLASSIFICATION: 4, SEGMENTATION: 2, RECONSTRUCTION: 8, DETECTION: 4}
     first = {CLASSIFICATION: "accuracy", SEGMENTATION: "dice", RECONSTRUCTION: "mse", DETECTION: "ap50"}
@@ -96,7 +102,9 @@ def test_only_annotated_samples_count():
     one = batch(some)
     logits, label = one["pred"][CLASSIFICATION], one["label"]["class"]
     two = batch(some, start=4)
-    right = [(p[CLASSIFICATION].argmax(1) == c)[[0, 3]] for p, c in ((one["pred"], label), (two["pred"], two["label"]["class"]))]
+    right = [
+        (p[CLASSIFICATION].argmax(1) == c)[[0, 3]] for p, c in ((one["pred"], label), (two["pred"], two["label"]["class"]))
+    ]
     assert metrics.report[CLASSIFICATION]["accuracy"]["value"] == pytest.approx(torch.cat(right).float().mean().item())
     assert logits.shape == (4, 3)
 
@@ -143,7 +151,11 @@ def test_an_epoch_starts_without_the_rows_of_the_one_before():
 
 
 def test_per_case_csv_has_a_row_for_every_image_and_empty_cells_where_there_is_nothing_to_say(tmp_path):
-    some = {CLASSIFICATION: [True, False, False, False], SEGMENTATION: [False, True, False, False], DETECTION: [False, False, True, False]}
+    some = {
+        CLASSIFICATION: [True, False, False, False],
+        SEGMENTATION: [False, True, False, False],
+        DETECTION: [False, False, True, False],
+    }
     one = batch(some)
     one["label"]["mask"][1], one["pred"][SEGMENTATION][1] = 0, -1  # no lesion, none found: no distance, no sensitivity
     evaluate([one], output_dir=tmp_path)

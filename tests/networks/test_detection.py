@@ -81,7 +81,9 @@ def test_training_without_targets_is_refused():
 
 
 def test_levels_of_anchors_must_fit_the_encoder():
-    with pytest.raises(ValueError, match=r"detection.anchor_sizes: found 2 levels, expected 4, .* \(it has \[1, 2, 4, 8, 16, 32\]\)"):
+    with pytest.raises(
+        ValueError, match=r"detection.anchor_sizes: found 2 levels, expected 4, .* \(it has \[1, 2, 4, 8, 16, 32\]\)"
+    ):
         MaskRCNNHead(CHANNELS, STRIDES, anchor_sizes=((4,), (8,)))
 
 
@@ -111,7 +113,7 @@ def test_no_detection_above_the_threshold():
 
 
 def test_a_wide_box_of_a_wide_image_is_learned_as_wide():
-    """x is the column: a head overfitted to a wide box at the right of an image of 32 rows and 128 columns finds it there."""
+    """x is the column: a head overfitted to a wide box at the right of 32 rows and 128 columns finds it there."""
     torch.manual_seed(0)
     image = torch.zeros(1, 1, 32, 128)
     image[..., 10:18, 84:116] = 1
@@ -148,4 +150,9 @@ def test_every_square_lesion_of_4_to_128_pixels_has_an_anchor_of_its_size():
 def test_anchors_have_the_asked_shapes_in_x_y_order():
     head = MaskRCNNHead(CHANNELS, STRIDES, **SMALL, anchor_sizes=((8,), (16,), (32,), (64,)), aspect_ratios=(0.25,))
     sides = (anchors_of(head)[:, 2:] - anchors_of(head)[:, :2]).unique(dim=0)
-    assert sides.tolist() == [[16, 4], [32, 8], [64, 16], [128, 32]], "height over width of 1/4 is four times as wide as high"
+    assert sides.tolist() == [
+        [16, 4],
+        [32, 8],
+        [64, 16],
+        [128, 32],
+    ], "height over width of 1/4 is four times as wide as high"

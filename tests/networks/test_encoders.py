@@ -26,8 +26,16 @@ WRONG_CASES = [
     [{"backbone": "zzzzzzzz"}, ValueError, r"found 'zzzzzzzz', expected vgg13, vgg13_bn or a model name of timm$"],
     [{"backbone": "resnet18", "width": 0.5}, ValueError, r"width: found 0.5 with backbone resnet18, expected 1.0"],
     [{"backbone": "vgg13", "width": 0}, ValueError, r"width: found 0, expected more than 0"],
-    [{"backbone": "vit_tiny_patch16_224"}, ValueError, r"backbone: vit_tiny_patch16_224 gives no feature pyramid of a 64 x 64"],
-    [{"backbone": "xcit_nano_12_p8_224"}, ValueError, r"no feature pyramid: found maps of shape \[\(128, 8, 8\), \(128, 8, 8\)"],
+    [
+        {"backbone": "vit_tiny_patch16_224"},
+        ValueError,
+        r"backbone: vit_tiny_patch16_224 gives no feature pyramid of a 64 x 64",
+    ],
+    [
+        {"backbone": "xcit_nano_12_p8_224"},
+        ValueError,
+        r"no feature pyramid: found maps of shape \[\(128, 8, 8\), \(128, 8, 8\)",
+    ],
     [{"backbone": "vgg13", "pretrained": "none.pt"}, FileNotFoundError, r"pretrained: none.pt: no such file"],
 ]
 
@@ -91,7 +99,14 @@ def test_rgb_weights_of_timm_see_grey_as_they_see_its_rgb_triple(tmp_path):
         ("resnet18", lambda: timm.create_model("resnet34", pretrained=False).state_dict()),
         ("resnet18", lambda: [1, 2]),
     ],
-    ids=["vgg, with batch norm", "vgg, other keys", "vgg, no state_dict", "timm, other keys", "timm, other depth", "timm, no state_dict"],
+    ids=[
+        "vgg, with batch norm",
+        "vgg, other keys",
+        "vgg, no state_dict",
+        "timm, other keys",
+        "timm, other depth",
+        "timm, no state_dict",
+    ],
 )
 def test_a_file_of_other_weights_is_refused_in_one_line(backbone, saved, tmp_path):
     torch.save(saved(), tmp_path / "other.pt")

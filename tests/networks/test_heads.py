@@ -36,7 +36,9 @@ def test_decoder_answers_at_full_resolution_from_the_skips_it_has(arguments, ski
 
 @pytest.mark.parametrize("count", [0, 6])
 def test_a_number_of_decoder_channels_that_does_not_fit_is_refused(count):
-    with pytest.raises(ValueError, match=rf"decoder_channels: found {count} \(.*\), expected 1 to 5 for an encoder of stride 32"):
+    with pytest.raises(
+        ValueError, match=rf"decoder_channels: found {count} \(.*\), expected 1 to 5 for an encoder of stride 32"
+    ):
         DenseHead(**VGG, decoder_channels=[8] * count)
 
 

@@ -11,7 +11,13 @@ TINY = {
     "width": 0.125,
     "image_size": 64,
     "decoder_channels": (16, 8, 8, 8, 8),
-    "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "score_threshold": 0.0, "detections_per_image": 5},
+    "detection": {
+        "fpn_channels": 8,
+        "box_features": 16,
+        "mask_channels": (8,),
+        "score_threshold": 0.0,
+        "detections_per_image": 5,
+    },
 }
 SUBSETS = list(chain.from_iterable(combinations(TASKS, count) for count in range(1, 5)))
 BACKBONES = ["vgg13", "vgg13_bn", "resnet50", "densenet121", "efficientnet_b0", "regnety_002", "mobilenetv3_small_100"]
@@ -203,7 +209,10 @@ def test_strict_loading_wants_every_head(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0.25}, r"found encoder.features.0.weight \(8, 1, 3, 3\), expected \(16, 1, 3, 3\); it was made with another"),
+        (
+            {"width": 0.25},
+            r"found encoder.features.0.weight \(8, 1, 3, 3\), expected \(16, 1, 3, 3\); it was made with another",
+        ),
         ({"backbone": "vgg13"}, r"found encoder\.features\.2\.weight absent, expected \(8, 8, 3, 3\)"),
         ({"backbone": "regnety_002", "width": 1.0}, r"found encoder\.model\.\S+ absent, expected"),
         ({"decoder_channels": (16, 8, 8, 8, 4)}, r"found heads.reconstruction\.\S+ \(8, .*\), expected \(4, "),
