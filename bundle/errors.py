@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import traceback
 from pathlib import Path
 
 PACKAGE = str(Path(__file__).parent)
+RAISED_HERE = re.compile(rf'File "{re.escape(PACKAGE)}.*\n(?: {{4}}.*\n)*(?:ValueError|FileNotFoundError|OSError): (.*)')
 
 
 def one_line_errors() -> None:
@@ -38,12 +40,16 @@ def _let_threads_end(seconds: float = 2.0) -> None:
             thread.join(seconds)
 
 
-def _refusal(error: BaseException | None) -> BaseException | None:
-    """The exception that an error goes back to, if this package raised it to refuse a file or a knob."""
+def _refusal(error: BaseException | None) -> str | None:
+    """What this package said when it refused a file or a knob, if that is what an error goes back to."""
     while error is not None and error.__cause__ is not None:
         error = error.__cause__
-    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, (ValueError, OSError)) else []
-    return error if frames and frames[-1].filename.startswith(PACKAGE) else None
+    if isinstance(error, (ValueError, OSError)):
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and frames[-1].filename.startswith(PACKAGE):
+            return str(error)
+    in_worker = RAISED_HERE.search(str(error))  # a process of a DataLoader sends its traceback as text
+    return in_worker[1] if in_worker else None
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -12,14 +12,30 @@ except ValueError as error:
 """
 
 
+WORKER = """
+from torch.utils.data import DataLoader, Dataset
+from bundle.data.transforms import LoadSlice
+class Files(Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        try:
+            return LoadSlice()("none.png")
+        except Exception as error:
+            raise RuntimeError("applying transform") from error
+next(iter(DataLoader(Files(), num_workers=1)))
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "shown"),
     [
         (REFUSED, "error: tasks: found 'x', expected one or more of classification, "),
+        (WORKER, "error: none.png: no such file"),
         ("float('x')", "Traceback (most recent call last):"),
         ("from bundle.tasks import check_tasks\ncheck_tasks(1)", "Traceback (most recent call last):"),
     ],
-    ids=["refused by us", "raised by others", "a programming error"],
+    ids=["refused by us", "refused by us in another process", "raised by others", "a programming error"],
 )
 def test_only_what_the_package_refuses_is_shown_in_one_line(code, shown):
     program = f"from bundle.errors import one_line_errors\none_line_errors()\none_line_errors()\n{code}"
