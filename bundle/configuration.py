@@ -51,11 +51,17 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
         also: further ids that are known, such as the one to run.
 
     Raises:
-        ValueError: naming the id and the known ids nearest to it.
+        ValueError: naming the id and the known ids nearest to it; or for a text "true", "false" or "null", which the
+            command line makes of these words and which would count as true.
     """
     files = [file for name in WORKFLOWS if (file := Path(config_dir) / name).is_file()]
-    known = {id for file in files for id in json.loads(file.read_text())}
+    defaults = {id: value for file in files for id, value in json.loads(file.read_text()).items()}
+    known = defaults.keys()
     referred = set(re.findall(r"[@%](\w+)", json.dumps(config, default=str)))
+    for id, value in config.items():
+        is_word = isinstance(value, str) and value.lower() in ("true", "false", "null")
+        if is_word and not isinstance(defaults.get(id), str):
+            raise ValueError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")
     for id in config if known else ():  # a folder without any of the three holds a workflow of its own
         if id not in known | referred | READ_BY_MONAI | set(also):
             near = difflib.get_close_matches(id, known, n=3)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -23,7 +24,7 @@ from monai.utils.enums import CommonKeys
 
 from bundle.configuration import check_ids, running_workflow
 from bundle.metrics import plot_curves, stage_table
-from bundle.networks import load_weights
+from bundle.networks import load_weights, read_weights
 from bundle.tasks import ANNOTATED, DETECTION, IMAGE, RECORD, check_tasks
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class RunRecorder:
             )
         weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
         if self.init_checkpoint:
-            before = torch.load(self.init_checkpoint, map_location="cpu", weights_only=True)
+            before = read_weights(self.init_checkpoint)
             weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
         write_json(self.best(), self.folder / "metrics.json")
         save_atomically(weights, self.folder / "model.pt")
@@ -261,9 +262,10 @@ def _leaves(config, id: str = ""):
 
 def remove_run(folder: Path) -> None:
     """Remove what a run left in its folder, so that nothing old passes for a result of the next one."""
-    results = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png", "evaluation/metrics.json")
+    results = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png")
     for path in [*(folder / name for name in results), *folder.glob("events.out.tfevents.*")]:
         path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)
 
 
 def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> None:
@@ -281,7 +283,7 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
 
     Raises:
         FileNotFoundError: if a stage has no overlay.
-        ValueError: if there is no stage, a stage has an unknown id (see `bundle.configuration.check_ids`), or it was begun
+        ValueError: if there is no stage, `tasks` was changed, a stage has an unknown id (see `bundle.configuration.check_ids`), or it was begun
             with another configuration.
     """
     folder, configs = Path(output_dir), _stage_configs(stages, output_dir, config_dir)
@@ -311,6 +313,12 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
 def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> dict[str, dict]:
     """Configuration of every stage by name, in order."""
     base, configs, before = running_config(), {}, None
+    tasks = ConfigParser.load_config_file(str(Path(config_dir) / "train.json"))["tasks"]
+    if base["tasks"] != tasks:  # the overlays of the stages would silently undo it
+        raise ValueError(
+            f"tasks: found {base['tasks']}, expected {tasks}, since every stage has tasks of its own; set "
+            "stages::NAME::tasks instead"
+        )
     for name, entries in stages.items():
         overlay = Path(config_dir) / f"{name}.json"
         if not overlay.is_file():
@@ -334,7 +342,7 @@ def _overlay(base: dict, file: Path, entries: Mapping) -> dict:
 
 def trained_tasks(checkpoint) -> tuple[str, ...]:
     """Tasks whose heads a checkpoint of weights holds."""
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    weights = read_weights(checkpoint)
     return check_tasks({key.split(".")[1] for key in weights if key.startswith("heads.")})
 
 

@@ -5,19 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, GeneralizedDiceFocalLoss, GeneralizedDiceLoss, TverskyLoss
+from monai.losses import DiceCELoss, DiceLoss, FocalLoss, GeneralizedDiceLoss, TverskyLoss
 from torch import nn
 from torch.nn import functional as F
 
 from bundle.tasks import ANNOTATED, CLASS, DETECTION, MASK, TARGET, check_tasks
 
+
+
+class _WithFocal(nn.Module):
+    """A Dice loss and the focal loss of the same softmax; MONAI's DiceFocalLoss gives its focal part a sigmoid."""
+
+    def __init__(self, dice: type[nn.Module]) -> None:
+        super().__init__()
+        self.dice, self.focal = dice(softmax=True), FocalLoss(use_softmax=True)
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.dice(logits, target) + self.focal(logits, target)
+
+
+class _Tversky(nn.Module):
+    """Tversky loss (Salehi et al., arXiv 1706.05721): a missed lesion pixel weighs 0.7, a false one 0.3.
+
+    A pixel missed in the lesion is a false one of the complement, whose weights are therefore exchanged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.complement, self.lesion = TverskyLoss(alpha=0.7, beta=0.3), TverskyLoss(alpha=0.3, beta=0.7)
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        probability = logits.softmax(1)
+        return (self.complement(probability[:, :1], target[:, :1]) + self.lesion(probability[:, 1:], target[:, 1:])) / 2
+
+
+# Losses of logits and target (B, 2, H, W), complement and lesion.
 SEGMENTATION_LOSSES = {
-    "generalized_dice": GeneralizedDiceLoss,
-    "generalized_dice_focal": GeneralizedDiceFocalLoss,
-    "dice": DiceLoss,
-    "dice_ce": DiceCELoss,
-    "dice_focal": DiceFocalLoss,
-    "tversky": TverskyLoss,
+    "generalized_dice": lambda: GeneralizedDiceLoss(softmax=True),
+    "generalized_dice_focal": lambda: _WithFocal(GeneralizedDiceLoss),
+    "dice": lambda: DiceLoss(softmax=True),
+    "dice_ce": lambda: DiceCELoss(softmax=True),
+    "dice_focal": lambda: _WithFocal(DiceLoss),
+    "tversky": _Tversky,
 }
 
 
@@ -30,17 +59,16 @@ class LesionAndComplementLoss(nn.Module):
 
     Args:
         name: a key of `SEGMENTATION_LOSSES`.
-        kwargs: further arguments of that loss.
 
     Raises:
         ValueError: if the name is unknown.
     """
 
-    def __init__(self, name: str = "generalized_dice", **kwargs) -> None:
+    def __init__(self, name: str = "generalized_dice") -> None:
         super().__init__()
         if name not in SEGMENTATION_LOSSES:
             raise ValueError(f"segmentation_loss: found {name!r}, expected one of {', '.join(SEGMENTATION_LOSSES)}")
-        self.loss = SEGMENTATION_LOSSES[name](softmax=True, **kwargs)
+        self.loss = SEGMENTATION_LOSSES[name]()
 
     def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args: logits (B, C, H, W) and mask in {0, 1} of the same shape; every channel is a lesion class of its own."""

@@ -207,3 +207,9 @@ def test_every_workflow_refuses_unknown_ids_before_any_work(files, tmp_path):
 def test_outside_of_a_workflow_there_is_none_running():
     with pytest.raises(RuntimeError, match="found no ConfigWorkflow among the callers"):
         running_workflow()
+
+
+@pytest.mark.parametrize(("id", "word"), [("resume", "false"), ("skips", "False"), ("init_checkpoint", "null")])
+def test_words_that_would_count_as_true_are_refused(id, word):
+    with pytest.raises(ValueError, match=f"{id}: found the text '{word}', expected True, False or None"):
+        check_ids({**read("train.json"), id: word}, CONFIGS)

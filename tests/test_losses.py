@@ -47,6 +47,29 @@ def test_a_perfect_mask_costs_nearly_nothing(name, channels):
     assert loss((1 - mask * 2) * 20, mask).item() > 0.5
 
 
+def test_tversky_punishes_a_missed_lesion_more_than_a_false_one():
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    missed, false = mask.clone(), mask.clone()
+    missed[..., 4:8], false[..., 8:12] = 0, 1
+    tversky, dice = (
+        [LesionAndComplementLoss(name)(wrong * 40 - 20, mask).item() for wrong in (missed, false)] for name in ("tversky", "dice")
+    )
+    assert tversky[0] > tversky[1] + 0.02
+    assert dice[0] == pytest.approx(dice[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dice", "generalized_dice"])
+def test_focal_part_sees_the_probability_of_the_sigmoid(name):
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 1, 16, 16), (torch.rand(2, 1, 16, 16) > 0.6).float()
+    probability = torch.where(mask > 0, logits.sigmoid(), 1 - logits.sigmoid())
+    # MONAI takes the mean over both channels, one of which is zero.
+    focal = (-((1 - probability) ** 2) * probability.log()).mean() / 2
+    both, alone = (LesionAndComplementLoss(loss)(logits, mask) for loss in (f"{name}_focal", name))
+    assert (both - alone).item() == pytest.approx(focal.item(), rel=1e-4)
+
+
 def test_unknown_segmentation_loss_is_refused():
     with pytest.raises(ValueError, match="segmentation_loss: found 'jaccard', expected one of generalized_dice"):
         LesionAndComplementLoss("jaccard")

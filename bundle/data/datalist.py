@@ -34,7 +34,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
         path: JSON file with `classes` and the lists training, validation and test.
         dataset_dir: folder of the files; where it is given, they must be there, and boxes, masks and instances fit the
             image.
-        classes: names that the configuration expects; their number must be the datalist's.
+        classes: names that the configuration expects; they must be the datalist's, in its order.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -50,8 +50,9 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
         validate(datalist, dataset_dir)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if classes is not None and len(classes) != len(datalist["classes"]):
-        raise ValueError(f"{path}: classes: found {datalist['classes']}, expected {len(classes)} as in the config's classes")
+    if classes is not None and list(classes) != datalist["classes"]:
+        found = datalist["classes"]
+        raise ValueError(f"{path}: classes: found {found}, expected {list(classes)} as in the config's classes")
     return datalist
 
 

@@ -123,7 +123,8 @@ class LoadSliced(MapTransform):
         segmentation_classes: number of lesion channels.
 
     Raises:
-        ValueError: naming the files, if the mask or the instances have another size than the image, or a box no instance.
+        ValueError: naming the files, if the mask or the instances have another size than the image, a mask of several classes
+            other values than theirs, or a box no instance.
     """
 
     def __init__(self, segmentation_classes: int = 1) -> None:
@@ -144,6 +145,9 @@ class LoadSliced(MapTransform):
             empty = record[MASK] == EMPTY_MASK
             mask = torch.zeros_like(image.as_tensor()) if empty else self._labels(record, MASK, image)
             values = range(1, self.segmentation_classes + 1)
+            if self.segmentation_classes > 1 and not set(mask.unique().tolist()) <= {0, *values}:
+                found = sorted(set(mask.unique().tolist()))
+                raise ValueError(f"{record[MASK]}: found the values {found}, expected 0 and {', '.join(map(str, values))}")
             channels = [mask > 0] if self.segmentation_classes == 1 else [mask == value for value in values]
             sample[MASK] = MetaTensor(torch.cat(channels).float(), affine=image.affine)
         if BOXES in record:

@@ -27,7 +27,7 @@ STAGE_COLUMNS = {
 
 def stage_table(reports: Mapping[str, Mapping]) -> str:
     """Markdown table "task metric after each stage" from the report of each stage; "-" where there is no figure."""
-    lines = ["| after stage | " + " | ".join(STAGE_COLUMNS) + " |", "|---|" + "---:|" * len(STAGE_COLUMNS)]
+    lines = ["| after stage (validation split) | " + " | ".join(STAGE_COLUMNS) + " |", "|---|" + "---:|" * len(STAGE_COLUMNS)]
     for stage, report in reports.items():
         figures = [report.get(task, {}).get(name) for task, name in STAGE_COLUMNS.values()]
         cells = [f"{figure['value']:.3f}" if figure else "-" for figure in figures]

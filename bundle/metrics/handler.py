@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from bundle.tasks import (
     SOURCE,
     check_tasks,
 )
+
+logger = logging.getLogger(__name__)
 
 # Figures whose mean is a task's part in the validation score. AP@0.5 alone is noisy while a detector still learns.
 PRIMARY = {
@@ -150,6 +153,9 @@ class MultiTaskMetrics:
         temporary = self.folder / "metrics.json.tmp"
         temporary.write_text(json.dumps(self.report, indent=1) + "\n")
         os.replace(temporary, self.folder / "metrics.json")
+        flat, names = self._flat(), [f"{task}_{PRIMARY[task][0]}" for task in self.report]
+        chosen = ", ".join(f"{name} {flat[name]:.3f}" for name in names if name in flat)
+        logger.info(f"{self.folder / 'metrics.json'}: {chosen}")
 
     def _csv_row(self, row: dict) -> dict:
         """One line of per_case.csv; a cell is empty where the case is not annotated or the figure not defined."""

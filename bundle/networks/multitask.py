@@ -118,20 +118,12 @@ def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch
     return spread
 
 
-def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:
-    """Load a state_dict file into the encoder and those heads that both the file and the network have.
-
-    Args:
-        network: the network, changed in place.
-        path: file of a plain state_dict, or of a dictionary with one under "network".
-        strict: every head of the network must be in the file.
-
-    Returns:
-        Names of the parts that were loaded: "encoder" and tasks.
+def read_weights(path) -> Mapping[str, torch.Tensor]:
+    """State_dict of a network from a file of it, or of a dictionary with one under "network".
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no state_dict, or of another architecture, naming the first parameter that does not fit.
+        ValueError: if it cannot be read.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train first, or name another one")
@@ -141,7 +133,25 @@ def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
         ) from None
-    weights = weights.get("network", weights) if isinstance(weights, Mapping) else {}
+    return weights.get("network", weights) if isinstance(weights, Mapping) else {}
+
+
+def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:
+    """Load a state_dict file into the encoder and those heads that both the file and the network have.
+
+    Args:
+        network: the network, changed in place.
+        path: of `read_weights`.
+        strict: every head of the network must be in the file.
+
+    Returns:
+        Names of the parts that were loaded: "encoder" and tasks.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no state_dict, or of another architecture, naming the first parameter that does not fit.
+    """
+    weights = read_weights(path)
     parts = {"encoder": network.encoder, **network.heads}
     prefixes = {name: "encoder." if name == "encoder" else f"heads.{name}." for name in parts}
     loaded = {}

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import re
 
 import nibabel
 import numpy as np
@@ -61,7 +62,7 @@ def complaint(datalist, folder):
 
 def test_a_good_datalist_is_read_as_it_was_written(folder, datalist):
     write_datalist(datalist, folder / "new/datalist.json")
-    assert load_datalist(folder / "new/datalist.json", folder, ["a", "b", "c"]) == datalist
+    assert load_datalist(folder / "new/datalist.json", folder, datalist["classes"]) == datalist
     assert [path.name for path in (folder / "new").iterdir()] == ["datalist.json"]
 
 
@@ -219,11 +220,12 @@ def test_a_missing_datalist_is_refused(folder):
         load_datalist(folder / "no.json", folder)
 
 
-def test_another_number_of_classes_than_the_configs_is_refused(folder, datalist):
+@pytest.mark.parametrize("classes", [["other", "ill"], ["COVID-19", "other", "lung cancer"]])
+def test_other_classes_than_the_configs_or_in_another_order_are_refused(folder, datalist, classes):
     write_datalist(datalist, folder / "datalist.json")
-    expected = r"datalist.json: classes: found \['other', 'COVID-19', 'lung cancer'\], expected 2 as in the config's classes"
-    with pytest.raises(ValueError, match=expected):
-        load_datalist(folder / "datalist.json", folder, ["other", "ill"])
+    found = "datalist.json: classes: found ['other', 'COVID-19', 'lung cancer']"
+    with pytest.raises(ValueError, match=re.escape(f"{found}, expected {classes} as in the config's classes")):
+        load_datalist(folder / "datalist.json", folder, classes)
 
 
 def test_files_are_looked_at_only_where_the_folder_is_known(datalist):

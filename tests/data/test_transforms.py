@@ -32,7 +32,7 @@ def preprocessing(size=64):
     return [
         LoadSliced(),
         ScaleIntensityd("image"),
-        Resized(KEYS, size, size_mode="longest", mode=["bilinear", "nearest", "nearest"], allow_missing_keys=True),
+        Resized(KEYS, size, size_mode="longest", mode=["bilinear", "nearest-exact", "nearest-exact"], allow_missing_keys=True),
         SpatialPadd(KEYS, [size, size], allow_missing_keys=True),
     ]
 
@@ -51,6 +51,20 @@ def test_resize_and_padding_keep_the_aspect_and_move_boxes(record):
     np.testing.assert_allclose(sample["boxes"][0], extent(sample["mask"][0]), atol=1)
     assert sample["image"].shape == sample["mask"].shape == (1, 64, 64)
     assert sample["record"] == {"image": record["image"], "group": "p1", "source": "test"}
+
+
+@pytest.mark.parametrize("side", [100, 300, 630])
+def test_resized_mask_lies_on_its_image(record, tmp_path, side):
+    """torch's "nearest" would move the mask by half a pixel against the image."""
+    rows, columns = np.ogrid[:side, :side]
+    disc = ((rows - (side - 1) / 2) ** 2 + (columns - (side - 1) / 2) ** 2 < (0.3 * side) ** 2).astype(np.uint8) * 255
+    Image.fromarray(disc).save(tmp_path / "image.png")
+    Image.fromarray(disc).save(tmp_path / "mask.png")
+    sample = Compose(preprocessing())({"image": record["image"], "mask": record["mask"]})
+    for key in ("image", "mask"):
+        weights = sample[key][0].numpy()
+        centre = [(weights.sum(axis) * np.arange(64)).sum() / weights.sum() for axis in (1, 0)]
+        np.testing.assert_allclose(centre, 31.5, atol=0.26)
 
 
 @pytest.mark.parametrize("with_instances", [True, False])
@@ -114,6 +128,11 @@ def test_empty_mask_and_mask_of_several_classes(record, tmp_path):
     Image.fromarray(labels).save(tmp_path / "labels.png")
     sample = LoadSliced(2)({"image": record["image"], "mask": str(tmp_path / "labels.png")})
     assert sample["mask"].sum((1, 2)).tolist() == [10 * COLUMNS, 20 * COLUMNS]
+
+
+def test_mask_of_several_classes_with_other_values_is_refused(record):
+    with pytest.raises(ValueError, match=r"mask.png: found the values \[0.0, 255.0\], expected 0 and 1, 2"):
+        LoadSliced(2)({"image": record["image"], "mask": record["mask"]})
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA", "I;16"])

@@ -47,7 +47,7 @@ def test_stage_table_has_a_row_for_every_stage_and_a_dash_where_nothing_was_meas
         {"stage_classification": {CLASSIFICATION: metrics.report[CLASSIFICATION]}, "stage_joint": metrics.report}
     )
     header, line, first, second = table.strip().split("\n")
-    assert header == "| after stage | accuracy | AUROC | Dice | IoU | SSIM | AP@0.1 | AP@0.5 |"
+    assert header == "| after stage (validation split) | accuracy | AUROC | Dice | IoU | SSIM | AP@0.1 | AP@0.5 |"
     accuracy = f"{metrics.report[CLASSIFICATION]['accuracy']['value']:.3f}"
     assert first.startswith(f"| stage_classification | {accuracy} | ") and first.endswith("| - | - | - | - | - |")
     assert " - " not in second and second.count("|") == header.count("|") == line.count("|") == 9
