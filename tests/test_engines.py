@@ -146,9 +146,15 @@ def test_resume_false_starts_anew_and_leaves_nothing_old(run, tmp_path):
     assert not list(out.glob("*.pt")) and not (out / "metrics.json").exists()
 
 
-def test_heads_of_the_first_checkpoint_travel_along(run, finished, tmp_path):
+def test_fewer_records_than_a_batch_are_one_smaller_batch(run, tmp_path):
+    out = run(tmp_path / "run", tasks=FAST, batch_size=100)
+    assert (out / "model.pt").exists() and json.loads((out / "history.json").read_text())[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["model.pt", "last.pt"])
+def test_heads_of_the_first_checkpoint_travel_along(run, finished, tmp_path, name):
     tasks = {"segmentation": 1.0, "reconstruction": 1.0}
-    second = run(tmp_path / "second", tasks=tasks, init_checkpoint=str(finished / "model.pt"))
+    second = run(tmp_path / "second", tasks=tasks, init_checkpoint=str(finished / name))
     assert trained_tasks(second / "model.pt") == ("classification", "segmentation", "reconstruction")
     key = "heads.classification.0.weight"
     assert torch.equal(weights(finished)[key], weights(second)[key])
@@ -213,6 +219,7 @@ def test_curriculum_starts_anew_as_a_whole(curriculum):
         ({"stages": {"stage_x": {}}}, "found 'stage_x', expected"),
         ({"stages": {}}, "found none, expected one or more"),
         ({"stages": {"stage_joint": {"learning_rat": 1}}}, "learning_rate"),
+        ({"tasks": FAST}, "set stages::NAME::tasks instead"),
     ],
 )
 def test_curriculum_refuses_stages_it_cannot_run(curriculum, entries, words):
