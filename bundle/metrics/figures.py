@@ -70,7 +70,8 @@ def _draw_classification(report: Mapping, cases: Sequence[Mapping], folder: Path
     left, right = figure.subplots(1, 2)
     left.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
-        left.text(column, row, count, ha="center", va="center")
+        dark = count > 0.5 * counts[row].sum()
+        left.text(column, row, count, ha="center", va="center", color="white" if dark else "black")
     left.set(title="confusion matrix", xlabel="predicted", ylabel="annotated")
     left.set_xticks(range(len(names)), names)
     left.set_yticks(range(len(names)), names)
