@@ -283,8 +283,8 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
 
     Raises:
         FileNotFoundError: if a stage has no overlay.
-        ValueError: if there is no stage, `tasks` was changed, a stage has an unknown id (see `bundle.configuration.check_ids`), or it was begun
-            with another configuration.
+        ValueError: if there is no stage, `tasks` was changed, a stage has an unknown id (see
+            `bundle.configuration.check_ids`), or it was begun with another configuration.
     """
     folder, configs = Path(output_dir), _stage_configs(stages, output_dir, config_dir)
     for config in reversed(configs.values()):  # last first: killed here, no stage is left whose origin is gone
@@ -292,6 +292,8 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
             check_resumable(Path(config["output_dir"]), config)
         else:
             remove_run(Path(config["output_dir"]))
+    if not running_config()["resume"]:
+        remove_run(folder)  # what an earlier curriculum left at its end
     reports = {}
     for name, config in configs.items():
         stage = folder / name

@@ -209,7 +209,10 @@ def test_curriculum_starts_anew_as_a_whole(curriculum):
     stages = {"stage_classification": {}, "stage_segmentation": {}}
     out = curriculum(stages=stages)
     before = weights(out / "stage_segmentation")
+    (out / "evaluation").mkdir()
+    (out / "evaluation/metrics.json").write_text("{}")
     curriculum(stages=stages, seed=1, resume=False)
+    assert not (out / "evaluation").exists(), "it measured the weights that were removed"
     assert not equal(before, weights(out / "stage_segmentation"))
 
 
