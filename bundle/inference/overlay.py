@@ -3,90 +3,145 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from bundle.data.transforms import move_boxes
-from bundle.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
-
-DARK, LIGHT, FAINT, STRONG = "#15181c", "#e8eaed", "#3a4048", "#ffd166"
-LESIONS = ("#ff8c42", "#e63977", "#b388ff", "#7bd389")  # outlines of the mask channels, in turn
+DARK, LIGHT, FAINT, STRONG, QUIET = "#15181c", "#e8eaed", "#3a4048", "#ffd166", "#9aa0a6"
+LESIONS = ("#ff8c42", "#e63977", "#b388ff", "#7bd389")  # segmentation classes, in turn
 BOX = "#4cc9f0"
+SIDES = (512, 768)  # least and greatest length of the picture's longer side
+LINE, MARGIN = 24, 16
 
 
-def draw_overlay(slice_, answer: Mapping, entry: Mapping, path) -> None:
-    """Draw the slice as radiologists look at it, with lesion outlines, boxes with scores and class probabilities, as a PNG.
+def draw_overlay(path, pixels, spacing, labels, boxes, scores, probabilities: Mapping | None, caption: str) -> None:
+    """Draw a slice as radiologists look at it, with lesions, boxes with scores and class probabilities, as a PNG.
+
+    All arrays lie as `bundle.data.transforms.LoadSlice` turns a slice: rows to posterior, columns to the patient's left.
 
     Args:
-        slice_: (1, rows, columns) in [0, 1], as `bundle.data.transforms.LoadSlice` turns it.
-        answer: see `bundle.inference.outputs.PredictionWriter.write`.
-        entry: what predictions.json says about it.
         path: of the PNG.
+        pixels: (rows, columns) in [0, 1].
+        spacing: (row, column) in mm; the picture has their proportion. None: square pixels.
+        labels: (rows, columns), 0 or 1 + segmentation class; None: nothing is segmented.
+        boxes: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column.
+        scores: (N,).
+        probabilities: class to probability; None: no bars.
+        caption: one line below, shortened where it is too long.
     """
-    rows, columns = slice_.shape[-2:]
-    row_mm, column_mm = slice_.meta["spacing"] or (1.0, 1.0)
-    height = 6 * min(max(rows * row_mm / (columns * column_mm), 0.4), 2.0)
-    bars = 0.24 * len(entry[CLASSIFICATION]["probabilities"]) if CLASSIFICATION in entry else 0
-    figure = Figure(figsize=(6, height + bars + 0.62), facecolor=DARK)
-    total = figure.get_figheight()
-    picture = figure.add_axes((0, 1 - height / total, 1, height / total))
-    picture.imshow(slice_[0].numpy(), cmap="gray", vmin=0, vmax=1, aspect=row_mm / column_mm)
-    picture.set_axis_off()
-    if SEGMENTATION in entry:
-        _draw_lesions(picture, torch.as_tensor(answer[SEGMENTATION]).numpy())
-    if DETECTION in entry and entry[DETECTION]:
-        _draw_boxes(picture, slice_, answer[DETECTION])
-    if bars:
-        left = min(0.06 + 0.0125 * max(map(len, entry[CLASSIFICATION]["probabilities"])), 0.5)
-        axis = figure.add_axes((left, 0.48 / total, 0.88 - left, bars / total))
-        _draw_classes(axis, entry[CLASSIFICATION])
-    figure.text(0.5, 0.2 / total, _caption(entry), color=LIGHT, fontsize=9, ha="center", va="center", parse_math=False)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=120)
+    grey = np.asarray(pixels, dtype=np.float32)
+    size = _shown_size(grey.shape, spacing)
+    image = Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    image = image.convert("RGB")
+    if labels is not None:
+        _draw_lesions(image, np.asarray(labels))
+    rows, columns = grey.shape
+    _draw_boxes(image, np.asarray(boxes).reshape(-1, 4) * np.tile([size[0] / columns, size[1] / rows], 2), scores)
+    bars = LINE * len(probabilities or ())
+    sheet = Image.new("RGB", (max(size[0], SIDES[0]), size[1] + bars + LINE + MARGIN), DARK)
+    sheet.paste(image, ((sheet.width - size[0]) // 2, 0))
+    draw = ImageDraw.Draw(sheet)
+    if probabilities:
+        _draw_classes(draw, probabilities, size[1] + MARGIN // 2, sheet.width)
+    text = _fit(caption, _font(13), sheet.width - 2 * MARGIN)
+    draw.text((sheet.width / 2, sheet.height - LINE / 2 - 3), text, LIGHT, _font(13), anchor="mm")
+    sheet.save(path, format="PNG", compress_level=1)  # 5 times as fast as the default, a tenth larger
 
 
-def _draw_lesions(axis, probabilities) -> None:
-    for channel, values in enumerate(probabilities):
-        if values.max() > 0.5 and min(values.shape) > 1:
-            color = LESIONS[channel % len(LESIONS)]
-            axis.contourf(values, levels=[0.5, 1.01], colors=[color], alpha=0.2)
-            if values.min() < 0.5:
-                axis.contour(values, levels=[0.5], colors=[color], linewidths=1.4)
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' * bold}.ttf", size)
 
 
-def _draw_boxes(axis, slice_, detections: Mapping) -> None:
-    # Boxes are in pixels of the file; the picture shows the turned slice, whose pixel edges lie at k - 0.5.
-    boxes = move_boxes(detections["boxes"], torch.linalg.inv(slice_.affine)) - 0.5
-    for (x1, y1, x2, y2), score in zip(boxes.tolist(), detections["scores"].tolist()):
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=BOX, linewidth=1.4))
-        label = {"color": DARK, "fontsize": 8, "bbox": {"facecolor": BOX, "edgecolor": "none", "pad": 1.2}}
-        above = y1 > 0.06 * slice_.shape[-2]
-        corner, offset = ((x1, y1), 3) if above else ((x1, y2), -3)
-        va = "bottom" if above else "top"
-        axis.annotate(f"{score:.2f}", corner, (1, offset), textcoords="offset points", va=va, annotation_clip=True, **label)
+def _shown_size(shape: tuple[int, int], spacing) -> tuple[int, int]:
+    """(width, height) of the picture of a slice: square pixels, the longer side within SIDES."""
+    row_mm, column_mm = spacing or (1.0, 1.0)
+    extent = np.array([shape[1] * column_mm, shape[0] * row_mm])
+    scale = np.clip(max(shape), *SIDES) / extent.max()
+    return tuple(int(side) for side in (extent * scale).round().clip(1))
 
 
-def _draw_classes(axis, classification: Mapping) -> None:
-    probabilities = classification["probabilities"]
-    for row, (name, value) in enumerate(probabilities.items()):
-        strong = name == classification["predicted"]
-        color = LIGHT if strong else "#9aa0a6"
-        axis.barh(row, 1, height=0.55, color=FAINT)
-        axis.barh(row, value, height=0.55, color=STRONG if strong else "#7a828c")
-        axis.text(-0.02, row, name, color=color, fontsize=9, ha="right", va="center", weight="bold" if strong else "normal")
-        axis.text(1.02, row, f"{value:.0%}", color=color, fontsize=9, va="center")
-    axis.set(xlim=(0, 1), ylim=(len(probabilities) - 0.5, -0.5))
-    axis.set_axis_off()
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text in one line, with an ellipsis in its middle where it is longer than `width` pixels."""
+    text = " ".join(str(text).split())
+    if font.getlength(text) <= width:
+        return text
+    kept = len(text) - 1
+    while kept > 1 and font.getlength(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}") > width:
+        kept -= 1
+    return f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
 
 
-def _caption(entry: Mapping) -> str:
-    parts = [entry["file"] if len(entry["file"]) <= 48 else "…" + entry["file"][-47:]]
-    for name, area in entry.get(SEGMENTATION, {}).get("area", {}).items():
-        size = f"{area['pixels']} px" if area["mm2"] is None else f"{area['mm2'] / 100:.1f} cm²"
-        parts.append(f"{name} {size}" if area["pixels"] else f"no {name}")
-    if DETECTION in entry:
-        parts.append(f"{len(entry[DETECTION])} box" + ("" if len(entry[DETECTION]) == 1 else "es"))
-    return "   ·   ".join(parts)
+def _draw_lesions(image: Image.Image, labels: np.ndarray) -> None:
+    """Tint the lesions and draw their outlines, two pixels wide and smooth."""
+    scale = np.divide(image.size[::-1], labels.shape)
+    for label in np.unique(labels[labels > 0]).tolist():
+        # Only the part around the lesion is worked on: four pixels more on every side.
+        rows, columns = np.nonzero(labels == label)
+        edge = np.ceil(4 / scale).astype(int)
+        top, left = np.maximum([rows.min(), columns.min()] - edge, 0)
+        bottom, right = np.minimum([rows.max() + 1, columns.max() + 1] + edge, labels.shape)
+        box = [round(v) for v in (left * scale[1], top * scale[0], right * scale[1], bottom * scale[0])]
+        mask = Image.fromarray(np.where(labels[top:bottom, left:right] == label, 255, 0).astype(np.uint8))
+        mask = mask.resize((max(box[2] - box[0], 1), max(box[3] - box[1], 1)), Image.Resampling.BILINEAR)
+        soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(1)), dtype=np.float32) / 255
+        # Across an edge blurred by one pixel the value rises by 0.4 per pixel: the line is where it is near a half.
+        alpha = np.maximum(0.22 * (soft > 0.5), (2 - 5 * np.abs(soft - 0.5)).clip(0, 1))
+        color = LESIONS[(label - 1) % len(LESIONS)]
+        image.paste(color, tuple(box[:2]), Image.fromarray((alpha * 255).astype(np.uint8)))
+
+
+def _draw_boxes(image: Image.Image, boxes: np.ndarray, scores) -> None:
+    """Boxes in pixels of the picture; each score stands where it covers least of other boxes and scores."""
+    draw, font = ImageDraw.Draw(image), _font(13)
+    shown = sorted(zip(boxes.tolist(), map(float, scores)), key=lambda pair: pair[1])
+    for (x1, y1, x2, y2), _ in shown:
+        corners = (x1, y1, max(x2 - 1, x1), max(y2 - 1, y1))
+        draw.rectangle(corners, outline=DARK, width=4)
+        draw.rectangle(tuple(np.add(corners, (1, 1, -1, -1)) if min(x2 - x1, y2 - y1) > 8 else corners), outline=BOX, width=2)
+    taken = []
+    for box, score in reversed(shown):
+        text = f"{score:.2f}"
+        place = _place_label(box, (font.getlength(text) + 8, 18), image.size, [b for b, _ in shown], taken)
+        taken.append(place)
+        draw.rounded_rectangle(place, 3, fill=BOX)
+        draw.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), text, DARK, font, anchor="mm")
+
+
+def _place_label(box, size, within, boxes, labels) -> tuple[float, float, float, float]:
+    """The place, of eight around and inside the corners of a box, that covers least."""
+    (x1, y1, x2, y2), (width, height) = box, size
+    outside = [(x, y) for y in (y1 - height - 2, y2 + 2) for x in (x1, x2 - width)]
+    inside = [(x, y) for y in (y1 + 3, y2 - height - 3) for x in (x1 + 3, x2 - width - 3)]
+    best, least = None, np.inf
+    for x, y in outside + inside:
+        x, y = min(max(x, 0), within[0] - width), min(max(y, 0), within[1] - height)
+        place = (x, y, x + width, y + height)
+        # Another score is unreadable below this one; a box is only partly hidden.
+        cost = sum(_overlap(place, b) for b in boxes) + 10 * sum(_overlap(place, other) for other in labels)
+        if cost < least:
+            best, least = place, cost
+    return best
+
+
+def _overlap(a, b) -> float:
+    return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+
+
+def _draw_classes(draw: ImageDraw.ImageDraw, probabilities: Mapping, top: float, width: int) -> None:
+    """A bar for every class, the likeliest set off."""
+    predicted = max(probabilities, key=probabilities.get)
+    names = {name: _fit(name, _font(14, name == predicted), 0.4 * width) for name in probabilities}
+    left = 2 * MARGIN + max(_font(14, name == predicted).getlength(text) for name, text in names.items())
+    right = width - MARGIN - _font(14, True).getlength("100 %") - 8
+    for line, (name, value) in enumerate(probabilities.items()):
+        strong, y = name == predicted, top + LINE * (line + 0.5)
+        font, color = _font(14, strong), LIGHT if strong else QUIET
+        draw.text((left - MARGIN, y), names[name], color, font, anchor="rm")
+        draw.rounded_rectangle((left, y - 6, right, y + 6), 3, fill=FAINT)
+        if value * (right - left) >= 1:
+            end = left + value * (right - left)
+            draw.rounded_rectangle((left, y - 6, end, y + 6), min(3, (end - left) / 2), fill=STRONG if strong else "#7a828c")
+        draw.text((width - MARGIN, y), f"{100 * value:.0f} %", color, font, anchor="rm")

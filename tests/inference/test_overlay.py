@@ -1,54 +1,88 @@
+import time
+
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_rgb
-from monai.data import MetaTensor
 from PIL import Image
 
-from bundle.inference.overlay import BOX, LESIONS, draw_overlay
+from bundle.inference.overlay import BOX, LESIONS, STRONG, _overlap, _place_label, draw_overlay
+
+NO_BOXES = (np.zeros((0, 4)), np.zeros(0))
 
 
-def drawn(tmp_path, slice_, answer, entry):
-    draw_overlay(slice_, answer, entry, tmp_path / "x.png")
-    return np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
+def drawn(tmp_path, pixels, spacing=None, labels=None, boxes=NO_BOXES, probabilities=None, caption="a slice"):
+    draw_overlay(tmp_path / "x.png", pixels, spacing, labels, *boxes, probabilities, caption)
+    return np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
 
 
 def where(picture, color):
-    """Share of the width and of the height of the picture, from 0 to 1, at which a colour begins and ends."""
+    """First and last column and row, in pixels of the picture, at which a colour is found."""
     rows, columns = np.nonzero(np.abs(picture - 255 * np.array(to_rgb(color))).max(-1) < 40)
-    return columns.min() / picture.shape[1], columns.max() / picture.shape[1], rows.min(), rows.max()
+    return columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
 
 
-@pytest.mark.parametrize("flipped", [False, True])
-def test_boxes_and_outlines_lie_on_the_slice(tmp_path, flipped):
-    affine = torch.eye(3, dtype=torch.float64)
-    if flipped:  # the file stores the columns the other way round
-        affine[1, 1], affine[1, 2] = -1, 79
-    slice_ = MetaTensor(torch.zeros(1, 40, 80), affine=affine, meta={"spacing": None})
-    box = [[60.0, 10.0, 70.0, 30.0]] if flipped else [[10.0, 10.0, 20.0, 30.0]]
-    answer = {"detection": {"boxes": torch.tensor(box), "scores": torch.tensor([0.8])}}
-    picture = drawn(tmp_path, slice_, answer, {"file": "x", "detection": [{"box": box[0], "score": 0.8}]})
+@pytest.mark.parametrize("spacing, height", [(None, 256), ((2.0, 1.0), 512), ((0.5, 1.0), 128)])
+def test_boxes_lie_on_the_slice_whose_pixels_keep_their_proportion(tmp_path, spacing, height):
+    picture = drawn(tmp_path, np.full((40, 80), 1.0), spacing, boxes=([[10, 20, 30, 36]], [0.8]))
+    white = (picture[:, 0] == 255).all(-1)
+    assert white.sum() == height
+    width = height * 2 / ((spacing or (1, 1))[0] / (spacing or (1, 1))[1])
     left, right, _, bottom = where(picture, BOX)
-    assert left == pytest.approx(10 / 80, abs=0.01) and bottom == pytest.approx(30 / 80 * picture.shape[1], abs=8)
-    probabilities = torch.zeros(1, 40, 80)
-    probabilities[0, 10:30, 40:60] = 1
-    entry = {"file": "x", "segmentation": {"area": {"lesion": {"pixels": 400, "mm2": None}}}}
-    picture = drawn(tmp_path, slice_, {"segmentation": probabilities}, entry)
-    left, right, top, bottom = where(picture, LESIONS[0])
-    assert (left, right) == pytest.approx((40 / 80, 60 / 80), abs=0.02)
-    assert (top, bottom) == pytest.approx((10 / 80 * picture.shape[1], 30 / 80 * picture.shape[1]), abs=12)
+    edge = (picture.shape[1] - width) / 2
+    assert (left, right) == pytest.approx((edge + width / 80 * 10, edge + width / 80 * 30), abs=2)
+    assert bottom == pytest.approx(height / 40 * 36, abs=2)
 
 
-def test_pixels_of_unequal_sides_are_shown_in_their_proportion(tmp_path):
-    entry = {"file": "x" * 80, "classification": {"predicted": "a", "probabilities": {"a": 0.9, "b": 0.1}}}
-    wide = MetaTensor(torch.ones(1, 40, 40), affine=torch.eye(3), meta={"spacing": (1.0, 2.0)})
-    square = MetaTensor(torch.ones(1, 40, 40), affine=torch.eye(3), meta={"spacing": (1.0, 1.0)})
-    heights = [(drawn(tmp_path, slice_, {}, entry) == 255).all(-1).any(1).sum() for slice_ in (wide, square)]
-    assert heights[1] == pytest.approx(2 * heights[0], rel=0.05)
+def test_each_class_of_lesion_has_its_colour_at_its_place(tmp_path):
+    labels = np.zeros((64, 64), np.uint8)
+    labels[10:20, 30:50], labels[40:60, 5:15] = 1, 2
+    picture = drawn(tmp_path, np.zeros((64, 64)), labels=labels)
+    assert where(picture, LESIONS[0]) == pytest.approx((240, 400, 80, 160), abs=3)
+    assert where(picture, LESIONS[1]) == pytest.approx((40, 120, 320, 480), abs=3)
+    inside, outside = picture[120, 320], picture[300, 300]
+    assert outside.tolist() == [0, 0, 0]
+    assert inside == pytest.approx(0.22 * 255 * np.array(to_rgb(LESIONS[0])), abs=3)
 
 
-def test_an_image_that_is_all_lesion_or_one_pixel_high_can_be_drawn(tmp_path):
-    entry = {"file": "$x_1", "segmentation": {"area": {"lesion": {"pixels": 9, "mm2": 9.0}}}}
-    for shape in ((3, 3), (1, 9)):
-        slice_ = MetaTensor(torch.zeros(1, *shape), affine=torch.eye(3), meta={"spacing": None})
-        assert drawn(tmp_path, slice_, {"segmentation": torch.ones(1, *shape)}, entry).size
+def test_the_bar_of_a_class_is_as_long_as_it_is_probable(tmp_path):
+    lengths = []
+    for value in (0.6, 0.9):
+        picture = drawn(tmp_path, np.zeros((8, 8)), probabilities={"a": value, "b": 1 - value})
+        left, right, _, _ = where(picture, STRONG)
+        lengths.append(right - left)
+    assert lengths[1] == pytest.approx(1.5 * lengths[0], abs=2)
+
+
+def test_scores_do_not_hide_one_another():
+    box, places = (100, 100, 200, 140), []
+    for _ in range(4):
+        places.append(_place_label(box, (36, 18), (512, 512), [box], places))
+    assert not any(_overlap(a, b) for n, a in enumerate(places) for b in places[:n])
+    for box in ((0, 0, 20, 20), (500, 500, 512, 512), (0, 0, 512, 512)):
+        x1, y1, x2, y2 = _place_label(box, (36, 18), (512, 512), [box], [])
+        assert 0 <= x1 and 0 <= y1 and x2 <= 512 and y2 <= 512
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (1, 9), (9, 1), (1, 1)])
+def test_the_smallest_slice_that_is_all_lesion_can_be_drawn(tmp_path, shape):
+    picture = drawn(tmp_path, np.zeros(shape), labels=np.ones(shape, np.uint8), boxes=([[0, 0, 1, 1]], [1.0]))
+    assert picture.shape[1] >= 512 and where(picture, BOX)
+
+
+def test_long_names_and_captions_stay_on_the_sheet(tmp_path):
+    picture = drawn(tmp_path, np.zeros((64, 64)), probabilities={"x" * 200: 0.5, "b": 0.5}, caption="$y_1\n" * 100)
+    text = (picture[512:] > 120).all(-1)
+    assert text.any() and not text[:, :8].any() and not text[:, -8:].any()
+
+
+def test_a_slice_is_drawn_fast_enough_for_volumes(tmp_path):
+    labels = np.zeros((512, 512), np.uint8)
+    labels[100:300, 100:300] = 1
+    pixels = np.random.default_rng(0).random((512, 512))
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        drawn_boxes = ([[100, 100, 200, 200], [150, 150, 250, 250]], [0.9, 0.8])
+        draw_overlay(tmp_path / "x.png", pixels, (0.7, 0.7), labels, *drawn_boxes, {"a": 0.9, "b": 0.1}, "caption")
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1  # matplotlib needs 0.2 s
