@@ -115,10 +115,7 @@ class MaskRCNNHead(nn.Module):
             ValueError: in training without targets.
         """
         if not self.training:
-            detections, _ = self._heads(self._pyramid(features), image, None)
-            for detection in detections:
-                detection["masks"] = paste_masks_in_image(detection["masks"], detection["boxes"], image.shape[-2:])
-            return detections
+            return self.detect(self.pyramid(features), image)
         if targets is None:
             raise ValueError("targets: found None, expected a list with one entry for each image, in training mode")
         # Images with and without instance masks pass apart, since torchvision wants masks of all or of none.
@@ -129,7 +126,7 @@ class MaskRCNNHead(nn.Module):
         total, losses = sum(map(len, groups)), {}
         for rows, with_masks in zip(groups, (True, False)):
             if rows:
-                pyramid = self._pyramid([feature[rows] for feature in features])
+                pyramid = self.pyramid([feature[rows] for feature in features])
                 self.roi_heads.with_masks = with_masks
                 _, part = self._heads(pyramid, image[rows], [targets[row] for row in rows])
                 self.roi_heads.with_masks = True
@@ -138,8 +135,16 @@ class MaskRCNNHead(nn.Module):
                     losses[name] = losses.get(name, 0.0) + share * value
         return losses
 
-    def _pyramid(self, features: Sequence[torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
+    def pyramid(self, features: Sequence[torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
+        """Feature pyramid, finest first, by the number of the encoder's level: (B, fpn_channels, H / stride, W / stride)."""
         return self.fpn(OrderedDict((str(level), features[level]) for level in self.levels))
+
+    def detect(self, pyramid: OrderedDict[str, torch.Tensor], image: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """Detections of `forward` from the feature pyramid, in evaluation mode."""
+        detections, _ = self._heads(pyramid, image, None)
+        for detection in detections:
+            detection["masks"] = paste_masks_in_image(detection["masks"], detection["boxes"], image.shape[-2:])
+        return detections
 
     def _heads(self, pyramid, image, targets):
         sizes = [tuple(image.shape[-2:])] * len(image)

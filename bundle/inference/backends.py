@@ -1,0 +1,175 @@
+"""The network run by onnxruntime or openvino in place of torch: the same answers, sooner on a CPU."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import nn
+
+from bundle.networks import MultiTaskNet
+from bundle.tasks import DETECTION, EMBEDDING
+
+PACKAGES = {"torch": (), "onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
+
+
+def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False) -> nn.Module:
+    """Give the network, or one that answers alike and calculates in another library.
+
+    Args:
+        network: with its weights, or to be given them before the first call.
+        backend: torch (the network as it is), onnxruntime or openvino, which run on the CPU with float32 and as many
+            threads as torch.
+        amp: whether the caller turns mixed precision on, which torch alone has.
+
+    Returns:
+        Module for prediction alone: (B, C, H, W) to the dictionary of `MultiTaskNet.forward` in evaluation mode.
+
+    Raises:
+        ValueError: for an unknown backend, one that is not installed, or one that does not go with `amp` or the device.
+    """
+    if backend not in PACKAGES:
+        raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(PACKAGES)}")
+    if backend == "torch":
+        return network
+    absent = [package for package in PACKAGES[backend] if find_spec(package) is None]
+    if absent:
+        raise ValueError(
+            f"backend: {backend} needs {' and '.join(absent)}, not installed: pip install 'chest-ct-multitask[export]'"
+        )
+    if amp:
+        raise ValueError(f"amp: found true with backend {backend}, expected false; it calculates with float32")
+    device = next(network.parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"backend: found {backend} with device {device}, expected device cpu, or backend torch")
+    return ExportedNet(network, backend)
+
+
+class ExportedNet(nn.Module):
+    """A network whose convolutions run in another library; anchors, suppression and the pooling of regions stay in torch.
+
+    Three parts are exported: encoder with the heads of whole images and of pixels and the feature pyramid; the box head;
+    the mask head. The first call exports, for images of its size, which takes some seconds. Nothing of it stays on the
+    disk, so that no export outlives its weights. Images are answered one after another: on a CPU a batch is not faster,
+    and the memory needed is that of one image.
+
+    Args:
+        network: in which nothing is changed but its mode. Weights loaded after the first call have no effect.
+        backend: onnxruntime or openvino.
+    """
+
+    def __init__(self, network: MultiTaskNet, backend: str) -> None:
+        super().__init__()
+        self.network, self.backend, self.size = network, backend, None
+        self.eval()
+
+    def forward(self, image: torch.Tensor) -> dict:
+        """Answer every active task: see `MultiTaskNet.forward`, in evaluation mode and without gradients.
+
+        Raises:
+            ValueError: if the channels or the size of the image do not fit.
+        """
+        self.network._check(tuple(image.shape))
+        with torch.no_grad():
+            if self.size != image.shape[1:]:
+                self._export(image.shape[1:])
+            answers = [self._answer(row) for row in torch.as_tensor(image).split(1)]
+        joined = {key: [answer[key] for answer in answers] for key in answers[0]}
+        return {key: values if key == DETECTION else torch.cat(values) for key, values in joined.items()}
+
+    def _export(self, size: torch.Size) -> None:
+        network, backend = self.network, self.backend
+        self.trunk = Exported(_Trunk(network), torch.zeros(2, *size), backend)
+        if DETECTION in network.heads:
+            self.detection = deepcopy(network.heads[DETECTION])
+            heads = self.detection.roi_heads
+            channels = heads.mask_head[0][0].in_channels
+            for name in ("box", "mask"):
+                head, predictor, pool = (getattr(heads, f"{name}_{part}") for part in ("head", "predictor", "roi_pool"))
+                regions = torch.zeros(2, channels, *pool.output_size)
+                setattr(heads, f"{name}_head", Exported(nn.Sequential(head, predictor), regions, backend))
+                setattr(heads, f"{name}_predictor", nn.Identity())
+        self.size = size
+
+    def _answer(self, image: torch.Tensor) -> dict:
+        output = dict(zip(_names(self.network), self.trunk(image)))
+        if DETECTION in self.network.heads:
+            pyramid = OrderedDict((str(level), output.pop(str(level))) for level in self.detection.levels)
+            (output[DETECTION],) = self.detection.detect(pyramid, image)
+        return output
+
+
+class Exported(nn.Module):
+    """A module that was written as ONNX and is run by another library with float32.
+
+    Args:
+        module: from one tensor to one or several, all with the same number of rows.
+        example: tensor of at least 2 rows; later ones may have any number of rows, otherwise its shape.
+        backend: onnxruntime or openvino.
+    """
+
+    def __init__(self, module: nn.Module, example: torch.Tensor, backend: str) -> None:
+        super().__init__()
+        threads = torch.get_num_threads()
+        with TemporaryDirectory() as folder:
+            path = str(Path(folder) / "module.onnx")
+            rows = {0: torch.export.Dim("rows")}
+            torch.onnx.export(module.eval(), (example,), path, dynamo=True, dynamic_shapes=(rows,), verbose=False)
+            self.run = {"onnxruntime": _onnxruntime, "openvino": _openvino}[backend](path, threads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Outputs of the module for x (rows, ...)."""
+        # No row: a region head without a region. Neither library promises to take an empty array.
+        array = (x if len(x) else x.new_zeros(1, *x.shape[1:])).numpy(force=True)
+        outputs = tuple(torch.from_numpy(output)[: len(x)] for output in self.run(array))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+class _Trunk(nn.Module):
+    """All of the network that has the whole image as its input, with outputs in the order of `_names`."""
+
+    def __init__(self, network: MultiTaskNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = self.network.encoder(image)
+        outputs = [features[-1].mean((2, 3))]
+        for task, head in self.network.heads.items():
+            outputs += head.pyramid(features).values() if task == DETECTION else [head(features)]
+        return tuple(outputs)
+
+
+def _names(network: MultiTaskNet) -> list[str]:
+    names = [EMBEDDING]
+    for task, head in network.heads.items():
+        names += map(str, head.levels) if task == DETECTION else [task]
+    return names
+
+
+def _onnxruntime(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (argument,) = session.get_inputs()
+    return lambda array: session.run(None, {argument.name: array})
+
+
+def _openvino(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bf16 where the processor has it
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",  # one request at a time
+    }
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    return lambda array: list(request.infer([array], share_inputs=True).to_tuple())
