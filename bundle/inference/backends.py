@@ -158,6 +158,7 @@ def _onnxruntime(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndar
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its idle threads would take torch's time
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (argument,) = session.get_inputs()
     return lambda array: session.run(None, {argument.name: array})
