@@ -1,0 +1,192 @@
+"""The page of one scan: a single HTML file with its pictures in it, that asks nothing from the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from bundle.inference.overlay import BOX, LESIONS, STRONG
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+# Hounsfield units in 8 bits, by straight lines between these pairs of (code, HU): steps of 3 HU in soft tissue, 11 in lung,
+# 30 in bone and 41 below air. A picture of it can be shown in any window, as no single window of 8 bits could.
+COMPANDING = ((0, -1350.0), (8, -1024.0), (88, -160.0), (208, 240.0), (255, 1650.0))
+WINDOWS = (("Lung", 1500, -600), ("Soft tissue", 400, 40), ("Bone", 1800, 400))  # name, width, level in HU
+CONTRASTS = (("All", 100, 50), ("Dark parts", 50, 25), ("Bright parts", 50, 75))  # % of the range the network sees
+QUALITY, REBUILT_QUALITY = 88, 80
+LONGEST, LONGEST_REBUILT = 1024, 256  # longer sides are reduced to these, in pixels
+
+
+class Report:
+    """Takes in the slices of a scan one by one, compressed at once, and writes the page.
+
+    All arrays lie as `bundle.data.transforms.LoadSlice` turns a slice: rows to posterior, columns to the patient's left.
+    Slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both are
+    stored as JPEG, so that what the page shows is close to the values but not equal to them.
+    """
+
+    def __init__(self) -> None:
+        self.pictures: list[str] = []  # JSON of each slice's pictures
+        self.slices: list[dict] = []
+        self.shape: tuple[int, int] | None = None
+
+    def add(
+        self,
+        index: int,
+        pixels: np.ndarray,
+        hounsfield: bool,
+        labels: np.ndarray | None,
+        reconstruction: np.ndarray | None,
+        boxes: np.ndarray,
+        scores: np.ndarray,
+        intensity_range: tuple[float, float],
+    ) -> None:
+        """Take in the next slice.
+
+        Args:
+            index: of the slice in the scan.
+            pixels: (rows, columns), HU or any other unit.
+            hounsfield: whether they are HU.
+            labels: (rows, columns), 0 or 1 + segmentation class; None where nothing is segmented.
+            reconstruction: (rows, columns) in [0, 1]; None without that task.
+            boxes: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column.
+            scores: (N,).
+            intensity_range: values of `pixels` that are 0 and 1 of the reconstruction.
+        """
+        codes, ends = _companded(pixels) if hounsfield else _stretched(pixels, intensity_range)
+        found = labels is not None and labels.any()
+        rebuilt = None if reconstruction is None else (reconstruction.clip(0, 1) * 255).round().astype(np.uint8)
+        pictures = {
+            "image": _jpeg(codes, LONGEST, QUALITY),
+            "labels": _palette_png(labels) if found else None,
+            "rebuilt": None if rebuilt is None else _jpeg(rebuilt, LONGEST_REBUILT, REBUILT_QUALITY),
+        }
+        self.pictures.append(json.dumps(pictures))
+        drawn = [{"box": [round(float(v), 1) for v in box], "score": float(score)} for box, score in zip(boxes, scores)]
+        network = list(map(float, intensity_range)) if hounsfield else [0.0, 100.0]
+        self.slices.append({"index": index, "codes": ends, "network": network, "drawn": drawn})
+        self.shape = pixels.shape
+
+    def write(self, path, prediction: Mapping) -> None:
+        """Write the page.
+
+        Args:
+            path: of the HTML file.
+            prediction: content of the scan's predictions.json, its slices in the order in which they were added.
+
+        Raises:
+            ValueError: if the slices are not those that were added.
+        """
+        added, told = [row["index"] for row in self.slices], [row["index"] for row in prediction["slices"]]
+        if added != told or not added:
+            raise ValueError(f"{path}: found {len(told)} predicted slices, expected the {len(added)} of the report, at least one")
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+        environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
+        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        colors = dict(zip(prediction.get("segmentation", {}), LESIONS * len(prediction.get("segmentation", {}))))
+        viewer = self._viewer(prediction, colors)
+        # What a picture says is base64: its JSON needs no escaping.
+        stream = template.stream(p=prediction, viewer=viewer, pictures=self.pictures, colors=colors, box=BOX, strong=STRONG)
+        with open(path, "w", encoding="utf-8") as file:
+            stream.dump(file)
+
+    def _viewer(self, prediction: Mapping, colors: Mapping[str, str]) -> dict:
+        """What the script of the page needs to know, beside the pictures."""
+        lesion_of = {
+            (box["slice"], *box["box"]): lesion["id"] for lesion in prediction.get("detection", []) for box in lesion["boxes"]
+        }
+        slices = []
+        for row, told in zip(self.slices, prediction["slices"]):
+            stored = [box["box"] for box in told.get("boxes", [])]
+            boxes = [
+                {**drawn, "lesion": lesion_of.get((told["index"], *box))} for drawn, box in zip(row["drawn"], stored, strict=True)
+            ]
+            keys = ("position_mm", "probabilities", "lesion_pixels", "lesion_mm2", "reconstruction_error", "novelty")
+            kept = {key: told.get(key) for key in keys}
+            slices.append({"index": row["index"], "codes": row["codes"], "network": row["network"], "boxes": boxes, **kept})
+        hounsfield, grid = prediction["hounsfield"], prediction["grid"]
+        return {
+            "rows": self.shape[0],
+            "columns": self.shape[1],
+            "spacing": turned_spacing(grid["affine"], grid["axial_axis"]),
+            "unit": "HU" if hounsfield else "%",
+            "windows": [{"name": n, "width": w, "level": c} for n, w, c in (WINDOWS if hounsfield else CONTRASTS)],
+            "colors": dict(colors),
+            "boxColor": BOX,
+            "predicted": prediction.get("classification", {}).get("predicted"),
+            "threshold": (prediction.get("novelty") or {}).get("threshold"),
+            "lung": (prediction.get("lung") or {}).get("slices"),
+            "start": _first_shown(slices),
+            "slices": slices,
+        }
+
+
+def turned_spacing(affine: Sequence[Sequence[float]] | None, axial_axis: int) -> tuple[float, float] | None:
+    """(row, column) spacing in mm of slices that were turned to have rows to posterior, from the grid of their file.
+
+    Args:
+        affine: (4, 4) voxel index to RAS mm; None: not known.
+        axial_axis: array axis that the slices are stacked along.
+    """
+    if affine is None:
+        return None
+    axes = np.delete(np.asarray(affine, dtype=float)[:3, :3], axial_axis, axis=1)
+    row = int(np.abs(axes[1]).argmax())  # the axis that runs between anterior and posterior
+    length = np.linalg.norm(axes, axis=0)
+    return float(length[row]), float(length[1 - row])
+
+
+def _first_shown(slices: Sequence[Mapping]) -> int:
+    """Position of the slice with most lesion; without any, of the surest box; without any, the middle."""
+    lesion = [sum((row["lesion_pixels"] or {}).values()) for row in slices]
+    score = [max((box["score"] for box in row["boxes"]), default=0.0) for row in slices]
+    for values in (lesion, score):
+        if max(values) > 0:
+            return int(np.argmax(values))
+    return len(slices) // 2
+
+
+def _companded(pixels: np.ndarray) -> tuple[np.ndarray, list[list[float]]]:
+    codes, values = zip(*COMPANDING)
+    return np.interp(pixels, values, codes).round().astype(np.uint8), [list(pair) for pair in COMPANDING]
+
+
+def _stretched(pixels: np.ndarray, intensity_range: tuple[float, float]) -> tuple[np.ndarray, list[list[float]]]:
+    """Codes from the lowest to the highest value, and what those are in % of the range that the network sees."""
+    low, high = float(pixels.min()), float(pixels.max())
+    codes = ((pixels - low) / max(high - low, 1e-6) * 255).round().astype(np.uint8)
+    zero, one = intensity_range
+    ends = [(value - zero) / max(one - zero, 1e-6) * 100 for value in (low, max(high, low + 1e-6))]
+    return codes, [[0, round(ends[0], 3)], [255, round(ends[1], 3)]]
+
+
+def _reduced(image: Image.Image, longest: int, resample: Image.Resampling) -> Image.Image:
+    scale = min(longest / max(image.size), 1.0)
+    return image if scale == 1 else image.resize([max(round(side * scale), 1) for side in image.size], resample)
+
+
+def _jpeg(codes: np.ndarray, longest: int, quality: int) -> str:
+    image = _reduced(Image.fromarray(codes), longest, Image.Resampling.BILINEAR)
+    return _data_url(image, "jpeg", quality=quality)
+
+
+def _palette_png(labels: np.ndarray) -> str:
+    """Colour k is the grey k, so that a browser gives the labels back as they are."""
+    image = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8)).convert("L")
+    image = _reduced(image, LONGEST, Image.Resampling.NEAREST)
+    palette = Image.frombytes("P", image.size, image.tobytes())
+    palette.putpalette(np.repeat(np.arange(int(labels.max()) + 1), 3).astype(np.uint8).tobytes())
+    return _data_url(palette, "png", optimize=False)
+
+
+def _data_url(image: Image.Image, kind: str, **options) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
