@@ -7,39 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
+from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
-from monai.transforms import EnsureChannelFirst, MapTransform, Orientation, Transform
+from monai.transforms import MapTransform, Transform
 
+from bundle.data.scans import open_scan
 from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
 
-# Extensions, in lower case.
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-# Formats whose values are Hounsfield units and whose header tells the orientation.
-VOLUMES = {(".nii", ".nii.gz"): NibabelReader, (".dcm", ".mhd", ".mha", ".nrrd"): ITKReader}
-
-
-def _one_grey_picture(image):
-    """8-bit modes become luminance; 16-bit and floating-point pictures keep their depth."""
-    if getattr(image, "n_frames", 1) > 1:
-        raise ValueError(f"found {image.n_frames} pictures, expected one")
-    return image if image.mode.startswith(("I", "F")) else image.convert("L")
-
-
-def _load(reader: ImageReader, path: str) -> MetaTensor:
-    """Read with this reader alone: MONAI's LoadImage would go on to others, which take what this one refuses."""
-    pixels, meta = reader.get_data(reader.read(path))
-    return EnsureChannelFirst()(MetaTensor.ensure_torch_and_prune_meta(pixels.astype(np.float32), meta))
-
-
 class LoadSlice(Transform):
-    """Read one axial slice as a MetaTensor (1, rows, columns), rows to posterior, columns to the patient's left.
-
-    Pictures (PNG, JPEG, BMP, TIFF of any mode) are read as they lie. NIfTI, DICOM, MetaImage and NRRD slices are turned
-    to LPS by their header. The affine (3, 3) leads from (row, column) to (y, x) of the stored image, where x, the column,
-    runs along the file's first axis in the plane; it is the identity where nothing was turned. `meta` holds
-    "filename_or_obj", "hounsfield" (True where the values are HU), "file_shape", and of volumes "file_affine" (4, 4) to RAS
-    and "spacing" (row, column) in mm; both are None for pictures.
+    """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `bundle.data.scans.Scan.read`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -47,52 +23,12 @@ class LoadSlice(Transform):
     """
 
     def __call__(self, path) -> MetaTensor:
-        path = str(path)
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file; check dataset_dir and the datalist")
-        suffix = "".join(Path(path).suffixes[-2:]).lower()
-        reader = next((r for names, r in VOLUMES.items() if suffix.endswith(names)), None)
-        if reader is None and not suffix.endswith(PICTURES):
-            reader = ITKReader  # DICOM files often have no extension
-        try:
-            image = self._read_picture(path) if reader is None else self._read_volume(path, reader)
-        except Exception as error:  # readers raise anything: one line instead of a library's traceback
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1].replace(path, Path(path).name)
-            raise ValueError(f"{path}: cannot be read ({reason}), expected an intact picture, NIfTI or DICOM file") from None
-        if image.ndim != 3 or image.shape[0] != 1:
-            raise ValueError(f"{path}: found shape {tuple(image.shape[1:])}, expected a single grey slice")
-        if not torch.isfinite(image).all():
-            raise ValueError(f"{path}: found NaN or infinite pixels, expected finite values")
-        image.meta.update(filename_or_obj=path, hounsfield=reader is not None)
-        return image
-
-    @staticmethod
-    def _read_picture(path: str) -> MetaTensor:
-        image = _load(PILReader(converter=_one_grey_picture), path)
-        # MONAI's readers put x (the column) first; rows first is what networks and torchvision's boxes use.
-        pixels = image.as_tensor()[:1].transpose(1, 2).contiguous()
-        meta = {"file_shape": tuple(pixels.shape[1:]), "file_affine": None, "spacing": None}
-        return MetaTensor(pixels, affine=torch.eye(3), meta=meta)
-
-    @staticmethod
-    def _read_volume(path: str, reader) -> MetaTensor:
-        image = _load(reader(), path)
-        file_shape, file_affine = tuple(image.shape[1:]), to_affine_nd(3, image.affine)
-        if image.ndim == 3:  # a slice without its third axis, as nibabel gives 2D files
-            image = MetaTensor(image.as_tensor()[..., None], affine=file_affine)
-        image = Orientation(axcodes="LPS", labels=None)(image)
-        if image.ndim != 4 or image.shape[-1] != 1:
-            return image  # no single axial slice: refused by the caller
-        # A permutation with signs: from (x, y, z) of the turned slice to the three axes of the file.
-        to_file = torch.linalg.solve(file_affine, image.affine).round()
-        first, second = [axis for axis in range(3) if to_file[axis, 2] == 0]
-        meta = {
-            "file_shape": file_shape,
-            "file_affine": file_affine,
-            "spacing": tuple(image.affine[:3, [1, 0]].norm(dim=0).tolist()),
-        }
-        pixels = image.as_tensor().squeeze(-1).transpose(1, 2).contiguous()
-        return MetaTensor(pixels, affine=to_file[[second, first, 3]][:, [1, 0, 3]], meta=meta)
+        scan = open_scan(path)
+        if len(scan) != 1:
+            raise ValueError(f"{path}: found shape {scan.shape}, expected a single grey slice")
+        return scan.read(0)
 
 
 def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
@@ -109,7 +45,7 @@ def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
     plane = pixels.T if to_plane[0, 1] else pixels
     flipped = [axis for axis in (0, 1) if to_plane[axis, :2].sum() < 0]
     plane = np.ascontiguousarray(np.flip(plane, flipped))
-    return plane if slice_.meta["file_affine"] is None else plane.T.reshape(slice_.meta["file_shape"])
+    return plane if slice_.meta["picture"] else plane.T.reshape(slice_.meta["file_shape"])
 
 
 class LoadSliced(MapTransform):
