@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import SimpleITK as sitk
 
-# HU: lung and air lie below the first; of a part that is air, the median lies below the second. Air is -1000, lung -900 to
-# -500, of severe emphysema down to -950.
-TISSUE, AIR = -400, -950
+# HU. Lung and air lie below the first. A part of which the median lies below the second is air (-1000; lung has -900 to
+# -500, in severe emphysema -950). At the border of the picture the third holds, since a table's foam has -940.
+TISSUE, AIR, AIR_AT_BORDER = -400, -950, -900
 WALL = 2  # mm, radius: what is thinner than twice this (bronchi, vessels, the shell of a table) separates nothing
 # mm2: the smallest part of a lung, the largest hole that is filled, and what makes a slice count as lung-bearing.
 SMALLEST_PART, LARGEST_HOLE, BEARING_AREA = 200, 1000, 2000
@@ -20,9 +20,10 @@ def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
 
     Pixels below -400 HU, closed by 2 mm, are split into components. A component whose pixels below -400 HU have a median
     below -950 HU is air, around the body, in the trachea or the bowel, and goes, as does one of less than 2 cm2. Touching
-    the border says nothing: a cropped volume has lung there. The shell of a table is thin enough to be closed, so that its
-    foam goes with the air around it. Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) counts as
-    air. A trachea or bronchus with lung right behind its thin wall is counted as lung.
+    the border alone says nothing, since a cropped volume has lung there, but such a component needs a median of -900 HU,
+    which the foam of a table below a cropped body has not. The shell of a table is thin enough to be closed, so that foam
+    else goes with the air around it. Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) counts as
+    air. What is wrongly counted as lung: a trachea behind a thin wall, and bowel gas mixed with faeces.
 
     Args:
         hu: (rows, columns), in HU.
@@ -39,10 +40,14 @@ def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     found = sitk.LabelIntensityStatisticsImageFilter()
     found.SetNumberOfBins(1024)  # of the histogram that the median is read from: about 1 HU
     found.Execute(sitk.Mask(parts, light), image)
-    air = [k for k in found.GetLabels() if found.GetMedian(k) < AIR or found.GetPhysicalSize(k) < SMALLEST_PART]
+    air = [k for k in found.GetLabels() if found.GetPhysicalSize(k) < SMALLEST_PART or found.GetMedian(k) < _air(found, k)]
     lung = sitk.ChangeLabel(parts, dict.fromkeys(air, 0)) > 0
     holes = sitk.BinaryFillhole(lung) - lung
     return sitk.GetArrayFromImage(lung + holes - sitk.AreaOpening(holes, LARGEST_HOLE)).astype(bool)
+
+
+def _air(found: sitk.LabelIntensityStatisticsImageFilter, label: int) -> float:
+    return AIR_AT_BORDER if found.GetNumberOfPixelsOnBorder(label) else AIR
 
 
 def lung_bearing(areas: Sequence[float]) -> list[bool]:
