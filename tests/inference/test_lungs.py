@@ -1,0 +1,102 @@
+import nibabel
+import numpy as np
+import pytest
+
+from bundle.inference.lungs import lung_bearing, lung_mask
+
+SPACING = (2.0, 1.0)  # rows 2 mm apart, columns 1 mm
+ROWS, COLUMNS = np.mgrid[:160, :320] * np.reshape(SPACING, (2, 1, 1)) - 160.0
+
+
+def disk(row, column, height, width):
+    """Ellipse around a point, all in mm from the centre."""
+    return ((ROWS - row) / height) ** 2 + ((COLUMNS - column) / width) ** 2 <= 1
+
+
+LEFT, RIGHT = disk(0, -60, 60, 40), disk(0, 60, 60, 40)
+LUNGS = LEFT | RIGHT
+
+
+def chest(lung=-850, air=-1000, noise=15, seed=0):
+    """Body with two lungs, a trachea between them, and a table of foam in a thin shell below."""
+    hu = np.full(ROWS.shape, float(air))
+    hu[disk(0, 0, 90, 130)] = 40
+    hu[LUNGS] = lung
+    hu[disk(-20, 0, 8, 8)] = -1000
+    table = (ROWS > 110) & (ROWS < 140) & (abs(COLUMNS) < 140)
+    hu[table] = -200
+    hu[table & (ROWS > 113) & (ROWS < 137) & (abs(COLUMNS) < 137)] = -940
+    return hu + np.random.default_rng(seed).normal(0, noise, hu.shape)
+
+
+def overlap(mask, truth):
+    return (mask & truth).sum() / (mask | truth).sum()
+
+
+@pytest.mark.parametrize("lung", [-880, -700, -500, -930], ids=["healthy", "dense", "hazy", "emphysema"])
+@pytest.mark.parametrize("air", [-1000, -1024, -2000, -3024], ids=["air", "clipped", "padding", "more padding"])
+def test_lungs_are_found_and_nothing_else(lung, air):
+    mask = lung_mask(chest(lung, air), SPACING)
+    assert mask.shape == ROWS.shape and mask.dtype == bool
+    assert overlap(mask, LUNGS) > 0.97
+    assert not mask[disk(-20, 0, 6, 6)].any() and not mask[ROWS > 100].any()
+
+
+def test_spacing_is_that_of_rows_and_columns():
+    hu = chest()
+    assert np.array_equal(lung_mask(hu.T, SPACING[::-1]), lung_mask(hu, SPACING).T)
+
+
+def test_lungs_at_the_border_of_a_cropped_volume_are_found():
+    inside = (slice(50, 110), slice(60, 260))
+    mask = lung_mask(chest()[inside], SPACING)
+    assert overlap(mask, LUNGS[inside]) > 0.97
+
+
+def test_foam_below_a_cropped_body_is_no_lung():
+    hu = np.full((100, 200), 40.0)
+    hu[70:] = np.random.default_rng(0).normal(-940, 25, (30, 200))
+    assert not lung_mask(hu, SPACING).any()
+
+
+def test_vessels_and_nodules_are_filled_and_a_heart_within_one_component_is_not():
+    hu = chest()
+    hu[disk(0, -60, 10, 10)] = 50
+    hu[disk(30, 60, 3, 3)] = 50
+    assert overlap(lung_mask(hu, SPACING), LUNGS) > 0.97
+    ring = np.full(ROWS.shape, 40.0)
+    ring[disk(0, 0, 70, 110)] = -850
+    heart = disk(0, 0, 40, 40)
+    ring[heart] = 40
+    assert not lung_mask(ring, SPACING)[heart & disk(0, 0, 36, 36)].any()
+
+
+@pytest.mark.parametrize(
+    "hu",
+    [np.full((64, 64), 40.0), np.full((64, 64), -1000.0), np.full((64, 64), -3024.0), np.linspace(0, 255, 4096).reshape(64, 64)],
+    ids=["tissue", "air", "padding", "a picture's values"],
+)
+def test_no_lung_where_there_is_none(hu):
+    assert not lung_mask(hu, (1, 1)).any()
+
+
+def test_gas_in_the_bowel_is_no_lung():
+    hu = np.full(ROWS.shape, -1000.0)
+    hu[disk(0, 0, 90, 130)] = 40
+    hu[disk(-30, 20, 20, 30)] = -1000
+    assert not lung_mask(hu + np.random.default_rng(0).normal(0, 15, hu.shape), SPACING).any()
+
+
+def test_a_slice_bears_lung_from_20_cm2():
+    assert lung_bearing([0, 1999, 2000, 30000]) == [False, False, True, True]
+
+
+def test_lungs_of_a_real_scan(real_data):
+    image = nibabel.load(real_data / "volumes/lungdx_A0001_64sl_256.nii.gz")  # voxel axes to left, posterior and superior
+    hu, sides = image.get_fdata(), image.header.get_zooms()
+    areas = np.array([lung_mask(plane.T, sides[1::-1]).sum() for plane in np.moveaxis(hu, 2, 0)]) * sides[0] * sides[1]
+    bearing = np.flatnonzero(lung_bearing(areas))
+    assert np.array_equal(bearing, np.arange(bearing[0], bearing[-1] + 1))  # one stretch of slices
+    # Read off pictures of the masks: from the apex to where the sinuses end, with the largest areas just above the diaphragm.
+    assert 44 <= len(bearing) <= 52 and 30_000 < areas.max() < 36_000
+    assert 5000 < areas.sum() * sides[2] / 1000 < 6000  # mL
