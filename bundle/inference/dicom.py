@@ -1,0 +1,332 @@
+"""Results of a DICOM scan as DICOM objects of the same patient and study: a Segmentation and a Structured Report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import highdicom
+import numpy as np
+import pydicom
+from highdicom import sr
+from highdicom.coding_schemes import CodingSchemeIdentificationItem
+from highdicom.color import CIELabColor
+from highdicom.seg import Segmentation, SegmentDescription
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.valuerep import DA, TM
+
+from bundle.inference.overlay import LESIONS
+
+RESEARCH = "AI, research use only"
+OWN_CODES = "99CHESTCT"  # private scheme for what no public one has; declared in the report
+
+# Codes by what a name contains; the first that fits.
+SEGMENTS = {
+    "ground": codes.DCM.GroundGlassOpacity,
+    "consolidation": Code("95436008", "SCT", "Lung consolidation"),
+    "": codes.SCT.Lesion,
+}
+CLASSES = {
+    "covid": Code("840539006", "SCT", "COVID-19"),
+    "lung cancer": Code("363358000", "SCT", "Malignant neoplasm of lung"),
+}
+
+# What a DICOM object must have, if only an empty value.
+TYPE_2 = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
+IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
+GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+
+
+def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: Sequence[str], model: Mapping) -> None:
+    """Write a DICOM Segmentation (BINARY, a segment for each segmentation class) of a series or a multi-frame image.
+
+    Patient and study are those of the source. Every slice has a frame in every segment, also where nothing is segmented: the
+    frames of a segment are the grid of the scan, for readers that do not look at frame positions too, and an empty mask is
+    as valid as any. A frame of 512 x 512 pixels takes 32 KB.
+
+    Args:
+        path: of the file.
+        sources: (path, frame from 0) of each slice, in slice order.
+        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class; an array or what becomes one. A memory map is read
+            slice by slice.
+        names: of the segmentation classes.
+        model: {"name", "version", "checkpoint"}.
+
+    Raises:
+        ValueError: in one line, without patient data, if the source lacks what a Segmentation needs. Nothing is written then.
+    """
+    what = "DICOM Segmentation"
+    headers = _read_headers(sources, what)
+    _complete_geometry(headers, what)
+    labels = np.asanyarray(labels)
+    if labels.shape != (headers[0].Columns, headers[0].Rows, len(sources)):
+        expected = f"{headers[0].Columns} columns, {headers[0].Rows} rows, {len(sources)} slices"
+        raise ValueError(f"{what} is not written: found a mask of {labels.shape}, expected {expected} as in the series")
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        model["name"], codes.DCM.ArtificialIntelligence, model["version"], parameters={"checkpoint": model["checkpoint"]}
+    )
+    segments = [
+        SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=_segment_type(name),
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+            tracking_id=name[:64],
+            tracking_uid=highdicom.UID(),
+            anatomic_regions=[codes.SCT.Lung],
+            display_color=CIELabColor.from_string(LESIONS[(number - 1) % len(LESIONS)]),
+        )
+        for number, name in enumerate(names, start=1)
+    ]
+    with _written(path, what):
+        Segmentation(
+            source_images=headers,
+            pixel_array=labels.transpose(2, 1, 0),
+            segmentation_type="BINARY",
+            segment_descriptions=segments,
+            plane_positions=_frame_positions(headers[0], sources),
+            omit_empty_frames=False,
+            content_label="LESIONS",
+            content_description=RESEARCH,
+            series_description=f"Segmentation, {RESEARCH}",
+            **_series(headers[0], model, 1),
+        ).save_as(path)
+
+
+def write_structured_report(
+    path, sources: Sequence[tuple[str, int]], prediction: Mapping, segmentation_path=None
+) -> None:
+    """Write a DICOM Structured Report (Comprehensive SR, template TID 1500) of a scan's predictions.
+
+    It holds a group for each lesion (regions in its slices; certainty in %, volume in mL, width, height and depth in mm), one
+    for each segmentation class (volume in mL, share of the lung in %, the segment it was measured on) and one for the scan
+    (probabilities in %, predicted class, volume of the lung in mL). What is null is left out. It is unverified,
+    preliminary, and says that it is for research only, in the document itself too, as it does the warnings.
+
+    Args:
+        path: of the file.
+        sources: (path, frame from 0) of each slice, in slice order.
+        prediction: content of predictions.json.
+        segmentation_path: of the Segmentation of `write_segmentation`, if there is one.
+
+    Raises:
+        ValueError: in one line, without patient data, if the source lacks what a report needs. Nothing is written then.
+    """
+    what = "DICOM Structured Report"
+    headers = _read_headers(sources, what)
+    model, evidence = prediction["model"], list(headers)
+    segmentation = None
+    if segmentation_path is not None:
+        segmentation = pydicom.dcmread(segmentation_path, stop_before_pixels=True)
+        evidence.append(segmentation)
+    groups = [_scan_group(prediction)]
+    groups += [
+        _segment_group(number, name, found, headers[0], segmentation)
+        for number, (name, found) in enumerate(prediction.get("segmentation", {}).items(), start=1)
+    ]
+    by_path = {header.filename: header for header in headers}
+    groups += [_lesion_group(lesion, sources, by_path) for lesion in prediction.get("detection", [])]
+    device = sr.DeviceObserverIdentifyingAttributes(
+        uid=highdicom.UID(), name=model["name"], model_name=model["version"], serial_number=model["checkpoint"]
+    )
+    report = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(
+            observer_device_context=sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
+        ),
+        procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
+        imaging_measurements=groups,
+    )
+    for text in ("Made by AI. Research use only, not for diagnosis.", *prediction["warnings"]):
+        report[0].ContentSequence.append(sr.TextContentItem(codes.DCM.Comment, text, relationship_type="CONTAINS"))
+    own_codes = CodingSchemeIdentificationItem(OWN_CODES, name="Chest CT multi-task")
+    with _written(path, what):
+        sr.ComprehensiveSR(
+            evidence=evidence,
+            content=report[0],
+            is_complete=True,
+            coding_schemes=[own_codes],
+            series_description=f"Measurements, {RESEARCH}",
+            **_series(headers[0], model, 2),
+        ).save_as(path)
+
+
+def _scan_group(prediction: Mapping) -> sr.MeasurementsAndQualitativeEvaluations:
+    measurements, evaluations = [], []
+    if classification := prediction.get("classification"):
+        for name, probability in classification["probabilities"].items():
+            measurements += _measure(_own_code(f"Probability of {name}"), probability, codes.UCUM.Percent, 100)
+        predicted = classification["predicted"]
+        evaluations.append(sr.QualitativeEvaluation(_own_code("Predicted class"), _class_code(predicted)))
+    if lung := prediction.get("lung"):
+        measurements += _measure(_own_code("Volume of lung"), lung["volume_ml"], ML)
+    return sr.MeasurementsAndQualitativeEvaluations(
+        sr.TrackingIdentifier(uid=highdicom.UID(), identifier="Scan"),
+        finding_sites=[sr.FindingSite(codes.SCT.Lung)],
+        measurements=measurements,
+        qualitative_evaluations=evaluations,
+    )
+
+
+ML = Code("mL", "UCUM", "milliliter")
+
+
+def _segment_group(number: int, name: str, found: Mapping, header: Dataset, segmentation: Dataset | None):
+    measurements = _measure(codes.SCT.Volume, found["volume_ml"], ML)
+    measurements += _measure(_own_code("Share of lung"), found["share_of_lung"], codes.UCUM.Percent, 100)
+    common = {
+        "tracking_identifier": sr.TrackingIdentifier(uid=highdicom.UID(), identifier=name),
+        "finding_type": _segment_type(name),
+        "finding_category": codes.SCT.MorphologicallyAbnormalStructure,
+        "finding_sites": [sr.FindingSite(codes.SCT.Lung)],
+        "measurements": measurements,
+    }
+    if segmentation is None:
+        return sr.MeasurementsAndQualitativeEvaluations(**common)
+    segment = sr.ReferencedSegment(
+        segmentation.SOPClassUID,
+        segmentation.SOPInstanceUID,
+        number,
+        source_series=sr.SourceSeriesForSegmentation(header.SeriesInstanceUID),
+    )
+    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **common)
+
+
+def _lesion_group(lesion: Mapping, sources: Sequence[tuple[str, int]], headers: Mapping[str, Dataset]):
+    """Regions are polygons in pixels of the image, whose upper left corner is (0, 0): the convention of boxes here too."""
+    measurements = _measure(codes.DCM.CertaintyOfFinding, lesion["score"], codes.UCUM.Percent, 100)
+    measurements += _measure(codes.SCT.Volume, lesion["volume_ml"], ML)
+    sides = zip((codes.SCT.Width, codes.DCM.Height, codes.SCT.Depth), lesion["size_mm"] or [None] * 3)
+    for name, size in sides:
+        measurements += _measure(name, size, codes.UCUM.Millimeter)
+    regions = []
+    for box in lesion["boxes"]:
+        x1, y1, x2, y2 = box["box"]
+        path, frame = sources[box["slice"]]
+        header = headers[path]
+        frames = [frame + 1] if "NumberOfFrames" in header else None
+        outline = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]])
+        regions.append(sr.ImageRegion("POLYLINE", outline, sr.SourceImageForRegion.from_source_image(header, frames)))
+    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+        sr.TrackingIdentifier(uid=highdicom.UID(), identifier=f"Lesion {lesion['id']}"),
+        referenced_regions=regions,
+        finding_type=codes.SCT.Lesion,
+        finding_category=codes.SCT.MorphologicallyAbnormalStructure,
+        finding_sites=[sr.FindingSite(codes.SCT.Lung)],
+        measurements=measurements,
+    )
+
+
+def _measure(name, value: float | None, unit: Code, factor: float = 1) -> list[sr.Measurement]:
+    """The measurement, or nothing where the value is not known. Products are rounded to what predictions.json tells."""
+    return [] if value is None else [sr.Measurement(name, round(value * factor, 6), unit)]
+
+
+def _own_code(meaning: str) -> sr.CodedConcept:
+    return sr.CodedConcept(re.sub(r"\W+", "-", meaning.lower()), OWN_CODES, meaning[:64])
+
+
+def _class_code(name: str):
+    return next((code for part, code in CLASSES.items() if part in name.lower()), None) or _own_code(name)
+
+
+def _segment_type(name: str) -> Code:
+    return next(code for part, code in SEGMENTS.items() if part in name.lower())
+
+
+def _series(header: Dataset, model: Mapping, number: int) -> dict:
+    """What the writers of highdicom want of a new series, which is number 100 times the source's and `number`."""
+    return {
+        "series_instance_uid": highdicom.UID(),
+        "series_number": 100 * max(0, min(int(header.get("SeriesNumber") or 0), 10**6)) + number,
+        "sop_instance_uid": highdicom.UID(),
+        "instance_number": 1,
+        "manufacturer": model["name"],
+        "manufacturer_model_name": model["name"],
+        "software_versions": model["version"],
+        "device_serial_number": model["checkpoint"],
+        "content_qualification": "RESEARCH",
+        "specific_character_set": "ISO_IR 192",  # UTF-8: names of any script
+    }
+
+
+@contextmanager
+def _written(path, what: str):
+    """Say in one line what cannot be written; the cause may quote the patient, so that only its kind is told."""
+    try:
+        yield
+    except Exception as error:
+        Path(path).unlink(missing_ok=True)
+        raise ValueError(f"{what} is not written: headers of the series are not valid ({type(error).__name__})") from error
+
+
+def _read_headers(sources: Sequence[tuple[str, int]], what: str) -> list[Dataset]:
+    """Headers of the files, in slice order, with an empty value where a DICOM object must have one and the source has none."""
+    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in dict.fromkeys(path for path, _ in sources)]
+    for header in headers:
+        _require(header, IDENTITY, what)
+    first = headers[0]
+    for keyword in TYPE_2:
+        if keyword not in first or not _valid(keyword, first[keyword].value):
+            setattr(first, keyword, None)
+    return headers
+
+
+def _valid(keyword: str, value) -> bool:
+    kinds = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
+    if keyword == "PatientSex":
+        return value in ("M", "F", "O")
+    try:
+        return value is not None and kinds.get(keyword, str)(value) is not None
+    except ValueError:
+        return False
+
+
+def _require(dataset: Dataset, keywords: Sequence[str], what: str) -> None:
+    if missing := [keyword for keyword in keywords if dataset.get(keyword) in (None, "")]:
+        raise ValueError(f"{what} is not written: found no {', '.join(missing)} in a file of the series, which it needs")
+
+
+def _complete_geometry(headers: Sequence[Dataset], what: str) -> None:
+    """Make headers say what highdicom wants where they can, and refuse them where they cannot."""
+    first = headers[0]
+    if "NumberOfFrames" in first:
+        if len(headers) > 1:
+            raise ValueError(f"{what} is not written: found {len(headers)} multi-frame files, expected one, or single frames")
+        _require(first, ("FrameOfReferenceUID", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"), what)
+        _share_groups(first, what)
+        return
+    for header in headers:
+        _require(header, ("FrameOfReferenceUID", *GEOMETRY), what)
+        if not np.allclose(header.ImageOrientationPatient, first.ImageOrientationPatient, atol=1e-3):
+            raise ValueError(f"{what} is not written: found slices of unequal ImageOrientationPatient, expected parallel ones")
+        header.ImageOrientationPatient = first.ImageOrientationPatient  # digits may differ from slice to slice
+        header.SliceThickness = header.get("SliceThickness")
+        if "SpacingBetweenSlices" in header:  # often wrong or negative: highdicom takes it from the positions
+            del header.SpacingBetweenSlices
+
+
+def _share_groups(header: Dataset, what: str) -> None:
+    """Put orientation and spacing, which may be told frame by frame, where highdicom looks for them."""
+    shared, frames = header.SharedFunctionalGroupsSequence[0], header.PerFrameFunctionalGroupsSequence
+    for name in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
+        if name not in shared:
+            if any(name not in frame or frame[name] != frames[0][name] for frame in frames):
+                raise ValueError(f"{what} is not written: found frames of unequal or no {name}, expected the same in all")
+            setattr(shared, name, frames[0][name].value)
+    if any("PlanePositionSequence" not in frame for frame in frames):
+        raise ValueError(f"{what} is not written: found frames without PlanePositionSequence, which it needs")
+
+
+def _frame_positions(header: Dataset, sources: Sequence[tuple[str, int]]):
+    """Positions of the slices of a multi-frame image, which may be stored in another order; None for single frames."""
+    if "NumberOfFrames" not in header:
+        return None
+    frames = header.PerFrameFunctionalGroupsSequence
+    positions = [frames[frame].PlanePositionSequence[0].ImagePositionPatient for _, frame in sources]
+    return [highdicom.PlanePositionSequence("PATIENT", position) for position in positions]
