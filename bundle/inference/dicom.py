@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +19,15 @@ from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
+from pydicom.uid import generate_uid
 from pydicom.valuerep import DA, TM
 
 from bundle.inference.overlay import LESIONS
 
+logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # it logs names of patients; what matters is raised
+
 RESEARCH = "AI, research use only"
+ML = Code("mL", "UCUM", "milliliter")
 OWN_CODES = "99CHESTCT"  # private scheme for what no public one has; declared in the report
 
 # Codes by what a name contains; the first that fits.
@@ -35,8 +41,11 @@ CLASSES = {
     "lung cancer": Code("363358000", "SCT", "Malignant neoplasm of lung"),
 }
 
+ABNORMAL = {"finding_category": codes.SCT.MorphologicallyAbnormalStructure}
+
 # What a DICOM object must have, if only an empty value.
 TYPE_2 = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
+DATES = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 
@@ -59,49 +68,28 @@ def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: 
     Raises:
         ValueError: in one line, without patient data, if the source lacks what a Segmentation needs. Nothing is written then.
     """
-    what = "DICOM Segmentation"
-    headers = _read_headers(sources, what)
-    _complete_geometry(headers, what)
     labels = np.asanyarray(labels)
-    if labels.shape != (headers[0].Columns, headers[0].Rows, len(sources)):
-        expected = f"{headers[0].Columns} columns, {headers[0].Rows} rows, {len(sources)} slices"
-        raise ValueError(f"{what} is not written: found a mask of {labels.shape}, expected {expected} as in the series")
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        model["name"], codes.DCM.ArtificialIntelligence, model["version"], parameters={"checkpoint": model["checkpoint"]}
-    )
-    segments = [
-        SegmentDescription(
-            segment_number=number,
-            segment_label=name[:64],
-            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-            segmented_property_type=_segment_type(name),
-            algorithm_type="AUTOMATIC",
-            algorithm_identification=algorithm,
-            tracking_id=name[:64],
-            tracking_uid=highdicom.UID(),
-            anatomic_regions=[codes.SCT.Lung],
-            display_color=CIELabColor.from_string(LESIONS[(number - 1) % len(LESIONS)]),
-        )
-        for number, name in enumerate(names, start=1)
-    ]
-    with _written(path, what):
+    with _writing(path, "DICOM Segmentation"):
+        headers = list(_read_headers(sources).values())
+        _complete_geometry(headers)
+        first = headers[0]
+        if labels.shape != (first.Columns, first.Rows, len(sources)):
+            raise _Lacking(f"found slices of {first.Columns} x {first.Rows} pixels, expected {labels.shape} as the mask has")
         Segmentation(
             source_images=headers,
             pixel_array=labels.transpose(2, 1, 0),
             segmentation_type="BINARY",
-            segment_descriptions=segments,
-            plane_positions=_frame_positions(headers[0], sources),
+            segment_descriptions=[_segment(number, name, model) for number, name in enumerate(names, start=1)],
+            plane_positions=_frame_positions(first, sources),
             omit_empty_frames=False,
             content_label="LESIONS",
             content_description=RESEARCH,
             series_description=f"Segmentation, {RESEARCH}",
-            **_series(headers[0], model, 1),
+            **_series(first, model, 1),
         ).save_as(path)
 
 
-def write_structured_report(
-    path, sources: Sequence[tuple[str, int]], prediction: Mapping, segmentation_path=None
-) -> None:
+def write_structured_report(path, sources: Sequence[tuple[str, int]], prediction: Mapping, segmentation_path=None) -> None:
     """Write a DICOM Structured Report (Comprehensive SR, template TID 1500) of a scan's predictions.
 
     It holds a group for each lesion (regions in its slices; certainty in %, volume in mL, width, height and depth in mm), one
@@ -118,42 +106,68 @@ def write_structured_report(
     Raises:
         ValueError: in one line, without patient data, if the source lacks what a report needs. Nothing is written then.
     """
-    what = "DICOM Structured Report"
-    headers = _read_headers(sources, what)
-    model, evidence = prediction["model"], list(headers)
-    segmentation = None
+    model, segmentation = prediction["model"], None
     if segmentation_path is not None:
         segmentation = pydicom.dcmread(segmentation_path, stop_before_pixels=True)
-        evidence.append(segmentation)
-    groups = [_scan_group(prediction)]
-    groups += [
-        _segment_group(number, name, found, headers[0], segmentation)
-        for number, (name, found) in enumerate(prediction.get("segmentation", {}).items(), start=1)
-    ]
-    by_path = {header.filename: header for header in headers}
-    groups += [_lesion_group(lesion, sources, by_path) for lesion in prediction.get("detection", [])]
-    device = sr.DeviceObserverIdentifyingAttributes(
-        uid=highdicom.UID(), name=model["name"], model_name=model["version"], serial_number=model["checkpoint"]
-    )
-    report = sr.MeasurementReport(
-        observation_context=sr.ObservationContext(
-            observer_device_context=sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
-        ),
-        procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
-        imaging_measurements=groups,
-    )
-    for text in ("Made by AI. Research use only, not for diagnosis.", *prediction["warnings"]):
-        report[0].ContentSequence.append(sr.TextContentItem(codes.DCM.Comment, text, relationship_type="CONTAINS"))
-    own_codes = CodingSchemeIdentificationItem(OWN_CODES, name="Chest CT multi-task")
-    with _written(path, what):
+    with _writing(path, "DICOM Structured Report"):
+        headers = _read_headers(sources)
+        first = next(iter(headers.values()))
+        groups = [_scan_group(prediction)]
+        for number, (name, found) in enumerate(prediction.get("segmentation", {}).items(), start=1):
+            groups.append(_segment_group(number, name, found, model, first, segmentation))
+        groups += [_lesion_group(lesion, model, sources, headers) for lesion in prediction.get("detection", [])]
+        report = sr.MeasurementReport(_observer(model), codes.LN.CTUnspecifiedBodyRegion, groups)
+        for text in ("Made by AI. Research use only, not for diagnosis.", *prediction["warnings"]):
+            report[0].ContentSequence.append(sr.TextContentItem(codes.DCM.Comment, text, relationship_type="CONTAINS"))
         sr.ComprehensiveSR(
-            evidence=evidence,
+            evidence=[*headers.values(), *([segmentation] if segmentation else [])],
             content=report[0],
             is_complete=True,
-            coding_schemes=[own_codes],
+            coding_schemes=[CodingSchemeIdentificationItem(OWN_CODES, name="Chest CT multi-task")],
             series_description=f"Measurements, {RESEARCH}",
-            **_series(headers[0], model, 2),
+            **_series(first, model, 2),
         ).save_as(path)
+
+
+def _segment(number: int, name: str, model: Mapping) -> SegmentDescription:
+    parameters = {"checkpoint": model["checkpoint"]}
+    return SegmentDescription(
+        segment_number=number,
+        segment_label=name[:64],
+        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+        segmented_property_type=_segment_type(name),
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            model["name"], codes.DCM.ArtificialIntelligence, model["version"], parameters=parameters
+        ),
+        tracking_id=name[:64],
+        tracking_uid=highdicom.UID(),
+        anatomic_regions=[codes.SCT.Lung],
+        display_color=CIELabColor.from_string(LESIONS[(number - 1) % len(LESIONS)]),
+    )
+
+
+def _observer(model: Mapping) -> sr.ObservationContext:
+    """The software, which has the same UID in all reports of the same weights."""
+    attributes = sr.DeviceObserverIdentifyingAttributes(
+        uid=generate_uid(entropy_srcs=[model["name"], model["version"], model["checkpoint"]]),
+        name=model["name"],
+        model_name=model["name"],
+        serial_number=model["checkpoint"],
+    )
+    return sr.ObservationContext(
+        observer_device_context=sr.ObserverContext(codes.DCM.Device, observer_identifying_attributes=attributes)
+    )
+
+
+def _group_of(identifier: str, model: Mapping, measurements: Sequence[sr.Measurement]) -> dict:
+    """What all measurement groups have."""
+    return {
+        "tracking_identifier": sr.TrackingIdentifier(uid=highdicom.UID(), identifier=identifier),
+        "algorithm_id": sr.AlgorithmIdentification(model["name"], model["version"], [f"checkpoint {model['checkpoint']}"]),
+        "finding_sites": [sr.FindingSite(codes.SCT.Lung)],
+        "measurements": measurements,
+    }
 
 
 def _scan_group(prediction: Mapping) -> sr.MeasurementsAndQualitativeEvaluations:
@@ -166,26 +180,14 @@ def _scan_group(prediction: Mapping) -> sr.MeasurementsAndQualitativeEvaluations
     if lung := prediction.get("lung"):
         measurements += _measure(_own_code("Volume of lung"), lung["volume_ml"], ML)
     return sr.MeasurementsAndQualitativeEvaluations(
-        sr.TrackingIdentifier(uid=highdicom.UID(), identifier="Scan"),
-        finding_sites=[sr.FindingSite(codes.SCT.Lung)],
-        measurements=measurements,
-        qualitative_evaluations=evaluations,
+        qualitative_evaluations=evaluations, **_group_of("Scan", prediction["model"], measurements)
     )
 
 
-ML = Code("mL", "UCUM", "milliliter")
-
-
-def _segment_group(number: int, name: str, found: Mapping, header: Dataset, segmentation: Dataset | None):
+def _segment_group(number: int, name: str, found: Mapping, model: Mapping, header: Dataset, segmentation: Dataset | None):
     measurements = _measure(codes.SCT.Volume, found["volume_ml"], ML)
     measurements += _measure(_own_code("Share of lung"), found["share_of_lung"], codes.UCUM.Percent, 100)
-    common = {
-        "tracking_identifier": sr.TrackingIdentifier(uid=highdicom.UID(), identifier=name),
-        "finding_type": _segment_type(name),
-        "finding_category": codes.SCT.MorphologicallyAbnormalStructure,
-        "finding_sites": [sr.FindingSite(codes.SCT.Lung)],
-        "measurements": measurements,
-    }
+    common = {"finding_type": _segment_type(name), **ABNORMAL, **_group_of(name, model, measurements)}
     if segmentation is None:
         return sr.MeasurementsAndQualitativeEvaluations(**common)
     segment = sr.ReferencedSegment(
@@ -197,7 +199,7 @@ def _segment_group(number: int, name: str, found: Mapping, header: Dataset, segm
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **common)
 
 
-def _lesion_group(lesion: Mapping, sources: Sequence[tuple[str, int]], headers: Mapping[str, Dataset]):
+def _lesion_group(lesion: Mapping, model: Mapping, sources: Sequence[tuple[str, int]], headers: Mapping[str, Dataset]):
     """Regions are polygons in pixels of the image, whose upper left corner is (0, 0): the convention of boxes here too."""
     measurements = _measure(codes.DCM.CertaintyOfFinding, lesion["score"], codes.UCUM.Percent, 100)
     measurements += _measure(codes.SCT.Volume, lesion["volume_ml"], ML)
@@ -209,16 +211,14 @@ def _lesion_group(lesion: Mapping, sources: Sequence[tuple[str, int]], headers: 
         x1, y1, x2, y2 = box["box"]
         path, frame = sources[box["slice"]]
         header = headers[path]
-        frames = [frame + 1] if "NumberOfFrames" in header else None
+        frames = [frame + 1] if _is_multiframe(header) else None
         outline = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]])
         regions.append(sr.ImageRegion("POLYLINE", outline, sr.SourceImageForRegion.from_source_image(header, frames)))
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-        sr.TrackingIdentifier(uid=highdicom.UID(), identifier=f"Lesion {lesion['id']}"),
         referenced_regions=regions,
         finding_type=codes.SCT.Lesion,
-        finding_category=codes.SCT.MorphologicallyAbnormalStructure,
-        finding_sites=[sr.FindingSite(codes.SCT.Lung)],
-        measurements=measurements,
+        **ABNORMAL,
+        **_group_of(f"Lesion {lesion['id']}", model, measurements),
     )
 
 
@@ -255,77 +255,97 @@ def _series(header: Dataset, model: Mapping, number: int) -> dict:
     }
 
 
+class _Lacking(ValueError):
+    """What the headers of a series have not."""
+
+
 @contextmanager
-def _written(path, what: str):
-    """Say in one line what cannot be written; the cause may quote the patient, so that only its kind is told."""
+def _writing(path, what: str):
+    """Turn what goes wrong into one line. Messages of libraries quote the patient: only the kind of an error is told."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+        return
+    except _Lacking as error:
+        reason = str(error)
     except Exception as error:
-        Path(path).unlink(missing_ok=True)
-        raise ValueError(f"{what} is not written: headers of the series are not valid ({type(error).__name__})") from error
+        reason = f"the headers of the series cannot be carried over ({type(error).__name__})"
+    Path(path).unlink(missing_ok=True)
+    raise ValueError(f"no {what} is written: {reason}")
 
 
-def _read_headers(sources: Sequence[tuple[str, int]], what: str) -> list[Dataset]:
-    """Headers of the files, in slice order, with an empty value where a DICOM object must have one and the source has none."""
-    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in dict.fromkeys(path for path, _ in sources)]
-    for header in headers:
-        _require(header, IDENTITY, what)
-    first = headers[0]
+def _read_headers(sources: Sequence[tuple[str, int]]) -> dict[str, Dataset]:
+    """Headers by path, in slice order; in the first, which patient and study are taken from, invalid values are emptied."""
+    headers = {path: pydicom.dcmread(path, stop_before_pixels=True) for path in dict.fromkeys(path for path, _ in sources)}
+    for header in headers.values():
+        _require(header, IDENTITY)
+    first = next(iter(headers.values()))
     for keyword in TYPE_2:
-        if keyword not in first or not _valid(keyword, first[keyword].value):
+        if not _is_valid(keyword, first.get(keyword)):
             setattr(first, keyword, None)
+    if any("ReferencedSOPClassUID" not in study for study in first.get("ReferencedStudySequence") or ()):
+        del first.ReferencedStudySequence  # optional, and half of it is an error in any object that it is copied to
     return headers
 
 
-def _valid(keyword: str, value) -> bool:
-    kinds = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
+def _is_valid(keyword: str, value) -> bool:
     if keyword == "PatientSex":
         return value in ("M", "F", "O")
     try:
-        return value is not None and kinds.get(keyword, str)(value) is not None
-    except ValueError:
+        return value is not None and DATES.get(keyword, str)(value) is not None
+    except (TypeError, ValueError):
         return False
 
 
-def _require(dataset: Dataset, keywords: Sequence[str], what: str) -> None:
+def _require(dataset: Dataset, keywords: Sequence[str]) -> None:
     if missing := [keyword for keyword in keywords if dataset.get(keyword) in (None, "")]:
-        raise ValueError(f"{what} is not written: found no {', '.join(missing)} in a file of the series, which it needs")
+        raise _Lacking(f"found no {', '.join(missing)} in a file of the series")
 
 
-def _complete_geometry(headers: Sequence[Dataset], what: str) -> None:
+def _complete_geometry(headers: Sequence[Dataset]) -> None:
     """Make headers say what highdicom wants where they can, and refuse them where they cannot."""
     first = headers[0]
-    if "NumberOfFrames" in first:
+    if _is_multiframe(first):
         if len(headers) > 1:
-            raise ValueError(f"{what} is not written: found {len(headers)} multi-frame files, expected one, or single frames")
-        _require(first, ("FrameOfReferenceUID", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"), what)
-        _share_groups(first, what)
+            raise _Lacking(f"found {len(headers)} multi-frame files, expected one, or single frames")
+        _require(first, ("FrameOfReferenceUID", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"))
+        _share_groups(first)
         return
     for header in headers:
-        _require(header, ("FrameOfReferenceUID", *GEOMETRY), what)
-        if not np.allclose(header.ImageOrientationPatient, first.ImageOrientationPatient, atol=1e-3):
-            raise ValueError(f"{what} is not written: found slices of unequal ImageOrientationPatient, expected parallel ones")
-        header.ImageOrientationPatient = first.ImageOrientationPatient  # digits may differ from slice to slice
+        _require(header, ("FrameOfReferenceUID", *GEOMETRY))
+        if not np.allclose(header.ImageOrientationPatient, first.ImageOrientationPatient, atol=0.01):
+            raise _Lacking("found slices that are not parallel")
+        header.ImageOrientationPatient = first.ImageOrientationPatient  # its digits may differ from slice to slice
         header.SliceThickness = header.get("SliceThickness")
-        if "SpacingBetweenSlices" in header:  # often wrong or negative: highdicom takes it from the positions
+        if "SpacingBetweenSlices" in header:  # often wrong or negative: highdicom finds it from the positions
             del header.SpacingBetweenSlices
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
+        if len({header[keyword].value for header in headers}) > 1:
+            raise _Lacking(f"found slices of unequal {keyword}")
 
 
-def _share_groups(header: Dataset, what: str) -> None:
+def _share_groups(header: Dataset) -> None:
     """Put orientation and spacing, which may be told frame by frame, where highdicom looks for them."""
     shared, frames = header.SharedFunctionalGroupsSequence[0], header.PerFrameFunctionalGroupsSequence
     for name in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
         if name not in shared:
             if any(name not in frame or frame[name] != frames[0][name] for frame in frames):
-                raise ValueError(f"{what} is not written: found frames of unequal or no {name}, expected the same in all")
+                raise _Lacking(f"found frames with unequal or without {name}")
             setattr(shared, name, frames[0][name].value)
     if any("PlanePositionSequence" not in frame for frame in frames):
-        raise ValueError(f"{what} is not written: found frames without PlanePositionSequence, which it needs")
+        raise _Lacking("found frames without PlanePositionSequence")
+    if "SpacingBetweenSlices" in shared.PixelMeasuresSequence[0]:
+        del shared.PixelMeasuresSequence[0].SpacingBetweenSlices
+
+
+def _is_multiframe(header: Dataset) -> bool:
+    return int(header.get("NumberOfFrames") or 1) > 1 or "PerFrameFunctionalGroupsSequence" in header
 
 
 def _frame_positions(header: Dataset, sources: Sequence[tuple[str, int]]):
     """Positions of the slices of a multi-frame image, which may be stored in another order; None for single frames."""
-    if "NumberOfFrames" not in header:
+    if not _is_multiframe(header):
         return None
     frames = header.PerFrameFunctionalGroupsSequence
     positions = [frames[frame].PlanePositionSequence[0].ImagePositionPatient for _, frame in sources]
