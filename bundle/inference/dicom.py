@@ -317,12 +317,19 @@ def _complete_geometry(headers: Sequence[Dataset]) -> None:
         if not np.allclose(header.ImageOrientationPatient, first.ImageOrientationPatient, atol=0.01):
             raise _Lacking("found slices that are not parallel")
         header.ImageOrientationPatient = first.ImageOrientationPatient  # its digits may differ from slice to slice
-        header.SliceThickness = header.get("SliceThickness")
-        if "SpacingBetweenSlices" in header:  # often wrong or negative: highdicom finds it from the positions
-            del header.SpacingBetweenSlices
+    first.SliceThickness = first.get("SliceThickness") or _usual_gap(headers)
+    if "SpacingBetweenSlices" in first:  # often wrong or negative: highdicom finds it from the positions
+        del first.SpacingBetweenSlices
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
         if len({header[keyword].value for header in headers}) > 1:
             raise _Lacking(f"found slices of unequal {keyword}")
+
+
+def _usual_gap(headers: Sequence[Dataset]) -> float | None:
+    """Usual distance of neighbouring slices in mm; None for a single one."""
+    rows, columns = np.reshape(headers[0].ImageOrientationPatient, (2, 3)).astype(float)
+    heights = [np.array(header.ImagePositionPatient, float) @ np.cross(rows, columns) for header in headers]
+    return round(float(np.median(np.diff(np.sort(heights)))), 4) if len(heights) > 1 else None
 
 
 def _share_groups(header: Dataset) -> None:
