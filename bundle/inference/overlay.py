@@ -98,9 +98,10 @@ def _draw_boxes(image: Image.Image, boxes: np.ndarray, scores) -> None:
     draw, font = ImageDraw.Draw(image), _font(13)
     shown = sorted(zip(boxes.tolist(), map(float, scores)), key=lambda pair: pair[1])
     for (x1, y1, x2, y2), _ in shown:
-        corners = (x1, y1, max(x2 - 1, x1), max(y2 - 1, y1))
-        draw.rectangle(corners, outline=DARK, width=4)
-        draw.rectangle(tuple(np.add(corners, (1, 1, -1, -1)) if min(x2 - x1, y2 - y1) > 8 else corners), outline=BOX, width=2)
+        inset = 1 if min(x2 - x1, y2 - y1) > 8 else 0  # the dark seam shows on both sides of the line
+        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=DARK, width=4)
+        corners = (x1 + inset, y1 + inset, max(x2 - 1 - inset, x1), max(y2 - 1 - inset, y1))
+        draw.rectangle(corners, outline=BOX, width=2)
     taken = []
     for box, score in reversed(shown):
         text = f"{score:.2f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 COMPANDING = ((0, -1350.0), (8, -1024.0), (88, -160.0), (208, 240.0), (255, 1650.0))
 WINDOWS = (("Lung", 1500, -600), ("Soft tissue", 400, 40), ("Bone", 1800, 400))  # name, width, level in HU
 CONTRASTS = (("All", 100, 50), ("Dark parts", 50, 25), ("Bright parts", 50, 75))  # % of the range the network sees
-QUALITY, REBUILT_QUALITY = 88, 80
+# JPEG quality: 600 slices of 512 x 512 stay below 60 MB; slices of at most 256 x 256 are small anyway.
+QUALITY, SMALL_QUALITY, REBUILT_QUALITY = 88, 95, 80
 LONGEST, LONGEST_REBUILT = 1024, 256  # longer sides are reduced to these, in pixels
 
 
@@ -64,7 +66,7 @@ class Report:
         found = labels is not None and labels.any()
         rebuilt = None if reconstruction is None else (reconstruction.clip(0, 1) * 255).round().astype(np.uint8)
         pictures = {
-            "image": _jpeg(codes, LONGEST, QUALITY),
+            "image": _jpeg(codes, LONGEST, QUALITY if codes.size > 256**2 else SMALL_QUALITY),
             "labels": _palette_png(labels) if found else None,
             "rebuilt": None if rebuilt is None else _jpeg(rebuilt, LONGEST_REBUILT, REBUILT_QUALITY),
         }
@@ -86,11 +88,13 @@ class Report:
         """
         added, told = [row["index"] for row in self.slices], [row["index"] for row in prediction["slices"]]
         if added != told or not added:
-            raise ValueError(f"{path}: found {len(told)} predicted slices, expected the {len(added)} of the report, at least one")
-        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+            raise ValueError(f"{path}: found slices {told} in the prediction, expected those added, at least one: {added}")
+        environment = jinja2.Environment(
+            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        )
         environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-        colors = dict(zip(prediction.get("segmentation", {}), LESIONS * len(prediction.get("segmentation", {}))))
+        colors = dict(zip(prediction.get("segmentation", {}), itertools.cycle(LESIONS)))
         viewer = self._viewer(prediction, colors)
         # What a picture says is base64: its JSON needs no escaping.
         stream = template.stream(p=prediction, viewer=viewer, pictures=self.pictures, colors=colors, box=BOX, strong=STRONG)
@@ -99,18 +103,15 @@ class Report:
 
     def _viewer(self, prediction: Mapping, colors: Mapping[str, str]) -> dict:
         """What the script of the page needs to know, beside the pictures."""
-        lesion_of = {
-            (box["slice"], *box["box"]): lesion["id"] for lesion in prediction.get("detection", []) for box in lesion["boxes"]
-        }
+        lesions = prediction.get("detection", [])
+        lesion_of = {(box["slice"], *box["box"]): lesion["id"] for lesion in lesions for box in lesion["boxes"]}
+        keys = ("position_mm", "probabilities", "lesion_pixels", "lesion_mm2", "reconstruction_error", "novelty")
         slices = []
         for row, told in zip(self.slices, prediction["slices"]):
-            stored = [box["box"] for box in told.get("boxes", [])]
-            boxes = [
-                {**drawn, "lesion": lesion_of.get((told["index"], *box))} for drawn, box in zip(row["drawn"], stored, strict=True)
-            ]
-            keys = ("position_mm", "probabilities", "lesion_pixels", "lesion_mm2", "reconstruction_error", "novelty")
-            kept = {key: told.get(key) for key in keys}
-            slices.append({"index": row["index"], "codes": row["codes"], "network": row["network"], "boxes": boxes, **kept})
+            row = dict(row, boxes=[])
+            for drawn, stored in zip(row.pop("drawn"), told.get("boxes", []), strict=True):
+                row["boxes"].append({**drawn, "lesion": lesion_of.get((told["index"], *stored["box"]))})
+            slices.append({**row, **{key: told.get(key) for key in keys}})
         hounsfield, grid = prediction["hounsfield"], prediction["grid"]
         return {
             "rows": self.shape[0],
