@@ -6,7 +6,7 @@ RECONSTRUCTION = "reconstruction"
 DETECTION = "detection"
 TASKS = (CLASSIFICATION, SEGMENTATION, RECONSTRUCTION, DETECTION)
 
-# A further answer of the network in evaluation mode: its deepest features, averaged over the image.
+# A further answer of the network in evaluation mode: its deepest features, summed up.
 EMBEDDING = "embedding"
 
 # Fields of a record in the datalist and of the sample made from it; docs/data.md is their reference.

@@ -140,7 +140,7 @@ class _Trunk(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.network.encoder(image)
-        outputs = [features[-1].mean((2, 3))]
+        outputs = [self.network.embed(features)]
         for task, head in self.network.heads.items():
             outputs += head.pyramid(features).values() if task == DETECTION else [head(features)]
         return tuple(outputs)

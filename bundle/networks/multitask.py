@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from bundle.networks.detection import MaskRCNNHead
 from bundle.networks.encoders import build_encoder
 from bundle.networks.heads import ClassificationHead, DenseHead
-from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, check_tasks
+from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, check_tasks
 
 
 class MultiTaskNet(nn.Module):
@@ -79,7 +80,8 @@ class MultiTaskNet(nn.Module):
 
         Returns:
             By task: classification, logits (B, num_classes); segmentation, logits (B, channels, H, W); reconstruction,
-            (B, in_channels, H, W); detection, losses in training mode, otherwise a list of detections.
+            (B, in_channels, H, W); detection, losses in training mode, otherwise a list of detections. In evaluation mode
+            also embedding, see `embed`.
 
         Raises:
             ValueError: if the channels or the size of the image do not fit, naming the nearest size that does.
@@ -95,7 +97,12 @@ class MultiTaskNet(nn.Module):
             if len(part[0]):
                 answer = head(part, image[rows]) if task == DETECTION else head(part)
                 output[task] = answer if len(answer) == len(image) else _spread(answer, rows, len(image))
-        return output
+        return output if self.training else {**output, EMBEDDING: self.embed(features)}
+
+    @staticmethod
+    def embed(features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sum an image up: its deepest features (B, C, h, w), averaged over each quarter of the image: (B, 4 C)."""
+        return functional.adaptive_avg_pool2d(features[-1], 2).flatten(1)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[1] != self.in_channels:

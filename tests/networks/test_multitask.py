@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bundle.networks import MultiTaskNet, load_weights
-from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
     "backbone": "vgg13_bn",
@@ -59,15 +59,24 @@ def test_every_task_is_answered_in_one_pass(arguments, shape, expected):
     trained = network.train()(image, targets())
     with torch.no_grad():
         answered = network.eval()(image)
-    assert set(trained) == set(answered) == set(network.heads) == set(arguments["tasks"])
+    assert set(trained) == set(network.heads) == set(arguments["tasks"])
+    assert set(answered) == {*trained, EMBEDDING}
+    assert tuple(answered[EMBEDDING].shape) == (shape[0], 4 * network.encoder.channels[-1])
     for output in (trained, answered):
-        dense = {task: tuple(tensor.shape) for task, tensor in output.items() if task != DETECTION}
+        dense = {task: tuple(output[task].shape) for task in trained if task != DETECTION}
         assert dense == {task: expected[task] for task in dense}
     if DETECTION in arguments["tasks"]:
         assert sum(trained[DETECTION].values()).isfinite()
         for found in answered[DETECTION]:
             assert tuple(found["masks"].shape) == (len(found["boxes"]), 1, *shape[2:])
         assert len(answered[DETECTION]) == shape[0]
+
+
+def test_the_embedding_is_the_mean_of_the_deepest_features_in_each_quarter():
+    network, image = MultiTaskNet(**TINY, tasks=(CLASSIFICATION,)).eval(), torch.rand(2, 1, 64, 128)
+    deepest = network.encoder(image)[-1]
+    quarters = [deepest[:, :, i : i + 1, j : j + 2].mean((2, 3)) for i in (0, 1) for j in (0, 2)]
+    torch.testing.assert_close(network(image)[EMBEDDING], torch.stack(quarters, 2).flatten(1))
 
 
 @pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
