@@ -22,7 +22,7 @@ COMPANDING = ((0, -1350.0), (8, -1024.0), (88, -160.0), (208, 240.0), (255, 1650
 WINDOWS = (("Lung", 1500, -600), ("Soft tissue", 400, 40), ("Bone", 1800, 400))  # name, width, level in HU
 CONTRASTS = (("All", 100, 50), ("Dark parts", 50, 25), ("Bright parts", 50, 75))  # % of the range the network sees
 # JPEG quality: 600 slices of 512 x 512 stay below 60 MB; slices of at most 256 x 256 are small anyway.
-QUALITY, SMALL_QUALITY, REBUILT_QUALITY = 88, 95, 80
+QUALITY, SMALL_QUALITY, REBUILT_QUALITY = 86, 95, 80
 LONGEST, LONGEST_REBUILT = 1024, 256  # longer sides are reduced to these, in pixels
 
 
