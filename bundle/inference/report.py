@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from bundle.inference.novelty import UNUSUAL_SHARE
 from bundle.inference.overlay import BOX, LESIONS, STRONG
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -97,7 +98,8 @@ class Report:
         colors = dict(zip(prediction.get("segmentation", {}), itertools.cycle(LESIONS)))
         viewer = self._viewer(prediction, colors)
         # What a picture says is base64: its JSON needs no escaping.
-        stream = template.stream(p=prediction, viewer=viewer, pictures=self.pictures, colors=colors, box=BOX, strong=STRONG)
+        looks = {"colors": colors, "box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE}
+        stream = template.stream(p=prediction, viewer=viewer, pictures=self.pictures, **looks)
         with open(path, "w", encoding="utf-8") as file:
             stream.dump(file)
 

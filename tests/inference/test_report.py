@@ -128,13 +128,13 @@ def test_the_page_holds_everything_it_shows(path):
 
 
 def test_results_are_told_in_words(path):
-    novelty = {"distance": 30.0, "threshold": 20.0, "unusual_share": 0.5}
+    novelty = {"distance": 30.0, "threshold": 20.0, "unusual_share": 0.75}
     make_page(path, warnings=["3 slices are missing"], novelty=novelty)
     text = " ".join(Page(path).text.split())
     assert "Research use only – not for clinical use" in text
     assert "a model 1.2.3 · checkpoint 0123456789ab" in text and "3 slices are missing" in text
     assert "3.2 mL · 12.5 % of lung" in text and "4.00 L" in text and "20 × 20 × 5" in text
-    assert "unlike what the model was trained on" in text and "50 % of the slices are unusual" in text
+    assert "unlike what the model was trained on" in text and "75 % of the slices that show lung are unusual" in text
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "reconstruction", "detection"])
