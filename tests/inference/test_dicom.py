@@ -19,7 +19,7 @@ MODEL = {"name": "Chest CT multi-task", "version": "0.1.0", "checkpoint": "01234
 # Frames of 143 bits are no whole number of bytes; all of a segment are one: ITK misreads the last bits where they are not.
 ROWS, COLUMNS, SLICES = 13, 11, 8
 TURN = Rotation.from_euler("xyz", [5, -8, 12], degrees=True).as_matrix()
-OBLIQUE = [*TURN[:, 0], *-TURN[:, 1]]  # rows run to anterior
+OBLIQUE = np.round([*TURN[:, 0], *-TURN[:, 1]], 8).tolist()  # rows run to anterior
 PLAIN = (1, 0, 0, 0, 1, 0)
 NAMES = ["lesion", "ground glass"]
 
@@ -187,6 +187,7 @@ def test_a_multiframe_image_in_any_order(multiframe, tmp_path):
     frames = [frame + 1 for _, frame in scan.sources]
     pixels = highdicom.seg.segread(path).get_pixels_by_source_frame(image.SOPInstanceUID, frames, combine_segments=True)
     np.testing.assert_array_equal(pixels.transpose(2, 1, 0), labels)
+    assert_no_errors(path)
     single = tmp_path / "single.dcm"
     write_segmentation(single, scan.sources, (labels == 1).astype(np.uint8), ["lesion"], MODEL)
     np.testing.assert_array_equal(voxels_on(scan.affine, sitk.ReadImage(str(single))), np.argwhere(labels == 1))
@@ -332,6 +333,7 @@ def test_regions_in_a_multiframe_image_name_their_frame(multiframe, tmp_path):
     found = [region.ContentSequence[0].ReferencedSOPSequence[0] for region in group.roi]
     assert [item.ReferencedFrameNumber for item in found] == [scan.sources[4][1] + 1, scan.sources[5][1] + 1]
     assert {item.ReferencedSOPInstanceUID for item in found} == {image.SOPInstanceUID}
+    assert_no_errors(path)
 
 
 def test_a_report_of_one_task_without_geometry(write_series, tmp_path):
