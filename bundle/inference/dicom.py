@@ -44,7 +44,8 @@ CLASSES = {
 ABNORMAL = {"finding_category": codes.SCT.MorphologicallyAbnormalStructure}
 
 # What a DICOM object must have, if only an empty value.
-TYPE_2 = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
+TYPE_2 = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex")
+TYPE_2 += ("AccessionNumber", "StudyID", "StudyDate", "StudyTime")
 DATES = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
@@ -60,13 +61,13 @@ def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: 
     Args:
         path: of the file.
         sources: (path, frame from 0) of each slice, in slice order.
-        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class; an array or what becomes one. A memory map is read
-            slice by slice.
+        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class; an array or what becomes one. A memory map is
+            read slice by slice.
         names: of the segmentation classes.
         model: {"name", "version", "checkpoint"}.
 
     Raises:
-        ValueError: in one line, without patient data, if the source lacks what a Segmentation needs. Nothing is written then.
+        ValueError: in one line without patient data, if the source lacks what a Segmentation needs; nothing is written.
     """
     labels = np.asanyarray(labels)
     with _writing(path, "DICOM Segmentation"):
@@ -92,10 +93,11 @@ def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: 
 def write_structured_report(path, sources: Sequence[tuple[str, int]], prediction: Mapping, segmentation_path=None) -> None:
     """Write a DICOM Structured Report (Comprehensive SR, template TID 1500) of a scan's predictions.
 
-    It holds a group for each lesion (regions in its slices; certainty in %, volume in mL, width, height and depth in mm), one
-    for each segmentation class (volume in mL, share of the lung in %, the segment it was measured on) and one for the scan
-    (probabilities in %, predicted class, volume of the lung in mL). What is null is left out. It is unverified,
-    preliminary, and says that it is for research only, in the document itself too, as it does the warnings.
+    It holds a group for each lesion (outlines of its boxes in pixels of the images; certainty in %, volume in mL, width along
+    a row, height along a column and depth across the slices in mm), one for each segmentation class (volume in mL, share of
+    the lung in %, the segment it was measured on) and one for the scan (probabilities in %, predicted class, volume of the
+    lung in mL). What is null is left out. It needs no geometry. It is unverified and preliminary; that it is for research
+    only, and the warnings, are comments in the document itself.
 
     Args:
         path: of the file.
@@ -104,7 +106,7 @@ def write_structured_report(path, sources: Sequence[tuple[str, int]], prediction
         segmentation_path: of the Segmentation of `write_segmentation`, if there is one.
 
     Raises:
-        ValueError: in one line, without patient data, if the source lacks what a report needs. Nothing is written then.
+        ValueError: in one line without patient data, if the source lacks what a report needs; nothing is written.
     """
     model, segmentation = prediction["model"], None
     if segmentation_path is not None:

@@ -16,7 +16,7 @@ SCHEMA += "markups-schema-v1.0.3.json#"
 def write_markups(path, prediction: Mapping) -> None:
     """Write a markups file of 3D Slicer (.mrk.json): one region of interest (ROI) for each lesion.
 
-    A ROI lies along the axes of the scan, so that it fits oblique scans: its first two sides along those of the stored slice,
+    A ROI lies along the axes of the scan, so that it fits oblique ones: its first two sides along those of the stored slice,
     the third across the slices. Coordinates are LPS in mm. The name of a ROI tells number and score of its lesion, the
     description of its only control point the slices, the volume, and that this is for research only.
 
@@ -39,8 +39,8 @@ def lesion_axes(affine, axial_axis: int) -> np.ndarray:
     """Axes of the boxes of a scan's lesions: columns of a right-handed rotation (3, 3) in LPS.
 
     They run along the first and second axis in the plane of the stored slice and across the slices. Where these are not at
-    right angles (a tilted gantry), the nearest rotation is taken; where they are left-handed, the third is turned round, which
-    leaves a box as it was.
+    right angles (a tilted gantry), the nearest rotation is taken; where they are left-handed, the third is turned round,
+    which leaves a box as it was.
 
     Args:
         affine: (4, 4) from voxel index to RAS in mm.

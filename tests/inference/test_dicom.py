@@ -156,9 +156,10 @@ def test_segments_say_what_they_are(write_series, tmp_path):
     source = pydicom.dcmread(scan.sources[0][0])
     for keyword in ("PatientName", "PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
         assert segmentation[keyword].value == source[keyword].value
-    assert segmentation.SeriesInstanceUID != source.SeriesInstanceUID and segmentation.SOPInstanceUID != source.SOPInstanceUID
+    assert segmentation.SeriesInstanceUID != source.SeriesInstanceUID
+    assert segmentation.SOPInstanceUID != source.SOPInstanceUID
     assert (segmentation.SeriesNumber, segmentation.InstanceNumber, segmentation.SoftwareVersions) == (301, 1, "0.1.0")
-    assert "research use only" in segmentation.SeriesDescription and segmentation.ContentDescription == "AI, research use only"
+    assert segmentation.ContentDescription == "AI, research use only" in segmentation.SeriesDescription
 
 
 @pytest.fixture
@@ -173,7 +174,8 @@ def multiframe(write_series, tmp_path):
     (tmp_path / "frames").mkdir()
     path = tmp_path / "frames" / "image.dcm"
     image = LegacyConvertedEnhancedCTImage(singles, generate_uid(), 3, generate_uid(), 1)  # frames from below to above
-    image.PerFrameFunctionalGroupsSequence = [image.PerFrameFunctionalGroupsSequence[index] for index in (3, 0, 7, 6, 1, 2, 5, 4)]
+    groups = image.PerFrameFunctionalGroupsSequence
+    image.PerFrameFunctionalGroupsSequence = [groups[index] for index in (3, 0, 7, 6, 1, 2, 5, 4)]
     image.save_as(path)
     scan = read_scan(path.parent)
     assert [frame for _, frame in scan.sources] == [1, 4, 5, 0, 7, 6, 3, 2]
@@ -347,7 +349,8 @@ def test_a_report_of_one_task_without_geometry(write_series, tmp_path):
     assert_no_errors(path)
 
 
-EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
+EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
+EMPTY += ("AccessionNumber", "StudyID", "StudyDate", "StudyTime")
 
 
 @pytest.mark.parametrize("value", [None, "", "?"])
