@@ -93,11 +93,11 @@ def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: 
 def write_structured_report(path, sources: Sequence[tuple[str, int]], prediction: Mapping, segmentation_path=None) -> None:
     """Write a DICOM Structured Report (Comprehensive SR, template TID 1500) of a scan's predictions.
 
-    It holds a group for each lesion (outlines of its boxes in pixels of the images; certainty in %, volume in mL, width along
-    a row, height along a column and depth across the slices in mm), one for each segmentation class (volume in mL, share of
-    the lung in %, the segment it was measured on) and one for the scan (probabilities in %, predicted class, volume of the
-    lung in mL). What is null is left out. It needs no geometry. It is unverified and preliminary; that it is for research
-    only, and the warnings, are comments in the document itself.
+    It holds a group for each lesion (outlines of its boxes in pixels of the images, certainty in %, volume in mL, and in mm
+    width along a row, height along a column, depth across the slices), one for each segmentation class (volume in mL, share
+    of the lung in %, the segment it was measured on) and one for the scan (probabilities in %, predicted class, volume of
+    the lung in mL). What is null is left out. It needs no geometry. It is unverified and preliminary; that it is for
+    research only, and the warnings, are comments in the document itself.
 
     Args:
         path: of the file.
