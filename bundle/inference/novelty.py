@@ -1,64 +1,76 @@
-"""How far a slice is from those the network was trained on, and the warning that it is too far."""
+"""How far a slice is from those the network was trained on, and the warnings that a scan is none for it."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from sklearn.covariance import LedoitWolf
+from tqdm import tqdm
 
-# A scan is called unusual when more of its slices than this lie beyond the threshold, which few chest slices do.
-UNUSUAL_SHARE = 0.5
+from bundle.inference.worklist import file_hash
+from bundle.networks import MultiTaskNet
+from bundle.tasks import IMAGE
+
+VALIDATION_SHARE = 0.97  # of the validation slices lie within the threshold
+# A scan is called unusual from this share of its slices beyond the threshold, and no chest below this share with lung: a CT
+# of chest, abdomen and pelvis has lung in 40 % of its slices, one of the abdomen in those of the lung's base.
+UNUSUAL_SHARE, LUNG_SHARE = 0.5, 0.25
+AIR = -1000  # HU
 
 
 class Novelty:
-    """Mahalanobis distance of embeddings from those of the training slices (Lee et al., arXiv 1807.03888, one class).
+    """Mahalanobis distance of a slice's embedding from those of the training slices (arXiv 1807.03888, with one class).
 
     Args:
-        mean: (F,), of the training slices.
-        precision: (F, F), inverse of their covariance.
-        threshold: distance from which a slice is unusual.
+        mean: (F,) of the embeddings of the training slices.
+        scale: (F,), their standard deviations.
+        precision: (F, F), inverse of the shrunk covariance of the embeddings, brought to mean 0 and deviation 1.
+        threshold: distance beyond which a slice is unusual.
     """
 
-    def __init__(self, mean: torch.Tensor, precision: torch.Tensor, threshold: float) -> None:
-        self.mean, self.precision, self.threshold = mean.double(), precision.double(), float(threshold)
+    def __init__(self, mean: torch.Tensor, scale: torch.Tensor, precision: torch.Tensor, threshold: float = np.inf) -> None:
+        self.mean, self.scale, self.precision, self.threshold = mean, scale, precision, float(threshold)
 
     def distance(self, embedding: torch.Tensor) -> torch.Tensor:
         """(B, F) embeddings, "embedding" of the network's answer, to (B,) distances, at least 0."""
-        offset = torch.as_tensor(embedding).double().cpu() - self.mean
-        return ((offset @ self.precision) * offset).sum(1).clamp(min=0).sqrt()
-
-    def sum_up(self, distances: Sequence[float]) -> dict[str, float]:
-        """What is said of a scan: median distance of its slices, threshold, share of the slices beyond it."""
-        distances = np.asarray(distances)
-        return {
-            "distance": round(float(np.median(distances)), 4),
-            "threshold": round(self.threshold, 4),
-            "unusual_share": round(float((distances > self.threshold).mean()), 4),
-        }
+        offset = (torch.as_tensor(embedding).cpu().double() - self.mean) / self.scale
+        return ((offset @ self.precision.double()) * offset).sum(1).clamp(min=0).sqrt()
 
 
-def novelty_warnings(summary: dict[str, float] | None, bearing: Sequence[bool] | None) -> list[str]:
-    """Warnings that a scan is none that the network knows.
+def assess(
+    novelty: Novelty | None, distances: Sequence[float | None], bearing: Sequence[bool] | None
+) -> tuple[dict[str, float] | None, list[str]]:
+    """Judge whether the network knows scans like this one.
 
     Args:
-        summary: of `Novelty.sum_up`; None where there is no reference.
-        bearing: whether each slice shows lung; None where the values are not HU.
+        novelty: of `read_novelty`.
+        distances: of all slices; not read where `novelty` is None.
+        bearing: whether each slice shows lung, of `lungs.lung_bearing`; None where the values are not HU.
+
+    Returns:
+        ({"distance", the median; "threshold"; "unusual_share", of the slices beyond it} of the slices with lung, or of all if
+        that is not known or none has, or None without `novelty`; warnings, one line each).
     """
-    warnings = []
-    if summary and summary["unusual_share"] > UNUSUAL_SHARE:
-        share, distance, threshold = (summary[key] for key in ("unusual_share", "distance", "threshold"))
-        warnings.append(
-            f"unlike the training data: {share:.0%} of the slices are farther from it than {threshold:.1f} (median "
-            f"{distance:.1f}); results may mean nothing"
-        )
-    if bearing is not None and not any(bearing):
-        warnings.append("no lung found: no slice shows 20 cm² of it; is this a chest CT in HU?")
-    return warnings
+    summary, warnings = None, []
+    if novelty is not None:
+        kept = np.array([d for d, lung in zip(distances, bearing) if lung] if bearing and any(bearing) else distances)
+        share = float((kept > novelty.threshold).mean())
+        numbers = {"distance": np.median(kept), "threshold": novelty.threshold, "unusual_share": share}
+        summary = {key: round(float(value), 4) for key, value in numbers.items()}
+        if share > UNUSUAL_SHARE:
+            warnings.append(
+                f"unlike the training data: {share:.0%} of {len(kept)} slices are farther from it than {novelty.threshold:.1f} "
+                f"(median {np.median(kept):.1f}); do not trust the results"
+            )
+    if bearing is not None and sum(bearing) < LUNG_SHARE * len(bearing):
+        found = f"lung in {sum(bearing)} of {len(bearing)} slices" if any(bearing) else "no lung found"
+        warnings.append(f"{found}: this is no chest CT, or its values are not HU; do not trust the results")
+    return summary, warnings
 
 
 def read_novelty(path, checkpoint) -> Novelty | None:
@@ -71,15 +83,71 @@ def read_novelty(path, checkpoint) -> Novelty | None:
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        novelty, made_for = Novelty(saved["mean"], saved["precision"], saved["threshold"]), saved["checkpoint"]
+        made_for = saved.pop("checkpoint")
+        novelty = Novelty(**saved)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
         raise ValueError(
             f"{path}: cannot be read as a reference ({type(error).__name__}), expected one made with configs/reference.json"
         ) from None
-    if made_for != _sha256(checkpoint):
-        raise ValueError(f"{path}: found the reference of other weights than {checkpoint}; make it anew with configs/reference.json")
+    if made_for != file_hash(checkpoint):
+        raise ValueError(
+            f"{path}: found the reference of other weights than {checkpoint}; make it anew with configs/reference.json"
+        )
     return novelty
 
 
-def _sha256(path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def make_reference(
+    network: MultiTaskNet, training: Iterable, validation: Iterable, window: Sequence[float], checkpoint, path
+) -> None:
+    """Fit the distance to the training slices, its threshold to the validation slices, and write both as one file.
+
+    The covariance is shrunk by the formula of Ledoit and Wolf. Every slice counts in each of its `views`.
+
+    Args:
+        network: with the weights of `checkpoint`.
+        training, validation: give lists of samples with a preprocessed "image" (1, S, S).
+        window: lowest and highest HU that are shown.
+        checkpoint: file of the weights, whose hash is kept.
+        path: of the file, written under a temporary name, then renamed.
+    """
+    known, unseen = (embed(network, slices, window) for slices in (training, validation))
+    mean, scale = known.mean(0), known.std(0).clamp(min=1e-6)
+    precision = torch.from_numpy(LedoitWolf(assume_centered=True).fit(((known - mean) / scale).numpy()).precision_).float()
+    distances = Novelty(mean, scale, precision).distance(unseen)
+    saved = {"mean": mean, "scale": scale, "precision": precision}
+    saved["threshold"] = float(np.quantile(distances, VALIDATION_SHARE, method="higher"))
+    temporary = Path(path).with_name(f".tmp.{Path(path).name}")
+    torch.save({**saved, "checkpoint": file_hash(checkpoint)}, temporary)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def embed(network: MultiTaskNet, slices: Iterable, window: Sequence[float]) -> torch.Tensor:
+    """Embeddings of all views of all slices: see `make_reference`; (N, F) of float64."""
+    network.eval()
+    device = next(network.parameters()).device
+    batches = (torch.cat([views(sample[IMAGE], window) for sample in batch]) for batch in tqdm(slices, "embed", disable=None))
+    return torch.cat([network.embed(network.encoder(batch.to(device))).double().cpu() for batch in batches])
+
+
+def views(image: MetaTensor, window: Sequence[float]) -> torch.Tensor:
+    """A slice and its mirror image; of a picture also both with air in the grey that it has in a scan.
+
+    The darkest value of a picture, its air, becomes black. A scan in HU is shown through the window, from -1350 HU if not set
+    otherwise, and has air of -1000 HU in a dark grey. Without these views, a network that was trained on pictures finds every
+    scan unusual.
+
+    Args:
+        image: (1, S, S) in [0, 1], with "hounsfield" in its `meta`; zeros around it are padding.
+        window: lowest and highest HU that are shown.
+
+    Returns:
+        (2 or 4, 1, S, S).
+    """
+    shown = [image.as_tensor()[None]]
+    if not image.meta["hounsfield"]:
+        grey = min(max((AIR - window[0]) / (window[1] - window[0]), 0), 1)
+        seen = shown[0] > 0
+        inside = seen.any(-1, keepdim=True) & seen.any(-2, keepdim=True)
+        shown.append(torch.where(inside, grey + (1 - grey) * shown[0], 0))
+    return torch.cat([*shown, *(view.flip(-1) for view in shown)])
