@@ -25,9 +25,9 @@ def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) 
         min_iou: lowest IoU of linked boxes, above 0.
 
     Returns:
-        Lesions, highest score first: {"id" from 1; "slices" [first, last]; "box", hull of its boxes; "center_mm" [x, y, z] of
-        the hull in LPS; "size_mm" of the hull along the two axes of the stored slice and across the slices; "volume_ml", area
-        of the instance masks times slice thickness; "score", the highest; "boxes" [{"slice", "box", "score"}]}.
+        Lesions, highest score first: {"id" from 1; "slices" [first, last]; "box", hull of its boxes; "center_mm" [x, y, z]
+        of the hull in LPS; "size_mm" of the hull along the two axes of the stored slice and across the slices; "volume_ml",
+        area of the instance masks times slice thickness; "score", the highest; "boxes" [{"slice", "box", "score"}]}.
         Values in mm and mL are None where the scan has no geometry.
 
     Raises:

@@ -17,8 +17,8 @@ from bundle.networks import MultiTaskNet
 from bundle.tasks import IMAGE
 
 VALIDATION_SHARE = 0.97  # of the validation slices lie within the threshold
-# A scan is unusual with more than this share of its slices beyond the threshold, and no chest CT with less than this share of
-# slices with lung: the three chest CTs that were tried have 77 to 96 %, an abdomen CT, with the base of the lung, 5 %.
+# A scan is unusual with more than this share of its slices beyond the threshold, and no chest CT with less than this share
+# with lung: the three chest CTs that were tried have 77 to 96 %, an abdomen CT, with the base of the lung, 5 %.
 UNUSUAL_SHARE, LUNG_SHARE = 0.5, 0.25
 AIR = -1000  # HU
 
@@ -53,8 +53,8 @@ def assess(
         bearing: whether each slice shows lung, of `lungs.lung_bearing`; None where the values are not HU.
 
     Returns:
-        ({"distance", the median; "threshold"; "unusual_share", of the slices beyond it} of the slices with lung, or of all if
-        that is not known or none has, or None without `novelty`; warnings, one line each).
+        ({"distance", the median; "threshold"; "unusual_share", of the slices beyond it} of the slices with lung, or of all
+        if that is not known or none has, or None without `novelty`; warnings, one line each).
     """
     summary, warnings = None, []
     if novelty is not None:
@@ -64,8 +64,8 @@ def assess(
         summary = {key: round(float(value), 4) for key, value in numbers.items()}
         if share > UNUSUAL_SHARE:
             warnings.append(
-                f"unlike the training data: {share:.0%} of {len(kept)} slices are farther from it than {novelty.threshold:.1f} "
-                f"(median {np.median(kept):.1f}); do not trust the results"
+                f"unlike the training data: {share:.0%} of {len(kept)} slices are farther from it than "
+                f"{novelty.threshold:.1f} (median {np.median(kept):.1f}); do not trust the results"
             )
     if bearing is not None and sum(bearing) < LUNG_SHARE * len(bearing):
         found = f"lung in {sum(bearing)} of {len(bearing)} slices" if any(bearing) else "no lung found"
@@ -126,16 +126,19 @@ def embed(network: MultiTaskNet, slices: Iterable, window: Sequence[float]) -> t
     """Embeddings of all views of all slices: see `make_reference`; (N, F) of float64."""
     network.eval()
     device = next(network.parameters()).device
-    batches = (torch.cat([views(sample[IMAGE], window) for sample in batch]) for batch in tqdm(slices, "embed", disable=None))
-    return torch.cat([network.embed(network.encoder(batch.to(device))).double().cpu() for batch in batches])
+    embeddings = []
+    for samples in tqdm(slices, "embed", disable=None):
+        batch = torch.cat([views(sample[IMAGE], window) for sample in samples])
+        embeddings.append(network.embed(network.encoder(batch.to(device))).double().cpu())
+    return torch.cat(embeddings)
 
 
 def views(image: MetaTensor, window: Sequence[float]) -> torch.Tensor:
     """A slice and its mirror image; of a picture also both with air in the grey that it has in a scan.
 
-    The darkest value of a picture, its air, becomes black. A scan in HU is shown through the window, from -1350 HU if not set
-    otherwise, and has air of -1000 HU in a dark grey. Without these views, a network that was trained on pictures finds every
-    scan unusual.
+    The darkest value of a picture, its air, becomes black. A scan in HU is shown through the window, from -1350 HU if not
+    set otherwise, and has air of -1000 HU in a dark grey. Without these views, a network that was trained on pictures may
+    find every slice of a scan unusual.
 
     Args:
         image: (1, S, S) in [0, 1], with "hounsfield" in its `meta`; zeros around it are padding.
