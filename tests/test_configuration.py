@@ -8,7 +8,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from bundle.configuration import WORKFLOWS, check_ids, running_workflow
-from bundle.tasks import check_tasks
+from bundle.tasks import EMBEDDING, TASKS, check_tasks
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -115,7 +115,8 @@ def test_every_backbone_and_preset_builds_and_answers(name):
     network = parser("train.json", name, image_size=64).get_parsed_content("network_def").eval()
     with torch.no_grad():
         output = network(torch.rand(1, 1, 64, 64))
-    assert {task: tuple(tensor.shape) for task, tensor in output.items() if task != "detection"} == {
+    assert output.keys() == {*TASKS, EMBEDDING}
+    assert {task: tuple(tensor.shape) for task, tensor in output.items() if task not in ("detection", EMBEDDING)} == {
         "classification": (1, 3),
         "segmentation": (1, 1, 64, 64),
         "reconstruction": (1, 1, 64, 64),

@@ -28,7 +28,8 @@ DIAGONAL = np.diag([2.0, 3.0, 4.0, 1.0])
 
 
 def test_overlapping_boxes_of_neighbouring_slices_are_one_lesion():
-    slices = [[], [box(10, 20, 20, 30, 0.5)], [box(11, 20, 21, 30, 0.8), box(40, 40, 50, 50, 0.6)], [box(12, 21, 22, 31, 0.7)], []]
+    slices = [[], [box(10, 20, 20, 30, 0.5)], [box(11, 20, 21, 30, 0.8), box(40, 40, 50, 50, 0.6)]]
+    slices += [[box(12, 21, 22, 31, 0.7)], []]
     first, second = link_boxes(slices, scan(), 0.2)
     assert (first["id"], first["slices"], first["box"], first["score"]) == (1, [1, 3], [10, 20, 22, 31], 0.8)
     assert first["boxes"][0] == {"slice": 1, "box": [10, 20, 20, 30], "score": 0.5}

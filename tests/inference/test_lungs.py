@@ -73,7 +73,7 @@ def test_vessels_and_nodules_are_filled_and_a_heart_within_one_component_is_not(
 
 @pytest.mark.parametrize(
     "hu",
-    [np.full((64, 64), 40.0), np.full((64, 64), -1000.0), np.full((64, 64), -3024.0), np.linspace(0, 255, 4096).reshape(64, 64)],
+    [*(np.full((64, 64), value) for value in (40.0, -1000.0, -3024.0)), np.linspace(0, 255, 4096).reshape(64, 64)],
     ids=["tissue", "air", "padding", "a picture's values"],
 )
 def test_no_lung_where_there_is_none(hu):
@@ -97,6 +97,6 @@ def test_lungs_of_a_real_scan(real_data):
     areas = np.array([lung_mask(plane.T, sides[1::-1]).sum() for plane in np.moveaxis(hu, 2, 0)]) * sides[0] * sides[1]
     bearing = np.flatnonzero(lung_bearing(areas))
     assert np.array_equal(bearing, np.arange(bearing[0], bearing[-1] + 1))  # one stretch of slices
-    # Read off pictures of the masks: from the apex to where the sinuses end, with the largest areas just above the diaphragm.
+    # Read off pictures of the masks: from the apex to where the sinuses end, the largest areas just above the diaphragm.
     assert 44 <= len(bearing) <= 52 and 30_000 < areas.max() < 36_000
     assert 5000 < areas.sum() * sides[2] / 1000 < 6000  # mL

@@ -110,7 +110,8 @@ def test_no_reference_is_none(tmp_path):
 def test_a_reference_of_other_weights_is_refused(reference):
     checkpoint = reference.with_name("model.pt")
     checkpoint.write_bytes(b"other weights")
-    with pytest.raises(ValueError, match=r"reference.pt: found the reference of other weights than .*model.pt; make it anew"):
+    message = r"reference.pt: found the reference of other weights than .*model.pt; make it anew"
+    with pytest.raises(ValueError, match=message):
         read_novelty(reference, checkpoint)
 
 
@@ -142,13 +143,13 @@ def parser(tmp_path_factory):
 def novelty(parser):
     """The reference, read back."""
     get = parser.get_parsed_content
-    loaders = get("slices#training"), get("slices#validation")
+    loaders = get("dataloader#training"), get("dataloader#validation")
     make_reference(get("network"), *loaders, WINDOW, get("checkpoint"), get("reference"))
     return read_novelty(get("reference"), get("checkpoint"))
 
 
 def test_three_in_a_hundred_validation_slices_are_unusual(parser, novelty):
-    embeddings = embed(parser.get_parsed_content("network"), parser.get_parsed_content("slices#validation"), WINDOW)
+    embeddings = embed(parser.get_parsed_content("network"), parser.get_parsed_content("dataloader#validation"), WINDOW)
     distances = novelty.distance(embeddings)
     assert len(distances) == 2 * 48  # phantoms are in HU
     assert 0 < (distances > novelty.threshold).float().mean() <= 0.03
