@@ -439,8 +439,9 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
         ValueError: if there is no image among the files, or the source holds output_dir.
     """
     root, files = _list_files(str(source))
-    inside = [path for path in files if Path(output_dir).resolve() in path.resolve().parents]
-    if inside or (root.is_dir() and root.resolve() in (Path(output_dir).resolve(), *Path(output_dir).resolve().parents)):
+    output = Path(output_dir).resolve()
+    holds_output = Path(source).is_dir() and Path(source).resolve() in (output, *output.parents)
+    if holds_output or any(output in path.resolve().parents for path in files):
         raise ValueError(f"output_dir: found {output_dir} inside the input {source}, expected a folder outside of it")
     images = [path for path in files if len(files) == 1 or _is_image(path)]
     if not images:

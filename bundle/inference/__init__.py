@@ -1,6 +1,31 @@
-"""From images to predictions and files."""
+"""From scans to predictions, files and a report."""
 
-from bundle.inference.images import ImageDataset, collate, find_images
-from bundle.inference.outputs import BoxesToFiled, PredictionWriter, SplitBatch
+from pathlib import Path
 
-__all__ = ["BoxesToFiled", "ImageDataset", "PredictionWriter", "SplitBatch", "collate", "find_images"]
+import bundle
+from bundle.inference.backends import accelerate
+from bundle.inference.flips import FlipInferer
+from bundle.inference.novelty import read_novelty
+from bundle.inference.outputs import ScanWriter
+from bundle.inference.slices import BoxesToFiled, LoadScanSlice, SliceDataset, SplitBatch, collate
+from bundle.inference.worklist import Worklist, file_hash, fingerprint
+
+__all__ = [
+    "BoxesToFiled",
+    "FlipInferer",
+    "LoadScanSlice",
+    "ScanWriter",
+    "SliceDataset",
+    "SplitBatch",
+    "Worklist",
+    "accelerate",
+    "collate",
+    "fingerprint",
+    "model_name",
+    "read_novelty",
+]
+
+
+def model_name(checkpoint) -> dict[str, str]:
+    """What results say about the network that made them."""
+    return {"name": "Chest CT multi-task", "version": bundle.__version__, "checkpoint": file_hash(checkpoint)[:12]}

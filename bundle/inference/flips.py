@@ -35,7 +35,7 @@ class FlipInferer(Inferer):
 
     def _join(self, key: str, answer, mirrored, width: int):
         if key == DETECTION:
-            return [self._unite(*pair, width) for pair in zip(answer, mirrored)]
+            return [None if one is None else self._unite(one, other, width) for one, other in zip(answer, mirrored)]
         if key == CLASSIFICATION:
             return torch.logaddexp(answer.log_softmax(1), mirrored.log_softmax(1)) - torch.log(torch.tensor(2.0))
         return (answer + (mirrored if key == EMBEDDING else mirrored.flip(-1))) / 2

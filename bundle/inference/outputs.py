@@ -1,219 +1,325 @@
-"""Predictions on their way back to the grid of the file, and into files."""
+"""The results of a scan: collected slice by slice, summed up, and written in the forms that other programs read."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import nibabel
 import numpy as np
+import pydicom
 import torch
 from ignite.engine import Events
-from monai.config import KeysCollection
-from monai.engines.utils import IterationEvents
-from monai.transforms import MapTransform
-from monai.utils.enums import CommonKeys
 from PIL import Image
 
+from bundle.data.scans import Scan
 from bundle.data.transforms import move_boxes, to_file_grid
-from bundle.inference.images import FAILURE, NAME, SAMPLES, SLICE
+from bundle.inference import dicom, lungs
+from bundle.inference.lesions import link_boxes
+from bundle.inference.markups import write_markups
+from bundle.inference.nifti import NiftiFile
+from bundle.inference.novelty import Novelty, assess
 from bundle.inference.overlay import draw_overlay
-from bundle.tasks import CLASSIFICATION, DETECTION, IMAGE, RECONSTRUCTION, SEGMENTATION, check_tasks
+from bundle.inference.report import Report
+from bundle.inference.slices import FAILURE, INDEX, SCAN, SLICE
+from bundle.inference.worklist import PREDICTIONS, Worklist
+from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, IMAGE, RECONSTRUCTION, SEGMENTATION, check_tasks
 
 logger = logging.getLogger(__name__)
 
-
-class SplitBatch:
-    """Handler that splits batch and predictions into single samples, so that the engine's postprocessing gets each alone.
-
-    MONAI's own decollation would mix up detections, which are a list with an entry for each image. The prediction for a
-    file that could not be read is dropped.
-    """
-
-    def attach(self, engine) -> None:
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
-
-    def __call__(self, engine) -> None:
-        samples, pred = engine.state.batch[SAMPLES], engine.state.output[CommonKeys.PRED]
-        engine.state.batch = samples
-        engine.state.output = [
-            {} if FAILURE in sample else {task: _to_cpu(answer[index]) for task, answer in pred.items()}
-            for index, sample in enumerate(samples)
-        ]
+# What is said of the patient and the examination if the user asks for it; it is never part of any other result.
+IDENTIFIERS = ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber", "StudyID", "StudyDate")
+IDENTIFIERS += ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 
 
-def _to_cpu(answer):
-    if isinstance(answer, dict):
-        return {key: _to_cpu(value) for key, value in answer.items()}
-    return torch.as_tensor(answer).detach().float().cpu()
+class ScanWriter:
+    """Handler that collects the slices of each scan of a worklist and writes its folder of results at its last slice.
 
-
-class BoxesToFiled(MapTransform):
-    """Bring detections to pixels of the file, x = column as stored, clipped to its edges; weak and vanished ones go.
-
-    Replaces {"boxes", "scores", …} of the network by {"boxes" (N, 4) x1 y1 x2 y2, "scores" (N,)}.
+    A scan of which a slice could not be read, or whose results could not be made, fails as a whole, in one line.
 
     Args:
-        score_threshold: lowest score that is kept, from 0 to 1.
-
-    Raises:
-        ValueError: if the threshold is out of range.
-    """
-
-    def __init__(self, keys: KeysCollection, score_threshold: float = 0.5, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
-        self.score_threshold = score_threshold
-
-    def __call__(self, data):
-        data = dict(data)
-        for key in self.key_iterator(data):
-            boxes, scores = data[key]["boxes"], data[key]["scores"]
-            boxes = move_boxes(boxes, data[IMAGE].affine)
-            rows, columns = data[SLICE].shape[-2:]
-            if data[SLICE].affine[0, 1]:  # stored with rows and columns exchanged
-                rows, columns = columns, rows
-            boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([columns, rows, columns, rows]))
-            kept = (scores >= self.score_threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            data[key] = {"boxes": boxes[kept], "scores": scores[kept]}
-        return data
-
-
-class PredictionWriter:
-    """Handler that writes the answers of every image, and at the end predictions.json.
-
-    For image NAME (its path below the input folder) there are, as far as the tasks are active,
-    NAME.mask, NAME.reconstruction (.png for a picture, .nii.gz with the file's affine for a volume) and NAME.overlay.png.
-
-    The lesion probability is brought back to the grid of the file by linear interpolation and only then cut at 0.5, which
-    keeps outlines smoother than enlarging a mask of the network's size. The mask holds 1, 2, … for the mask channels, the
-    likeliest where several exceed 0.5; in a PNG of one channel 255. The reconstruction is in HU (within the window) for a
-    volume; in a PNG, 0 and 255 are the darkest and brightest values that the network is shown.
-
-    Files are written under a temporary name, then renamed. A file that could not be read is logged in one line and listed
-    under "failures" of predictions.json.
-
-    Args:
-        output_dir: folder of the results.
+        worklist: gives the folders, and takes the failures.
         tasks: tasks to write.
         classes: names of the classes.
         segmentation_classes: names of the mask channels.
-
-    Raises:
-        ValueError: after all is written, if no image could be read.
+        model: {"name", "version", "checkpoint"} as the results state it.
+        novelty: distance from the training data, or None where that is not known.
+        link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
+        keep_identifiers: write names and ids from DICOM headers into predictions.json.
     """
 
     def __init__(
-        self, output_dir, tasks: Iterable[str], classes: Sequence[str], segmentation_classes: Sequence[str] = ("lesion",)
+        self,
+        worklist: Worklist,
+        tasks: Iterable[str],
+        classes: Sequence[str],
+        segmentation_classes: Sequence[str],
+        model: Mapping[str, str],
+        novelty: Novelty | None = None,
+        link_iou: float = 0.2,
+        keep_identifiers: bool = False,
     ) -> None:
-        self.folder = Path(output_dir)
-        self.tasks = check_tasks(tasks)
-        self.classes = list(classes)
-        self.segmentation_classes = list(segmentation_classes)
-        self.images: list[dict] = []
-        self.failures: list[dict] = []
+        self.worklist, self.model, self.novelty = worklist, dict(model), novelty
+        self.names = {"tasks": check_tasks(tasks), "classes": classes, "segmentation_classes": segmentation_classes}
+        self.link_iou, self.keep_identifiers = link_iou, keep_identifiers
+        self.results: ScanResults | None = None
+        self.failed: Scan | None = None
 
     def attach(self, engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def start(self, engine) -> None:
-        self.images, self.failures = [], []
-
-    def update(self, engine) -> None:
+    def __call__(self, engine) -> None:
         for sample, answer in zip(engine.state.batch, engine.state.output):
-            if FAILURE in sample:
-                logger.warning(f"skipped {sample[FAILURE]}")
-                self.failures.append({"file": sample[NAME], "reason": sample[FAILURE]})
-            else:
-                self.images.append(self.write(sample, answer))
+            scan = sample[SCAN]
+            if scan is self.failed:
+                continue
+            try:
+                self._take(scan, sample, answer)
+            except ValueError as error:
+                self.failed = scan
+                self.worklist.fail(scan.name, str(error))
 
-    def finish(self, engine) -> None:
-        with _written(self.folder / "predictions.json") as file:
-            file.write_text(json.dumps({"images": self.images, "failures": self.failures}, indent=1) + "\n")
-        logger.info(f"{self.folder / 'predictions.json'}: {len(self.images)} images, {len(self.failures)} skipped")
-        if not self.images:
-            raise ValueError(f"input: none of {len(self.failures)} files could be read; {self.failures[0]['reason']}")
+    def _take(self, scan: Scan, sample: Mapping, answer: Mapping) -> None:
+        if FAILURE in sample:
+            raise ValueError(sample[FAILURE])
+        if self.results is None or self.results.scan is not scan:
+            self.results = ScanResults(scan, self.worklist.begin(scan.name), **self.names)
+        self.results.add(sample, answer, self.novelty)
+        if sample[INDEX] == len(scan) - 1:
+            head = {"model": self.model, "stamp": self.worklist.stamp(scan)}
+            if self.keep_identifiers and scan.kind == "dicom":
+                head["identifiers"] = read_identifiers(scan)
+            self.results.finish(head, self.novelty, self.link_iou)
+            self.worklist.complete(scan.name)
+            self.results = None
 
-    def write(self, sample: dict, answer: dict) -> dict:
-        """Write the files of one image.
+
+class ScanResults:
+    """The results of one scan on their way into its folder. Nothing of a slice stays in memory but its numbers.
+
+    Lesion probabilities are brought back to the grid of the file by linear interpolation and only then cut at 0.5, which
+    keeps outlines smoother than enlarging a mask of the network's size. The mask holds 1, 2, … for the mask channels, the
+    likeliest where several exceed 0.5. In a picture, a mask of one channel has 255 for lesion, probability and
+    reconstruction error go from 0 to 255. The reconstruction is in HU (within the window), or 0 to 255.
+
+    Args:
+        scan: whose results these are.
+        folder: to write to.
+        tasks, classes, segmentation_classes: see `ScanWriter`.
+    """
+
+    def __init__(
+        self, scan: Scan, folder: Path, tasks: Sequence[str], classes: Sequence[str], segmentation_classes: Sequence[str]
+    ) -> None:
+        self.scan, self.folder, self.tasks = scan, folder, tasks
+        self.classes, self.segmentation_classes = list(classes), list(segmentation_classes)
+        self.slices: list[dict] = []
+        self.areas: list[list[float]] = []  # of the instance masks, in pixels, for every box of every slice
+        self.lung_areas: list[float] = []  # mm2 of every slice, lesions included
+        self.volumes: dict[str, NiftiFile] = {}
+        self.report = Report()
+        (folder / "overlays").mkdir()
+
+    def add(self, sample: Mapping, answer: Mapping, novelty: Novelty | None) -> None:
+        """Take in a slice.
 
         Args:
-            sample: "name", and "slice" (1, rows, columns) in [0, 1] as a MetaTensor.
+            sample: "index"; "slice" (1, rows, columns), values as read; "image" with its "intensity_range".
             answer: classification, probabilities (K,); segmentation, probabilities (C, rows, columns); reconstruction
-                (1, rows, columns); detection {"boxes" (N, 4) in pixels of the file, "scores" (N,)}.
+                (1, rows, columns); detection {"boxes" (N, 4) in pixels of the stored slice, "scores" (N,), "areas" (N,)};
+                embedding (F,).
+            novelty: see `ScanWriter`.
+        """
+        slice_, index = sample[SLICE], sample[INDEX]
+        low, high = sample[IMAGE].meta["intensity_range"]
+        pixels = slice_[0].numpy()
+        shown = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1)
+        row = {"index": index, "position_mm": self.scan.positions and round(self.scan.positions[index], 3)}
+        labels = rebuilt = None
+        boxes, scores = torch.zeros(0, 4), torch.zeros(0)
+        if CLASSIFICATION in self.tasks:
+            row["probabilities"] = {name: round(p, 6) for name, p in zip(self.classes, answer[CLASSIFICATION].tolist())}
+        if SEGMENTATION in self.tasks:
+            labels = to_labels(answer[SEGMENTATION])
+            row |= self._lesion_areas(labels)
+            self._save_lesions(labels, answer[SEGMENTATION], slice_, index)
+        if RECONSTRUCTION in self.tasks:
+            rebuilt = answer[RECONSTRUCTION][0].clamp(0, 1).numpy()
+            error = np.abs(rebuilt - shown)
+            row["reconstruction_error"] = round(float(error.mean()), 6)
+            hounsfield = (np.round(low + rebuilt * (high - low)), np.int16) if self.scan.hounsfield else (rebuilt * 255, np.uint8)
+            self._save("reconstruction", *hounsfield, slice_, index)
+            self._save("reconstruction_error", np.round(error * 255), np.uint8, slice_, index, slope=1 / 255)
+        if DETECTION in self.tasks:
+            found = answer[DETECTION]
+            boxes, scores = move_boxes(found["boxes"], torch.linalg.inv(slice_.affine)), found["scores"]
+            pairs = zip(found["boxes"].tolist(), scores.tolist())
+            row["boxes"] = [{"box": [round(v, 2) for v in box], "score": round(score, 6)} for box, score in pairs]
+            self.areas.append(found["areas"].tolist())
+        row["lung_mm2"] = self._lung_area(pixels, labels)
+        row["novelty"] = novelty and round(float(novelty.distance(answer[EMBEDDING][None])[0]), 4)
+        self.slices.append(row)
+        boxes, scores = boxes.numpy(), scores.numpy()
+        self.report.add(index, pixels, self.scan.hounsfield, labels, rebuilt, boxes, scores, (low, high))
+        file = self.folder / "overlays" / f"{index:04d}.png"
+        draw_overlay(file, shown, self.scan.spacing, labels, boxes, scores, row.get("probabilities"), self._caption(row))
+
+    def finish(self, head: Mapping, novelty: Novelty | None, link_iou: float) -> dict:
+        """Sum the slices up and write what is left to write.
+
+        Args:
+            head: entries of predictions.json that are not measured: model, stamp, identifiers.
+            novelty, link_iou: see `ScanWriter`.
 
         Returns:
-            Its entry in predictions.json: "file", and under each task what is known.
+            The content of predictions.json; docs/inference.md is its reference.
         """
-        slice_, entry = sample[SLICE], {"file": sample[NAME]}
+        scan = self.scan
+        prediction = {
+            "scan": scan.name,
+            "kind": scan.kind,
+            "hounsfield": scan.hounsfield,
+            "grid": {
+                "shape": list(scan.shape),
+                "axial_axis": scan.axis,
+                "spacing_mm": None if scan.affine is None else np.linalg.norm(scan.affine[:3, :3], axis=0).round(6).tolist(),
+                "affine": None if scan.affine is None else scan.affine.round(6).tolist(),
+            },
+            **head,
+            "research_use_only": True,
+            "warnings": list(scan.warnings),
+            **self._sums(novelty, link_iou),
+            "slices": self.slices,
+        }
+        prediction["warnings"] += prediction.pop("further_warnings")
+        self._write_files(prediction)
+        (self.folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
+        return prediction
+
+    def _sums(self, novelty: Novelty | None, link_iou: float) -> dict:
+        """What is said of the scan as a whole: see docs/inference.md for each rule."""
+        scan, rows = self.scan, self.slices
+        lung = [row["lung_mm2"] for row in rows]
+        bearing = [True] * len(rows) if None in lung else lungs.lung_bearing(lung)
+        sums: dict = {"lung": None}
+        if any(bearing) and None not in lung:
+            with_lung = [row["index"] for row, has_lung in zip(rows, bearing) if has_lung]
+            sums["lung"] = {"volume_ml": self._volume(self.lung_areas), "slices": [with_lung[0], with_lung[-1]]}
         if CLASSIFICATION in self.tasks:
-            probabilities = {name: round(p, 6) for name, p in zip(self.classes, answer[CLASSIFICATION].tolist())}
-            entry[CLASSIFICATION] = {"predicted": max(probabilities, key=probabilities.get), "probabilities": probabilities}
+            counted = [row for row, has_lung in zip(rows, bearing) if has_lung] or rows
+            mean = {name: round(float(np.mean([row["probabilities"][name] for row in counted])), 6) for name in self.classes}
+            sums[CLASSIFICATION] = {"predicted": max(mean, key=mean.get), "probabilities": mean, "slices": len(counted)}
         if SEGMENTATION in self.tasks:
-            labels = _labels(answer[SEGMENTATION])
-            entry[SEGMENTATION] = {"mask": self._save(labels, sample, "mask"), "area": self._areas(labels, slice_)}
-        if RECONSTRUCTION in self.tasks:
-            pixels = _to_intensity(answer[RECONSTRUCTION][0], slice_)
-            entry[RECONSTRUCTION] = {"image": self._save(pixels, sample, "reconstruction")}
+            sums[SEGMENTATION] = {name: self._lesion_sum(name, sums["lung"]) for name in self.segmentation_classes}
         if DETECTION in self.tasks:
-            found = zip(answer[DETECTION]["boxes"].tolist(), answer[DETECTION]["scores"].tolist())
-            entry[DETECTION] = [{"box": [round(v, 2) for v in box], "score": round(score, 6)} for box, score in found]
-        entry["overlay"] = f"{sample[NAME]}.overlay.png"
-        with _written(self.folder / entry["overlay"]) as file:
-            draw_overlay(slice_, answer, entry, file)
-        return entry
+            boxes = [
+                [{**box, "area": area} for box, area in zip(row["boxes"], areas)] for row, areas in zip(rows, self.areas)
+            ]
+            sums[DETECTION] = link_boxes(boxes, scan, link_iou)
+        if RECONSTRUCTION in self.tasks:
+            sums[RECONSTRUCTION] = {"mean_error": round(float(np.mean([row["reconstruction_error"] for row in rows])), 6)}
+        distances = [row["novelty"] for row in rows]
+        sums["novelty"], sums["further_warnings"] = assess(novelty, distances, None if None in lung else bearing)
+        return sums
 
-    def _areas(self, labels: np.ndarray, slice_) -> dict:
-        """Size of each lesion class in pixels, and in mm2 where the file knows its spacing (otherwise None)."""
-        spacing, areas = slice_.meta["spacing"], {}
-        for value, name in enumerate(self.segmentation_classes, start=1):
-            pixels = int((labels == value).sum())
-            areas[name] = {"pixels": pixels, "mm2": spacing and round(pixels * spacing[0] * spacing[1], 2)}
-        return areas
+    def _lesion_sum(self, name: str, lung: Mapping | None) -> dict:
+        found = {"volume_ml": None, "share_of_lung": None, "pixels": sum(row["lesion_pixels"][name] for row in self.slices)}
+        if self.scan.thickness is not None:
+            found["volume_ml"] = self._volume([row["lesion_mm2"][name] for row in self.slices])
+            if lung:
+                found["share_of_lung"] = round(found["volume_ml"] / lung["volume_ml"], 6)
+        return found
 
-    def _save(self, pixels: np.ndarray, sample: dict, kind: str) -> str:
-        """Write pixels (rows, columns) of the slice in the geometry of its file; returns the path below the folder."""
-        slice_ = sample[SLICE]
-        stored, affine = to_file_grid(pixels, slice_), slice_.meta["file_affine"]
-        name = f"{sample[NAME]}.{kind}" + (".png" if affine is None else ".nii.gz")
-        with _written(self.folder / name) as file:
-            if affine is None:
-                scale = 255 if kind == "mask" and len(self.segmentation_classes) == 1 else 1
-                Image.fromarray((stored * scale).astype(np.uint8)).save(file)
-            else:
-                nifti = nibabel.Nifti1Image(stored, affine.numpy())
-                nifti.header.set_xyzt_units("mm")
-                nibabel.save(nifti, file)
-        return name
+    def _volume(self, areas: Sequence[float]) -> float:
+        """mL of areas in mm2, one a slice."""
+        return round(float(np.dot(areas, self.scan.thickness)) / 1000, 4)
+
+    def _lesion_areas(self, labels: np.ndarray) -> dict:
+        pixels = {name: int((labels == value).sum()) for value, name in enumerate(self.segmentation_classes, start=1)}
+        spacing = self.scan.spacing
+        mm2 = spacing and {name: round(count * spacing[0] * spacing[1], 2) for name, count in pixels.items()}
+        return {"lesion_pixels": pixels, "lesion_mm2": mm2}
+
+    def _save_lesions(self, labels: np.ndarray, probabilities: torch.Tensor, slice_, index: int) -> None:
+        one = len(self.segmentation_classes) == 1
+        self._save("mask", labels, np.uint8, slice_, index, picture_scale=255 if one else 1)
+        for name, values in zip(self.segmentation_classes, torch.as_tensor(probabilities).numpy()):
+            kind = "probability" if one else f"probability_{name.replace(' ', '_')}"
+            self._save(kind, np.round(values * 255), np.uint8, slice_, index, slope=1 / 255)
+
+    def _save(self, kind, pixels, dtype, slice_, index: int, slope: float = 1.0, picture_scale: int = 1) -> None:
+        """Store pixels (rows, columns) of a slice on the grid of the file, in the file of this kind."""
+        stored, scan = to_file_grid(pixels, slice_), self.scan
+        if scan.kind == "picture":
+            Image.fromarray((stored * picture_scale).astype(dtype)).save(self.folder / f"{kind}.png")
+            return
+        if kind not in self.volumes:
+            self.volumes[kind] = NiftiFile(self.folder / f"{kind}.nii.gz", scan.shape, scan.affine, dtype, slope)
+        self.volumes[kind].put(stored.astype(dtype).reshape(np.delete(scan.shape, scan.axis)), scan.axis, index)
+
+    def _lung_area(self, pixels: np.ndarray, labels: np.ndarray | None) -> float | None:
+        """Area of the lung in mm2; beside it, of the lung and the lesions in it, for the volume of the lung."""
+        if not self.scan.hounsfield or self.scan.spacing is None:
+            return None
+        lung = lungs.lung_mask(pixels, self.scan.spacing)
+        united = lung if labels is None else lung | (labels > 0)
+        pixel = self.scan.spacing[0] * self.scan.spacing[1]
+        self.lung_areas.append(float(united.sum() * pixel))
+        return round(float(lung.sum() * pixel), 2)
+
+    def _caption(self, row: Mapping) -> str:
+        """One line below the overlay: which slice, how much lesion, how many boxes."""
+        parts = [f"slice {row['index']}" if len(self.scan) > 1 else Path(self.scan.name).name]
+        for name, pixels in row.get("lesion_pixels", {}).items():
+            size = f"{row['lesion_mm2'][name] / 100:.1f} cm²" if row["lesion_mm2"] else f"{pixels} px"
+            parts.append(f"{name} {size}" if pixels else f"no {name}")
+        if "boxes" in row:
+            parts.append(f"{len(row['boxes'])} box" + ("" if len(row["boxes"]) == 1 else "es"))
+        return "   ·   ".join(parts)
+
+    def _write_files(self, prediction: dict) -> None:
+        """Write everything but predictions.json, which gets what each file is called, by kind."""
+        files, scan = {"overlays": "overlays", "report": "report.html"}, self.scan
+        if scan.kind == "picture":
+            files |= {path.stem: path.name for path in sorted(self.folder.glob("*.png"))}
+        if scan.kind == "dicom":
+            files |= self._write_dicom(prediction)
+        for kind, volume in self.volumes.items():
+            volume.finish()
+            files[kind] = volume.path.name
+        if DETECTION in self.tasks and scan.affine is not None:
+            write_markups(self.folder / "markups.mrk.json", prediction)
+            files["markups"] = "markups.mrk.json"
+        prediction["files"] = files
+        self.report.write(self.folder / files["report"], prediction)
+
+    def _write_dicom(self, prediction: dict) -> dict:
+        """Segmentation and structured report; a warning where the series lacks what they need."""
+        files, sources, segmentation = {}, self.scan.sources, self.folder / "segmentation.dcm"
+        if SEGMENTATION in self.tasks:
+            labels = self.volumes["mask"].voxels()
+            try:
+                dicom.write_segmentation(segmentation, sources, labels, self.segmentation_classes, prediction["model"])
+                files["dicom_segmentation"] = segmentation.name
+            except ValueError as error:
+                prediction["warnings"].append(str(error))
+        try:
+            report = self.folder / "report.dcm"
+            dicom.write_structured_report(report, sources, prediction, segmentation if files else None)
+            files["dicom_report"] = report.name
+        except ValueError as error:
+            prediction["warnings"].append(str(error))
+        return files
 
 
-def _labels(probabilities: torch.Tensor) -> np.ndarray:
+def to_labels(probabilities: torch.Tensor) -> np.ndarray:
     """(C, rows, columns) to uint8 (rows, columns): 0, or 1 + the likeliest channel where it exceeds 0.5."""
     highest, channel = torch.as_tensor(probabilities).max(0)
     return torch.where(highest > 0.5, channel + 1, 0).numpy().astype(np.uint8)
 
 
-def _to_intensity(pixels: torch.Tensor, slice_) -> np.ndarray:
-    """[0, 1] to HU (int16), or to 0 … 255 (uint8) for a picture."""
-    (low, high), kind = (slice_.meta["intensity_range"], np.int16) if slice_.meta["hounsfield"] else ((0, 255), np.uint8)
-    pixels = torch.as_tensor(pixels).clamp(0, 1).numpy()
-    return np.round(low + pixels * (high - low)).astype(kind)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, with its extension, that takes its place if nothing is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def read_identifiers(scan: Scan) -> dict[str, str]:
+    """What the header of a DICOM scan says of patient and examination, those of `IDENTIFIERS` that it has."""
+    header = pydicom.dcmread(scan.sources[0][0], stop_before_pixels=True)
+    return {name: str(header[name].value) for name in IDENTIFIERS if name in header}

@@ -153,7 +153,7 @@ def test_boxes_and_masks_must_fit_volumes_too(folder, datalist, image):
 
 def test_what_is_no_image_is_refused(folder, datalist):
     (folder / "mask.png").write_bytes(b"text")
-    assert complaint(datalist, folder).startswith("training[1] b.png: mask: cannot read mask.png (")
+    assert complaint(datalist, folder).startswith("training[1] b.png: mask: mask.png: cannot be read (")
 
 
 def test_instances_without_boxes_are_refused(folder, datalist):

@@ -1,5 +1,6 @@
 """Predictions come back on the very pixels they were made for; a network that marks what is bright stands in."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -8,13 +9,12 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigWorkflow
 from PIL import Image
 from torch import nn
 from torchvision.ops import masks_to_boxes
 
-from bundle.data.transforms import LoadSliced, ScaleIntensityd
-from bundle.inference import BoxesToFiled, PredictionWriter
+from bundle.inference import BoxesToFiled
 
 ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS, LESION = 40, 64, (slice(8, 20), slice(30, 54))
@@ -33,25 +33,34 @@ class Bright(nn.Module):
 
     def forward(self, image):
         lesion = image > 0.6
-        boxes = [masks_to_boxes(mask) + torch.tensor([0, 0, 1, 1]) if mask.any() else torch.zeros(0, 4) for mask in lesion]
+        extents = [masks_to_boxes(mask) + torch.tensor([0, 0, 1, 1]) if mask.any() else torch.zeros(0, 4) for mask in lesion]
         return {
             "classification": torch.tensor([0.0, 2.0, 1.0]).repeat(len(image), 1),
             "segmentation": torch.where(lesion, 9.0, -9.0),
             "reconstruction": image,
             "detection": [
-                {"boxes": box.repeat(3, 1), "scores": torch.tensor([0.9, 0.6, 0.3])[: 3 * len(box)]} for box in boxes
+                {
+                    "boxes": extent.repeat(3, 1),
+                    "scores": torch.tensor([0.9, 0.6, 0.3])[: 3 * len(extent)],
+                    "masks": mask[None].float().repeat(3 * len(extent), 1, 1, 1),
+                }
+                for mask, extent in zip(lesion, extents)
             ],
+            "embedding": image.mean((2, 3)),
         }
 
 
-def predict(source, output_dir, **knobs):
-    parser = ConfigParser()
-    parser.read_config([ROOT / "configs/inference.json", ROOT / "configs/preset_smoke.json"])
-    parser.update({"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", **knobs})
-    evaluator = parser.get_parsed_content("evaluator")
-    evaluator.network = Bright()
-    evaluator.run()
-    return json.loads((output_dir / "predictions.json").read_text())
+def predict(source, output_dir, network=None, **knobs):
+    """Run configs/inference.json in this process with a network that stands in; predictions by the name of the scan."""
+    config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", **knobs}
+    workflow = ConfigWorkflow([str(ROOT / f"configs/{name}.json") for name in ("inference", "preset_smoke")], **config)
+    workflow.parser["run"] = workflow.parser["run"][1:]  # no weights to load
+    workflow.parser["network"] = "$@stand_in.to(@device)"
+    workflow.parser["stand_in"] = network or Bright()
+    workflow.initialize()
+    workflow.run()
+    files = sorted(output_dir.rglob("predictions.json"))
+    return {prediction["scan"]: prediction for prediction in map(json.loads, map(Path.read_text, files))}
 
 
 def drawn(scale=1):
@@ -62,9 +71,12 @@ def drawn(scale=1):
 
 
 def as_nifti(pixels, orientation):
+    """A slice (rows, columns), or a volume (rows, columns, slices), with the axes of its file as they are named."""
     affine = np.diag([-1.5, -0.75, 5.0, 1.0])
     affine[:3, 3] = [9, 8, 7]
-    return nib.Nifti1Image(pixels.T[..., None], affine).as_reoriented(np.array(ORIENTATIONS[orientation]))
+    return nib.Nifti1Image(pixels.reshape(*pixels.shape[:2], -1).swapaxes(0, 1), affine).as_reoriented(
+        np.array(ORIENTATIONS[orientation])
+    )
 
 
 def extent(mask):
@@ -73,72 +85,109 @@ def extent(mask):
     return [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
 
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_nifti_of_any_orientation_gets_its_own_pixels_back(tmp_path):
     (tmp_path / "in").mkdir()
     stored = {name: as_nifti(drawn(), name) for name in ORIENTATIONS}
     for name, image in stored.items():
         nib.save(image, tmp_path / "in" / f"{name}.nii.gz")
-    report = predict(tmp_path / "in", tmp_path / "out")
-    assert [entry["file"] for entry in report["images"]] == sorted(f"{name}.nii.gz" for name in ORIENTATIONS)
-    assert report["failures"] == []
-    for entry in report["images"]:
-        expected = stored[entry["file"].removesuffix(".nii.gz")]
-        mask = nib.load(tmp_path / "out" / entry["segmentation"]["mask"])
+    predictions = predict(tmp_path / "in", tmp_path / "out")
+    assert list(predictions) == sorted(f"{name}.nii.gz" for name in ORIENTATIONS)
+    assert table(tmp_path / "out/failures.csv") == []
+    for name, prediction in predictions.items():
+        expected, folder = stored[name.removesuffix(".nii.gz")], tmp_path / "out" / name
+        mask = nib.load(folder / prediction["files"]["mask"])
         np.testing.assert_array_equal(mask.get_fdata(), expected.get_fdata() == 100)
-        rebuilt = nib.load(tmp_path / "out" / entry["reconstruction"]["image"])
+        rebuilt = nib.load(folder / prediction["files"]["reconstruction"])
         np.testing.assert_array_equal(rebuilt.get_fdata(), expected.get_fdata())
-        for image in (mask, rebuilt):
+        probability = nib.load(folder / prediction["files"]["probability"])
+        np.testing.assert_array_equal(probability.get_fdata() > 0.5, expected.get_fdata() == 100)
+        assert probability.get_fdata().max() == pytest.approx(1 / (1 + np.exp(-9)), abs=1 / 510)
+        assert nib.load(folder / prediction["files"]["reconstruction_error"]).get_fdata().max() < 1 / 255
+        for image in (mask, rebuilt, probability):
             np.testing.assert_allclose(image.affine, expected.affine)
             assert image.shape == expected.shape and image.header.get_xyzt_units()[0] == "mm"
-        boxes, scores = zip(*[(found["box"], found["score"]) for found in entry["detection"]])
+        (row,) = prediction["slices"]
+        boxes, scores = zip(*[(found["box"], found["score"]) for found in row["boxes"]])
         np.testing.assert_allclose(boxes, [extent(expected.get_fdata() == 100)] * 2, atol=0.01)
         assert scores == pytest.approx((0.9, 0.6)), "the score threshold is 0.5"
-        assert entry["segmentation"]["area"] == {"lesion": {"pixels": 12 * 24, "mm2": 12 * 24 * 1.5 * 0.75}}
-        assert entry["classification"]["predicted"] == "COVID-19"
-        assert sum(entry["classification"]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["lesion_pixels"] == {"lesion": 12 * 24} and row["lesion_mm2"] == {"lesion": 12 * 24 * 1.5 * 0.75}
+        assert prediction["classification"]["predicted"] == "COVID-19"
+        assert sum(prediction["classification"]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_lesion_of_an_oblique_anisotropic_volume_comes_back_on_its_voxels(tmp_path, orientation):
+    volume = np.repeat(drawn()[..., None], 6, 2)
+    volume[..., [0, 1, 5]] = -1000  # the lesion is on slices 2 to 4
+    image = as_nifti(volume, orientation)
+    turn = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, 0.1, 0.15))
+    nib.save(nib.Nifti1Image(image.get_fdata().astype(np.int16), turn @ image.affine), tmp_path / "x.nii.gz")
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", batch_size=4).values()
+    mask = nib.load(tmp_path / "out/x.nii.gz/mask.nii.gz")
+    np.testing.assert_array_equal(mask.get_fdata(), image.get_fdata() == 100)
+    np.testing.assert_allclose(mask.affine, turn @ image.affine, atol=1e-5)
+    assert mask.shape == image.shape
+    lesion = prediction["detection"][0]
+    voxels = np.argwhere(image.get_fdata() == 100)
+    middle = (turn @ image.affine)[:3] @ [*(voxels.min(0) + voxels.max(0)) / 2, 1]
+    np.testing.assert_allclose(np.array(lesion["center_mm"]) * [-1, -1, 1], middle, atol=0.01)
+    assert lesion["volume_ml"] == pytest.approx(3 * 12 * 24 * 1.5 * 0.75 * 5 / 1000, rel=1e-3)
+    assert prediction["segmentation"]["lesion"]["volume_ml"] == pytest.approx(lesion["volume_ml"], rel=1e-3)
+    assert lesion["slices"][1] - lesion["slices"][0] == 2 and len(lesion["boxes"]) == 3
+    (row,) = [row for row in table(tmp_path / "out/lesions.csv") if row["lesion"] == str(lesion["id"])]
+    assert float(row["volume_ml"]) == lesion["volume_ml"] and row["scan"] == "x.nii.gz"
+    assert len(table(tmp_path / "out/slices.csv")) == 6 and len(table(tmp_path / "out/scans.csv")) == 1
 
 
 @pytest.mark.parametrize("scale", [2, 3])
 def test_a_file_larger_than_the_network_sees_is_answered_at_its_size(tmp_path, scale):
     image = as_nifti(drawn(scale), "pls")
     nib.save(image, tmp_path / "x.nii.gz")
-    (entry,) = predict(tmp_path / "x.nii.gz", tmp_path / "out")["images"]
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out").values()
     truth = image.get_fdata() == 100
-    mask = nib.load(tmp_path / "out" / entry["segmentation"]["mask"]).get_fdata() > 0
+    mask = nib.load(tmp_path / "out/x.nii.gz/mask.nii.gz").get_fdata() > 0
     # Corners are rounded off by the interpolation; edges are where they were.
     assert extent(mask) == extent(truth) and (mask != truth).sum() <= 4 * scale**2
-    np.testing.assert_allclose(entry["detection"][0]["box"], extent(truth), atol=0.01)
+    np.testing.assert_allclose(prediction["slices"][0]["boxes"][0]["box"], extent(truth), atol=0.01)
 
 
 def test_a_smaller_picture_comes_back_as_a_picture(tmp_path):
     pixels = np.full((20, 32), 30, np.uint8)
     pixels[4:10, 15:27] = 220
     Image.fromarray(pixels).save(tmp_path / "x.jpeg.png")
-    (entry,) = predict(tmp_path / "x.jpeg.png", tmp_path / "out")["images"]
-    assert entry["segmentation"] == {"mask": "x.jpeg.png.mask.png", "area": {"lesion": {"pixels": 72, "mm2": None}}}
-    mask = np.asarray(Image.open(tmp_path / "out" / entry["segmentation"]["mask"]))
+    (prediction,) = predict(tmp_path / "x.jpeg.png", tmp_path / "out").values()
+    assert prediction["segmentation"] == {"lesion": {"volume_ml": None, "share_of_lung": None, "pixels": 72}}
+    mask = np.asarray(Image.open(tmp_path / "out/x.jpeg.png/mask.png"))
     np.testing.assert_array_equal(mask, np.where(pixels == 220, 255, 0))
-    rebuilt = np.asarray(Image.open(tmp_path / "out" / entry["reconstruction"]["image"]))
+    rebuilt = np.asarray(Image.open(tmp_path / "out/x.jpeg.png" / prediction["files"]["reconstruction"]))
     assert rebuilt.dtype == np.uint8 and rebuilt.shape == (20, 32)
     assert rebuilt[6, 20] == 255 and rebuilt[15, 5] == 0
-    np.testing.assert_allclose(entry["detection"][0]["box"], [15, 4, 27, 10], atol=0.01)
+    (row,) = prediction["slices"]
+    np.testing.assert_allclose(row["boxes"][0]["box"], [15, 4, 27, 10], atol=0.01)
+    assert prediction["lung"] is None and row["lung_mm2"] is None and row["position_mm"] is None
 
 
 def test_dicom_comes_back_as_nifti_in_its_own_geometry(tmp_path, write_dicom):
     path = write_dicom(tmp_path / "IM0001", drawn(), spacing=(0.75, 1.5), orientation=(-1, 0, 0, 0, 1, 0))
-    (entry,) = predict(path, tmp_path / "out")["images"]
-    mask = nib.load(tmp_path / "out" / entry["segmentation"]["mask"])
+    (prediction,) = predict(path, tmp_path / "out").values()
+    folder = tmp_path / "out" / prediction["scan"]
+    mask = nib.load(folder / "mask.nii.gz")
     np.testing.assert_array_equal(mask.get_fdata()[..., 0].T, drawn() == 100)
     # DICOM's position [-50, -40, 30] is LPS, NIfTI's world RAS; columns run to the patient's right here.
     np.testing.assert_allclose(mask.affine[:3, 3], [50, 40, 30])
     np.testing.assert_allclose(mask.affine[:3, :2].T, [[1.5, 0, 0], [0, -0.75, 0]], atol=1e-6)
-    np.testing.assert_allclose(entry["detection"][0]["box"], [30, 8, 54, 20], atol=0.01)
+    np.testing.assert_allclose(prediction["slices"][0]["boxes"][0]["box"], [30, 8, 54, 20], atol=0.01)
 
 
 def test_real_dicom_keeps_its_size_and_place(real_data, tmp_path):
     path = real_data / "lung_pet_ct_dx/Lung_Dx-A0001_s2_L/030.dcm"
-    (entry,) = predict(path, tmp_path / "out", image_size=256)["images"]
-    rebuilt = nib.load(tmp_path / "out" / entry["reconstruction"]["image"])
+    (prediction,) = predict(path, tmp_path / "out", image_size=256).values()
+    rebuilt = nib.load(tmp_path / "out" / prediction["scan"] / "reconstruction.nii.gz")
     assert rebuilt.shape == (512, 512, 1)
     np.testing.assert_allclose(rebuilt.header.get_zooms()[:2], 0.841796875)
     dataset = pydicom.dcmread(path)
@@ -155,62 +204,71 @@ def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, 
         Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(source / name)
     (source / "truncated.png").write_bytes((source / "a/x.png").read_bytes()[:60])
     (source / "text.png").write_text("not a picture")
-    for name, shape, value in (("nan", (8, 8, 1), np.nan), ("volume", (8, 8, 3), 0)):
+    for name, shape, value in (("nan", (8, 8, 1), np.nan), ("movie", (8, 8, 3, 2), 0)):
         nib.save(nib.Nifti1Image(np.full(shape, value, np.float32), np.eye(4)), source / f"{name}.nii.gz")
-    report = predict(source, out, batch_size=2)
-    assert [entry["file"] for entry in report["images"]] == ["a/x.png", "b/x.bmp", "b/x.png"]
-    reasons = {failure["file"]: failure["reason"] for failure in report["failures"]}
-    words = {"truncated.png": "cannot be read", "text.png": "cannot identify", "nan.nii.gz": "NaN"}
-    words["volume.nii.gz"] = "(8, 8, 3)"
-    assert reasons.keys() == words.keys() and all(word in reasons[name] for name, word in words.items())
+    predictions = predict(source, out, batch_size=2)
+    assert list(predictions) == ["a/x.png", "b/x.bmp", "b/x.png"]
+    reasons = {failure["file"]: failure["reason"] for failure in table(out / "failures.csv")}
+    words = {"truncated.png": "cannot be read", "text.png": "cannot", "nan.nii.gz": "NaN", "movie.nii.gz": "(8, 8, 3, 2)"}
+    assert reasons.keys() == words.keys()
+    assert all(word in reasons[name] for name, word in words.items())
     skipped = [record.message for record in caplog.records if record.message.startswith("skipped")]
     assert len(skipped) == 4 and not any("\n" in line for line in skipped)
-    kinds = ["mask.png", "overlay.png", "reconstruction.png"]
-    expected = [f"{name}.{kind}" for name in ("a/x.png", "b/x.bmp", "b/x.png") for kind in kinds]
-    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert written == [*expected, "predictions.json"]
+    pictures = ["mask", "overlays/0000", "probability", "reconstruction", "reconstruction_error"]
+    files = [*(f"{name}.png" for name in pictures), "predictions.json", "report.html"]
+    expected = [f"{name}/{file}" for name in predictions for file in files]
+    expected += [f"{name}.csv" for name in ("failures", "lesions", "scans", "slices")]
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(expected)
 
 
 def test_nothing_readable_is_an_error_after_the_report(tmp_path):
-    (tmp_path / "x.png").write_text("not a picture")
-    with pytest.raises(ValueError, match="none of 1 files could be read; .*x.png"):
-        predict(tmp_path / "x.png", tmp_path / "out")
-    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["failures"]) == 1
+    nib.save(nib.Nifti1Image(np.full((8, 8, 1), np.nan, np.float32), np.eye(4)), tmp_path / "x.nii")
+    with pytest.raises(ValueError, match="nothing could be read; .*x.nii"):
+        predict(tmp_path / "x.nii", tmp_path / "out")
+    assert len(table(tmp_path / "out/failures.csv")) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failures.csv"]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "reconstruction", "detection"])
 def test_only_the_tasks_asked_for_are_answered(tmp_path, task):
     Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
-    (entry,) = predict(tmp_path / "x.png", tmp_path / "out", tasks={task: 1.0})["images"]
-    assert entry.keys() == {"file", task, "overlay"}
-    files = {"segmentation": ["x.png.mask.png"], "reconstruction": ["x.png.reconstruction.png"]}.get(task, [])
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"predictions.json", "x.png.overlay.png", *files}
+    (prediction,) = predict(tmp_path / "x.png", tmp_path / "out", tasks={task: 1.0}).values()
+    assert prediction.keys() & {"classification", "segmentation", "reconstruction", "detection"} == {task}
+    files = {"segmentation": ["mask", "probability"], "reconstruction": ["reconstruction", "reconstruction_error"]}
+    written = {path.stem for path in (tmp_path / "out/x.png").glob("*.png")}
+    assert written == set(files.get(task, []))
 
 
-def test_lesions_of_several_classes(tmp_path, phantom_dir):
-    image = sorted((phantom_dir / "images").iterdir())[0]
-    slice_ = ScaleIntensityd("image")(LoadSliced()({"image": image}))["image"]
-    probabilities = torch.zeros(2, 64, 64)
-    probabilities[0, 10:20, 10:20], probabilities[1, 15:20, 10:20], probabilities[1, 30:32, 5] = 0.7, 0.9, 0.6
-    writer = PredictionWriter(tmp_path, ["segmentation"], ["a"], ["ground glass", "consolidation"])
-    entry = writer.write({"name": "x", "slice": slice_}, {"segmentation": probabilities})
-    area = {name: value["pixels"] for name, value in entry["segmentation"]["area"].items()}
-    assert area == {"ground glass": 50, "consolidation": 52}
-    mask = nib.load(tmp_path / entry["segmentation"]["mask"]).get_fdata()
+def test_lesions_of_several_classes(tmp_path):
+    class Two(Bright):
+        def forward(self, image):
+            probabilities = torch.zeros(2, 64, 64)
+            probabilities[0, 10:20, 10:20], probabilities[1, 15:20, 10:20], probabilities[1, 30:32, 5] = 0.7, 0.9, 0.6
+            return {**super().forward(image), "segmentation": torch.logit(probabilities, 1e-6)[None]}
+
+    nib.save(nib.Nifti1Image(np.zeros((64, 64, 1), np.int16), np.diag([-1, -1, 1, 1])), tmp_path / "x.nii.gz")
+    names = ["ground glass", "consolidation"]
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", Two(), segmentation_classes=names).values()
+    pixels = {name: value["pixels"] for name, value in prediction["segmentation"].items()}
+    assert pixels == {"ground glass": 50, "consolidation": 52}
+    mask = nib.load(tmp_path / "out/x.nii.gz/mask.nii.gz").get_fdata()
     assert mask[12, 12, 0] == 1 and mask[12, 17, 0] == 2 and mask[5, 31, 0] == 2
+    glass = nib.load(tmp_path / "out/x.nii.gz" / prediction["files"]["probability_ground_glass"]).get_fdata()
+    assert glass[12, 12, 0] == pytest.approx(0.7, abs=1 / 255)
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def interrupted(slice_, answer, entry, path):
+def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypatch):
+    def interrupted(path, *arguments):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bundle.inference.outputs.draw_overlay", interrupted)
     Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
-    with pytest.raises(KeyboardInterrupt):
-        predict(tmp_path / "x.png", tmp_path / "out", tasks={"classification": 1.0})
-    assert list((tmp_path / "out").iterdir()) == []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bundle.inference.outputs.draw_overlay", interrupted)
+        predict(tmp_path / "x.png", tmp_path / "out")
+    assert not (tmp_path / "out/x.png").exists()
+    assert list(predict(tmp_path / "x.png", tmp_path / "out")) == ["x.png"]
+    assert not list((tmp_path / "out").glob(".tmp*"))
 
 
 def test_score_threshold_must_be_a_probability():

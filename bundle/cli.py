@@ -1,0 +1,37 @@
+"""The console command `chestct`."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the MONAI bundle: the package is installed in place (pip install -e)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`chestct predict INPUT -o OUT`: run configs/inference.json with MONAI's bundle runner, and nothing else.
+
+    Options that are not known here are knobs of the config and go to the runner as they are.
+    """
+    parser = argparse.ArgumentParser(prog="chestct", description="Multi-task chest CT. Research use only.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    predict = commands.add_parser(
+        "predict",
+        help="any scan to masks, tables, DICOM objects and a report",
+        description="Predict a scan, or every scan of a folder: DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, BMP or TIFF. Any "
+        "knob of configs/inference.json may follow, as --knob VALUE: docs/configuration.md has them all.",
+    )
+    predict.add_argument("input", metavar="INPUT", help="file, folder (searched with all folders in it) or quoted glob pattern")
+    predict.add_argument("-o", "--output_dir", metavar="OUT", required=True, help="folder of the results; not inside INPUT")
+    predict.add_argument("--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json")
+    known, knobs = parser.parse_known_args(arguments)
+    config = ROOT / "configs/inference.json"
+    if not config.is_file():
+        parser.error(f"found no {config}, expected the bundle around its package: install it with pip install -e FOLDER")
+    files = str([str(config), *known.config])
+    sys.argv = ["monai.bundle", "run", "--config_file", files, "--bundle_root", str(ROOT)]
+    sys.argv += ["--input", known.input, "--output_dir", known.output_dir, *knobs]
+    runpy.run_module("monai.bundle", run_name="__main__")

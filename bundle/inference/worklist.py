@@ -1,0 +1,181 @@
+"""The scans of a run: found, shared among processes, those that are done left out; and the tables over all of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+import bundle
+from bundle.configuration import running_workflow
+from bundle.data.scans import Scan, find_scans
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions.json"
+# Knobs that do not change what is predicted for a scan; the files behind checkpoint and reference count by their content.
+WITHOUT_EFFECT = ("bundle_root", "dataset_dir", "input", "output_dir", "checkpoint", "reference", "device", "batch_size")
+WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run")
+
+
+class Worklist:
+    """The scans that this process has to predict, in the order of their paths.
+
+    Every scan has a folder of results; it gets its name when all of it is written, so that one with predictions.json in it
+    is done. A scan that is done with the same input, weights and knobs is left out. Processes started by torchrun take
+    every WORLD_SIZE-th scan, each from another start.
+
+    Args:
+        source: file, folder or glob pattern.
+        output_dir: folder of the results.
+        run: text that stands for the weights and knobs, see `fingerprint`.
+
+    Attributes:
+        scans: to be predicted by this process.
+        failures: {"scan" or file, "reason"} of what could not be read so far.
+
+    Raises:
+        FileNotFoundError, ValueError: of `find_scans`.
+    """
+
+    def __init__(self, source, output_dir, run: str) -> None:
+        self.folder, self.run = Path(output_dir), run
+        self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        scans, failures = find_scans(source, output_dir)
+        for failure in failures:
+            logger.warning(f"skipped {failure['reason']}")
+        waiting = [scan for scan in scans if not self._is_done(scan)]
+        self.scans = waiting[self.rank :: self.processes]
+        self.failures: list[dict] = failures if self.rank == 0 else []
+        logger.info(f"{source}: {len(scans)} scans, {len(scans) - len(waiting)} of them done, {len(failures)} unreadable files")
+
+    def stamp(self, scan: Scan) -> str:
+        """What the results of a scan depend on: its files, the weights and the knobs."""
+        return hashlib.sha256(f"{scan.stamp} {self.run}".encode()).hexdigest()
+
+    def _is_done(self, scan: Scan) -> bool:
+        file = self.folder / scan.name / PREDICTIONS
+        return file.is_file() and json.loads(file.read_text()).get("stamp") == self.stamp(scan)
+
+    def fail(self, name: str, reason: str) -> None:
+        """Note that a scan could not be predicted; what was written of it is removed."""
+        logger.warning(f"skipped {reason}")
+        shutil.rmtree(self.unfinished(name), ignore_errors=True)
+        self.failures.append({"file": name, "reason": reason})
+
+    def unfinished(self, name: str) -> Path:
+        """Folder of the results of a scan until all of them are written."""
+        return (self.folder / name).with_name(f".tmp.{Path(name).name}")
+
+    def begin(self, name: str) -> Path:
+        """Make that folder anew."""
+        folder = self.unfinished(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def complete(self, name: str) -> None:
+        """Give the folder its name, in place of older results."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(self.unfinished(name), folder)
+
+    def finish(self) -> None:
+        """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything in the folder.
+
+        Where there are several processes, one writes, when all are ready.
+
+        Raises:
+            ValueError: if nothing at all could be predicted.
+        """
+        failures = self.failures
+        if self.processes > 1:
+            dist.init_process_group("gloo")
+            gathered = [None] * self.processes if self.rank == 0 else None
+            dist.gather_object(failures, gathered)
+            dist.destroy_process_group()
+            if self.rank:
+                return
+            failures = [failure for part in gathered for failure in part]
+        predictions = [json.loads(path.read_text()) for path in sorted(self.folder.glob(f"**/[!.]*/{PREDICTIONS}"))]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_table(self.folder / "failures.csv", failures, ("file", "reason"))
+        if not predictions:
+            raise ValueError(f"input: nothing could be read; {failures[0]['reason']}")
+        write_table(self.folder / "scans.csv", map(scan_row, predictions))
+        write_table(self.folder / "slices.csv", (row for prediction in predictions for row in slice_rows(prediction)))
+        write_table(self.folder / "lesions.csv", (row for prediction in predictions for row in lesion_rows(prediction)))
+        logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv, failures.csv, report.html")
+
+
+def fingerprint(*files) -> str:
+    """Text that changes with the content of the files (those that exist) and with every knob that changes predictions."""
+    config = running_workflow().parser.get()
+    knobs = {id: value for id, value in config.items() if id not in WITHOUT_EFFECT and not id.startswith("_")}
+    return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(json.dumps(knobs, sort_keys=True, default=str).encode()).hexdigest()])
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a file; empty if there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+
+
+def scan_row(prediction: Mapping) -> dict:
+    """Row of scans.csv: what is known of a scan as a whole."""
+    row = {"scan": prediction["scan"]}
+    if classification := prediction.get("classification"):
+        row["predicted"] = classification["predicted"]
+        row |= {f"probability {name}": value for name, value in classification["probabilities"].items()}
+    for name, found in prediction.get("segmentation", {}).items():
+        row |= {f"{name} {key}": found[key] for key in ("volume_ml", "share_of_lung", "pixels")}
+    if "detection" in prediction:
+        row["lesions"] = len(prediction["detection"])
+        row["highest score"] = max((lesion["score"] for lesion in prediction["detection"]), default=None)
+    row["lung_ml"] = prediction["lung"] and prediction["lung"]["volume_ml"]
+    if reconstruction := prediction.get("reconstruction"):
+        row["reconstruction_error"] = reconstruction["mean_error"]
+    row["novelty"] = prediction["novelty"] and prediction["novelty"]["distance"]
+    return row | {"slices": len(prediction["slices"]), "warnings": "; ".join(prediction["warnings"])}
+
+
+def slice_rows(prediction: Mapping) -> Iterable[dict]:
+    """Rows of slices.csv."""
+    for found in prediction["slices"]:
+        row = {"scan": prediction["scan"], "slice": found["index"], "position_mm": found["position_mm"]}
+        row |= {f"probability {name}": value for name, value in found.get("probabilities", {}).items()}
+        for name, pixels in found.get("lesion_pixels", {}).items():
+            row |= {f"{name} pixels": pixels, f"{name} mm2": found["lesion_mm2"] and found["lesion_mm2"][name]}
+        if "boxes" in found:
+            row |= {"boxes": len(found["boxes"]), "highest score": max((box["score"] for box in found["boxes"]), default=None)}
+        keys = ("lung_mm2", "reconstruction_error", "novelty")
+        yield row | {key: found[key] for key in keys if key in found}
+
+
+def lesion_rows(prediction: Mapping) -> Iterable[dict]:
+    """Rows of lesions.csv."""
+    for lesion in prediction.get("detection", []):
+        row = {"scan": prediction["scan"], "lesion": lesion["id"], "score": lesion["score"]}
+        row |= dict(zip(("first slice", "last slice"), lesion["slices"]))
+        row |= dict(zip(("x1", "y1", "x2", "y2"), lesion["box"]))
+        row |= {f"center {axis} LPS mm": value for axis, value in zip("xyz", lesion["center_mm"] or [None] * 3)}
+        row |= {f"size {axis} mm": value for axis, value in zip("xyz", lesion["size_mm"] or [None] * 3)}
+        yield row | {"volume_ml": lesion["volume_ml"]}
+
+
+def write_table(path: Path, rows: Iterable[Mapping], columns: Sequence[str] = ("scan",)) -> None:
+    """Write rows as CSV under a temporary name, then rename; columns that only some rows have are empty in the others."""
+    rows = list(rows)
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    temporary = path.with_name(f".tmp.{path.name}")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)

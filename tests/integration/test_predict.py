@@ -1,0 +1,151 @@
+"""`chestct predict` on folders of studies: everything at once, again, killed in between, in several processes."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from bundle.cli import main
+
+SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "AccessionNumber": "ACC0815", "PatientBirthDate": "19500102"}
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def body(slices, size=64):
+    """HU of a chest in a few strokes (slices, size, size): air, a body with two lungs, a bright spot in one of them."""
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    hu = np.where((x / 0.45) ** 2 + (y / 0.38) ** 2 < 1, 40, -1000)
+    for side in (-0.18, 0.18):
+        hu[((x - side) / 0.13) ** 2 + (y / 0.25) ** 2 < 1] = -800
+    volume = np.repeat(hu[None], slices, 0).astype(np.int16)
+    volume[1:3, 28:34, 16:22] = 60
+    return volume
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory, write_dicom):
+    """A folder with a DICOM series of 4 slices, a volume of 5, two pictures and three broken files."""
+    folder = tmp_path_factory.mktemp("studies")
+    (folder / "study").mkdir()
+    series = pydicom.uid.generate_uid()
+    for k, hu in enumerate(body(4)):
+        path = write_dicom(folder / f"study/I{k}", hu, spacing=(5.0, 5.0))
+        dataset = pydicom.dcmread(path)
+        dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.FrameOfReferenceUID = series, series + ".1", series + ".2"
+        dataset.ImagePositionPatient, dataset.InstanceNumber, dataset.SeriesNumber = [-160, -160, 5.0 * k], k + 1, 3
+        for name, value in SECRETS.items():
+            setattr(dataset, name, value)
+        dataset.save_as(path)
+    nib.save(nib.Nifti1Image(body(5).transpose(2, 1, 0), np.diag([-5, -5, 4, 1])), folder / "volume.nii.gz")
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray((body(1)[0] / 5 + 200).clip(0, 255).astype(np.uint8)).save(folder / name)
+    (folder / "broken.png").write_text("no picture")
+    (folder / "cut.nii.gz").write_bytes((folder / "volume.nii.gz").read_bytes()[:900])
+    (folder / "empty.dcm").touch()
+    return folder
+
+
+def names(out):
+    return sorted(path.parent.relative_to(out).as_posix() for path in out.rglob("predictions.json"))
+
+
+@pytest.fixture(scope="module")
+def first(studies, chestct, tmp_path_factory):
+    """Folder of a first run over the studies."""
+    out = tmp_path_factory.mktemp("first") / "out"
+    done = chestct(studies, out, "--score_threshold", 0.06, "--batch_size", 3)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+    return out
+
+
+def test_every_study_is_predicted_and_the_broken_ones_are_reported(first):
+    (series,) = (first / "study").iterdir()
+    assert names(first) == ["a.png", "b.jpg", f"study/{series.name}", "volume.nii.gz"]
+    failures = table(first / "failures.csv")
+    assert sorted(row["file"] for row in failures) == ["broken.png", "cut.nii.gz", "empty.dcm"]
+    assert all(row["reason"] and "\n" not in row["reason"] for row in failures)
+    assert [row["scan"] for row in table(first / "scans.csv")] == names(first)
+    assert len(table(first / "slices.csv")) == 4 + 5 + 2
+    files = {path.name for path in series.iterdir()}
+    expected = {"mask", "probability", "reconstruction", "reconstruction_error"}
+    assert files >= {f"{name}.nii.gz" for name in expected} | {"segmentation.dcm", "report.dcm", "report.html"}
+    assert not list(first.rglob(".tmp*"))
+
+
+def test_a_second_run_skips_what_is_done(first, studies, chestct):
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("predictions.json")}
+    done = chestct(studies, first, "--score_threshold", 0.06, "--batch_size", 1)
+    assert done.returncode == 0 and "4 scans, 4 of them done" in done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("predictions.json")} == before
+    assert len(table(first / "failures.csv")) == 3 and len(table(first / "scans.csv")) == 4
+
+
+def test_other_knobs_are_another_result(studies, chestct, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "a.png").write_bytes((studies / "a.png").read_bytes())
+    stamps = []
+    for threshold in (0.06, 0.9):
+        assert chestct(source, out, "--score_threshold", threshold).returncode == 0
+        stamps.append(json.loads((out / "a.png/predictions.json").read_text())["stamp"])
+    assert stamps[0] != stamps[1]
+
+
+def test_nothing_of_the_patient_is_in_any_result_but_dicom(first, studies, chestct, tmp_path):
+    dataset = pydicom.dcmread(studies / "study/I0")
+    secrets = [*SECRETS.values(), dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.SOPInstanceUID, "Jane"]
+    for path in first.rglob("*"):
+        content = path.read_bytes() if path.is_file() and path.suffix != ".dcm" else b""
+        for secret in secrets:
+            assert secret.encode() not in content and secret not in path.name, f"{secret} in {path.name}"
+    (series,) = (first / "study").iterdir()
+    assert pydicom.dcmread(series / "segmentation.dcm").PatientName == "Doe^Jane"
+    assert chestct(studies / "study", tmp_path, "--keep_identifiers", "True").returncode == 0
+    (prediction,) = map(json.loads, map(Path.read_text, tmp_path.rglob("predictions.json")))
+    assert SECRETS.items() <= prediction["identifiers"].items()
+
+
+def test_two_processes_share_the_work_and_give_the_same_results(first, studies, chestct, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python"]
+    done = chestct(studies, tmp_path, "--score_threshold", 0.06, "--batch_size", 3, before=torchrun)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert names(tmp_path) == names(first)
+    for name in ("scans.csv", "slices.csv", "lesions.csv"):
+        assert (tmp_path / name).read_text() == (first / name).read_text()
+    assert table(tmp_path / "failures.csv") == table(first / "failures.csv")
+
+
+def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chestct, chestct_command, tmp_path):
+    knobs = ("--score_threshold", 0.06, "--batch_size", 1)
+    process = subprocess.Popen(chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".tmp.volume*/overlays/0001.png")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed in the middle of a volume"
+    assert "volume.nii.gz" not in names(tmp_path) and not (tmp_path / "volume.nii.gz").exists()
+    for folder in (tmp_path / name for name in names(tmp_path)):
+        assert (folder / "report.html").stat().st_size > 0
+    assert chestct(studies, tmp_path, *knobs).returncode == 0
+    assert names(tmp_path) == names(first) and not list(tmp_path.rglob(".tmp*"))
+    for name in ("scans.csv", "slices.csv", "lesions.csv", "failures.csv"):
+        assert table(tmp_path / name) == table(first / name)
+
+
+def test_a_command_without_a_bundle_around_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("bundle.cli.ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        main(["predict", "x", "-o", "y"])
+    assert "install it with pip install -e" in capsys.readouterr().err
