@@ -21,11 +21,12 @@ IN_WORDS = {
     "$bundle.data.phantom.make_phantom(@bundle_root + '/data/phantom') + '/images'": (
         "images of the phantom data, made at first use"
     ),
+    "$os.path.join(os.path.dirname(@checkpoint), 'reference.pt')": "reference.pt beside `checkpoint`",
     "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')": "GPU if there is one",
     '{"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "detection": 1.0}': "all four at 1.0",
     '{"stage_classification": {}, "stage_segmentation": {}, "stage_detection": {}, "stage_joint": {}}': "the four stages",
 }
-MADE_OF_COMPONENTS = {"records", "network", "data"}  # expressions that are no knobs
+MADE_OF_COMPONENTS = {"records", "network", "data", "inferer"}  # expressions that are no knobs
 
 
 def read(name):

@@ -53,7 +53,8 @@ class Bright(nn.Module):
 def predict(source, output_dir, network=None, **knobs):
     """Run configs/inference.json in this process with a network that stands in; predictions by the name of the scan."""
     config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", **knobs}
-    workflow = ConfigWorkflow([str(ROOT / f"configs/{name}.json") for name in ("inference", "preset_smoke")], **config)
+    files = [str(ROOT / f"configs/{name}.json") for name in ("inference", "preset_smoke")]
+    workflow = ConfigWorkflow(files, logging_file=False, **config)
     workflow.parser["run"] = workflow.parser["run"][1:]  # no weights to load
     workflow.parser["network"] = "$@stand_in.to(@device)"
     workflow.parser["stand_in"] = network or Bright()
@@ -223,8 +224,9 @@ def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, 
 
 def test_nothing_readable_is_an_error_after_the_report(tmp_path):
     nib.save(nib.Nifti1Image(np.full((8, 8, 1), np.nan, np.float32), np.eye(4)), tmp_path / "x.nii")
-    with pytest.raises(ValueError, match="nothing could be read; .*x.nii"):
+    with pytest.raises(RuntimeError) as raised:  # MONAI wraps what an expression of a config raises
         predict(tmp_path / "x.nii", tmp_path / "out")
+    assert str(raised.value.__cause__).startswith("input: nothing could be read; ")
     assert len(table(tmp_path / "out/failures.csv")) == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["failures.csv"]
 

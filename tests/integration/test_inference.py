@@ -77,7 +77,7 @@ def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same():
     assert inference["preprocessing"]["transforms"][1:] == trained[1:]
     network = {key: value for key, value in train["network_def"].items() if key != "pretrained"}
     assert inference["network_def"] == network
-    own = {"imports", "initialize", "run", "dataset_dir", "output_dir", "preprocessing", "network_def"}
+    own = {"imports", "initialize", "run", "dataset_dir", "output_dir", "preprocessing", "network_def", "network"}
     own |= {"dataset", "dataloader", "inferer", "handlers", "evaluator", "data"}
     for knob in train.keys() & inference.keys() - own:
         assert inference[knob] == train[knob], knob
