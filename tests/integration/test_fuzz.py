@@ -1,0 +1,92 @@
+"""Damaged and malicious files: each is refused in one line, nothing crashes, nothing is written."""
+
+import gzip
+import io
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+
+from bundle.data.scans import find_scans
+
+TRICKS = ("../../escape", "/tmp/escape", "..\\..\\escape", "a" * 64, "<script>", "")
+
+
+@pytest.fixture(scope="session")
+def intact(tmp_path_factory, write_dicom) -> list[Path]:
+    """One small file of every format."""
+    folder = tmp_path_factory.mktemp("intact")
+    voxels = np.random.default_rng(0).integers(-1000, 200, (24, 20, 3)).astype(np.int16)
+    for name in ("x.nii", "x.nii.gz"):
+        nib.save(nib.Nifti1Image(voxels, np.diag([-1, -1, 2, 1])), folder / name)
+    for name in ("x.mha", "x.nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(voxels.T), str(folder / name))
+    for name in ("x.png", "x.jpg", "x.tif", "x.bmp"):
+        Image.fromarray(voxels[..., 0].clip(0, 255).astype(np.uint8)).save(folder / name)
+    write_dicom(folder / "x.dcm", voxels[..., 0])
+    return sorted(folder.iterdir())
+
+
+def mutate(path: Path, folder: Path, number: int, rng: np.random.Generator) -> None:
+    """Write one damaged copy of a file, or something else under its name."""
+    content, target = bytearray(path.read_bytes()), folder / f"{number:03d}{path.name[1:]}"
+    kind = rng.integers(8)
+    if kind == 0 or kind == 1:
+        for _ in range(int(rng.integers(1, 40))):  # headers come first
+            content[int(rng.integers(min(len(content), 600 if kind else len(content))))] = int(rng.integers(256))
+    elif kind == 2:
+        content = content[: int(rng.integers(len(content)))]
+    elif kind == 3:
+        content = b"this is text, whatever its name says\n" * int(rng.integers(30))
+    elif kind == 4:
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("../../escape.txt", bytes(10**7))
+        content = archive.getvalue()
+    elif kind == 5:
+        content = gzip.compress(bytes(content[:352]) + bytes(10**7)) if path.suffix == ".gz" else bytes(content) * 2
+    elif path.suffix == ".dcm":
+        dataset = pydicom.dcmread(path)
+        elements = list(dataset)
+        if kind == 6:
+            for index in rng.choice(len(elements), 3, replace=False):
+                del dataset[elements[index].tag]
+        else:
+            dataset.Rows = int(rng.choice([0, 1, 7, 65535]))
+        trick = str(rng.choice(TRICKS))
+        dataset.PatientID = dataset.PatientName = dataset.StudyID = trick
+        with pydicom.config.disable_value_validation():
+            dataset.SeriesInstanceUID = trick
+            dataset.save_as(target)
+        return
+    else:
+        start = int(rng.integers(len(content)))
+        content[start : start + int(rng.integers(200))] = b"\xff" * int(rng.integers(200))
+    target.write_bytes(bytes(content))
+
+
+def test_five_hundred_damaged_files_raise_nothing_but_one_line(intact, tmp_path):
+    folder, out, rng = tmp_path / "in", tmp_path / "out", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(500):
+        mutate(intact[number % len(intact)], folder, number, rng)
+    before = sorted(tmp_path.rglob("*"))
+    scans, failures = find_scans(folder, out)
+    reasons, intact_after_all = [failure["reason"] for failure in failures], 0
+    for scan in scans:
+        assert (out / scan.name).resolve().is_relative_to(out.resolve()), "no name of a tag is part of a path"
+        try:
+            for index in range(min(len(scan), 8)):
+                assert np.isfinite(scan.read(index).numpy()).all()
+            intact_after_all += 1
+        except ValueError as error:
+            reasons.append(str(error))
+        scan.close()
+    assert all(reason.strip() and "\n" not in reason for reason in reasons)
+    assert len(reasons) > 200 and intact_after_all > 20, "some damage is fatal, some is not"
+    assert sorted(tmp_path.rglob("*")) == before
