@@ -22,4 +22,4 @@ echo "Done in $((SECONDS - start)) s. Where to look (one epoch a stage on phanto
 echo "  $out/stage_table.md                 every task after every stage"
 echo "  $out/stage_joint/curves.png         loss and metrics of the last stage"
 echo "  $out/evaluation/metrics.json        test metrics with 95 % intervals, per_case.csv beside it"
-echo "  $out/predictions/*.overlay.png      what the network says of a slice; predictions.json, masks and reconstructions beside it"
+echo "  $out/predictions/*/report.html      what the network says of a slice, to look at; masks and numbers beside it"
