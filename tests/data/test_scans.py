@@ -1,0 +1,120 @@
+"""Files and folders become scans whose slices are where the scanner put them."""
+
+import pickle
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+from pydicom.uid import RLELossless
+
+from bundle.data.scans import find_scans
+
+SERIES, STUDY = "1.2.3.4", "1.2.3"
+
+
+@pytest.fixture
+def write_series(write_dicom):
+    """Function that writes slices of constant HU at the given heights, the last of them first, as one series."""
+
+    def write(folder, heights, series=SERIES, **tags):
+        folder.mkdir(exist_ok=True)
+        for number, height in reversed(list(enumerate(heights))):
+            path = write_dicom(folder / f"{series}-{number}", np.full((6, 8), 10 * number - 1000))
+            dataset = pydicom.dcmread(path)
+            dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.InstanceNumber = STUDY, series, 100 - number
+            dataset.ImagePositionPatient = [-50, -40, height]
+            for name, value in tags.items():
+                setattr(dataset, name, value)
+            dataset.save_as(path)
+
+    return write
+
+
+def read(scan):
+    return [float(scan.read(index).mean()) for index in range(len(scan))]
+
+
+def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path, write_series):
+    write_series(tmp_path / "in", [0, 5, 10, 15])
+    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and scan.warnings == [] and scan.kind == "dicom" and scan.hounsfield
+    assert read(scan) == [-1000, -990, -980, -970] and scan.positions == [0, 5, 10, 15] and scan.thickness == [5] * 4
+    assert scan.shape == (8, 6, 4) and scan.spacing == (0.75, 1.5)
+    np.testing.assert_allclose(scan.affine[:3, 3], [50, 40, 0])
+    assert read(pickle.loads(pickle.dumps(scan))) == read(scan)
+
+
+@pytest.mark.parametrize(
+    ("heights", "words", "count"),
+    [
+        ([0, 5, 15, 20], "about 1 slices are missing: gaps of up to 10.00 mm, usually 5.00 mm", 4),
+        ([0, 5, 11, 16], "unequal spacing of the slices: 5.00 to 6.00 mm", 4),
+        ([0, 5, 5, 10], "left out 1 images at the place of another one", 3),
+    ],
+)
+def test_gaps_and_duplicates_are_reported(tmp_path, write_series, heights, words, count):
+    write_series(tmp_path / "in", heights)
+    (scan,), _ = find_scans(tmp_path / "in", tmp_path / "out")
+    assert words in scan.warnings and len(scan) == count
+    assert sum(scan.thickness) == pytest.approx((heights[-1] - heights[0]) * count / (count - 1), rel=0.2)
+
+
+def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path, write_series, write_dicom):
+    folder = tmp_path / "in"
+    write_series(folder, [0, 5], ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series(folder, [0, 2, 4], series="1.2.3.5", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series(folder, [0], series="1.2.3.6", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(folder, [0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY", "REFORMATTED"])
+    write_series(folder, [0], series="1.2.3.8", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    scans, failures = find_scans(folder, tmp_path / "out")
+    assert sorted(map(len, scans)) == [2, 3] and len({scan.name for scan in scans}) == 2
+    assert {"left out 1 localizers", "left out 1 derived images"} <= {line for scan in scans for line in scan.warnings}
+    (failure,) = failures
+    assert "not axial" in failure["reason"] and not any("1.2.3" in scan.name for scan in scans)
+
+
+def test_rle_and_other_modalities_are_decoded(tmp_path, write_dicom):
+    hu = np.arange(48).reshape(6, 8) * 2 - 100
+    for name in ("rle", "shadow"):
+        dataset = pydicom.dcmread(write_dicom(tmp_path / name, hu))
+        if name == "rle":
+            dataset.compress(RLELossless)
+        else:
+            dataset.Modality, dataset.PhotometricInterpretation = "DX", "MONOCHROME1"
+        dataset.save_as(tmp_path / name)
+    (rle,), _ = find_scans(tmp_path / "rle", tmp_path / "out")
+    np.testing.assert_array_equal(rle.read(0)[0], hu)
+    (shadow,), _ = find_scans(tmp_path / "shadow", tmp_path / "out")
+    np.testing.assert_array_equal(shadow.read(0)[0], hu.max() - hu)
+    assert rle.hounsfield and not shadow.hounsfield
+
+
+def test_patterns_and_folders_without_images(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png", "c.jpg", ".hidden.png"):
+        Image.new("L", (9, 7)).save(tmp_path / "in" / name)
+    scans, _ = find_scans(tmp_path / "in/*.png", tmp_path / "out")
+    assert [(scan.name, scan.shape) for scan in scans] == [("a.png", (9, 7, 1)), ("b.png", (9, 7, 1))]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="found no image among 0 files"):
+        find_scans(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        find_scans(tmp_path / "*.gif", tmp_path / "out")
+    with pytest.raises(ValueError, match="^output_dir: .* expected a folder outside of it"):
+        find_scans(tmp_path / "in", tmp_path / "in/out")
+
+
+def test_the_real_series_is_what_simpleitk_reads(real_data, tmp_path):
+    folder = real_data / "lung_pet_ct_dx/Lung_Dx-A0001_s2_L"
+    (scan,), failures = find_scans(folder, tmp_path)
+    assert failures == []
+    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    voxels = sitk.GetArrayViewFromImage(image)
+    assert scan.shape == image.GetSize()
+    for index in range(0, len(scan), 9):
+        np.testing.assert_array_equal(scan.read(index)[0], voxels[index])
+    lps = np.diag([-1.0, -1, 1, 1]) @ scan.affine
+    np.testing.assert_allclose(lps[:3, 3], image.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(lps[:3, :3], axis=0), image.GetSpacing(), atol=1e-5)
