@@ -1,4 +1,4 @@
-"""What the shared encoder saves, and what the engine and the data pipeline cost: ratios, each measured within one run.
+"""What the shared encoder and the inference backends save, and what the engine and the data pipeline cost, as ratios.
 
 The absolute times of a machine vary from minute to minute; what is compared is therefore run in turns, and the ratio
 is the median over the turns.
@@ -6,9 +6,14 @@ is the median over the turns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
+from importlib.metadata import version
 from itertools import cycle, islice
+from math import inf
+from operator import truediv
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -16,22 +21,29 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer
+from torchvision.ops import box_iou
 
+from bundle.data.scans import find_scans
 from bundle.engines import MultiTaskTrainer, environment, prepare_batch
-from bundle.tasks import TASKS
+from bundle.inference.backends import PACKAGES, accelerate, one_by_one
+from bundle.inference.slices import FAILURE, SliceDataset, collate
+from bundle.networks import load_weights
+from bundle.tasks import DETECTION, IMAGE, TASKS
 
+TORCH, ALONE = "torch", "torch, one by one"  # rows of the comparison of backends
 WARM_UP = 2  # turns that are not counted
 
 
 def open_config(files: Sequence[str], **entries) -> ConfigParser:
-    """Parser of an initialised training configuration.
+    """Parser of an initialised configuration.
 
     Args:
-        files: train.json and its overlays.
+        files: train.json or inference.json, and its overlays.
         entries: ids to set on top, where they are not None.
     """
     workflow = ConfigWorkflow(list(files), **{key: value for key, value in entries.items() if value is not None})
-    workflow.parser["validate"]["dataset"]["cache_rate"] = 0.0  # nothing is validated here
+    if "validate" in workflow.parser:
+        workflow.parser["validate"]["dataset"]["cache_rate"] = 0.0  # nothing is validated here
     workflow.initialize()
     return workflow.parser
 
@@ -132,6 +144,85 @@ def data_pipeline(parser: ConfigParser, turns: int) -> float:
     return len(loader) * loader.batch_size / epoch.timeit(turns).mean  # timeit warms up with two epochs
 
 
+def backends(parser: ConfigParser, turns: int) -> dict:
+    """Prediction of the slices of scans by every backend: in a turn each of them answers the same batch.
+
+    Torch has a second row, without batches: that is how the other backends work, and on a CPU it can be faster.
+
+    Args:
+        parser: of inference.json, with `input`; an empty `checkpoint` stands for random weights (seed 0).
+        turns: number of turns; the slices start anew where they end.
+
+    Returns:
+        By row: first_call, seconds for one image, with the export; seconds of a slice; ratio, the median over the turns of
+        the time of torch in its own, and ratio_alone, likewise of torch without batches; difference, the largest from torch
+        by answer (boxes in pixels). And detections, their mean number in a slice.
+
+    Raises:
+        ValueError: if `input` holds no scan.
+    """
+    get = parser.get_parsed_content
+    torch.manual_seed(0)
+    network = get("network_def").eval()
+    if get("checkpoint"):
+        load_weights(network, get("checkpoint"), strict=True)
+    images = _slices(get("input"), get("output_dir"), get("preprocessing"), get("image_size"))
+    rows = {TORCH: network, ALONE: partial(one_by_one, network)}
+    rows |= {backend: accelerate(network, backend) for backend in PACKAGES if backend != TORCH}
+    first_call, taken, differences, found = {}, {row: [] for row in rows}, {row: {} for row in rows}, []
+    with torch.no_grad():
+        for row, answer in rows.items():
+            begin = timer()
+            answer(images[:1])
+            first_call[row] = timer() - begin
+        for batch in islice(cycle(images.split(get("batch_size"))), turns):
+            answers = {}
+            for row, answer in rows.items():
+                begin = timer()
+                answers[row] = answer(batch)
+                taken[row].append((timer() - begin) / len(batch))
+            for row in rows:
+                for name, value in _differences(answers[row], answers[TORCH]):
+                    differences[row][name] = max(value, differences[row].get(name, 0.0))
+            found += [len(detection["boxes"]) for detection in answers[TORCH].get(DETECTION, [])]
+    return {
+        "first_call": first_call,
+        "seconds": {row: median(values) for row, values in taken.items()},
+        "ratio": {row: median(map(truediv, taken[TORCH], values)) for row, values in taken.items()},
+        "ratio_alone": {row: median(map(truediv, taken[ALONE], values)) for row, values in taken.items()},
+        "difference": differences,
+        "detections": sum(found) / len(found) if found else 0.0,
+    }
+
+
+def _slices(source, output_dir, preprocessing: Callable, image_size: int) -> torch.Tensor:
+    scans, failures = find_scans(source, output_dir)
+    if not scans:
+        raise ValueError(f"{source}: found no scan{''.join(': ' + failure['reason'] for failure in failures[:1])}")
+    samples = list(SliceDataset(scans, preprocessing, image_size))
+    for sample in samples:
+        if FAILURE in sample:
+            raise ValueError(f"{source}: {sample[FAILURE]}")
+    return collate(samples)[IMAGE]
+
+
+def _differences(answers: Mapping, expected: Mapping) -> Iterator[tuple[str, float]]:
+    """Name and largest difference of every answer; infinite where detections differ in number.
+
+    A detection is compared with the one it overlaps most, since equal scores may be sorted either way.
+    """
+    for key in expected.keys() - {DETECTION}:
+        yield key, float((answers[key] - expected[key]).abs().max())
+    for found, wanted in zip(answers.get(DETECTION, []), expected.get(DETECTION, [])):
+        same = len(found["boxes"]) == len(wanted["boxes"])
+        partner = box_iou(wanted["boxes"], found["boxes"]).argmax(1) if same and len(found["boxes"]) else []
+        for name in ("boxes", "scores", "masks"):
+            if same:
+                yield name, max([float((a - b).abs().max()) for a, b in zip(found[name][partner], wanted[name])], default=0.0)
+            else:
+                yield name, inf
+
+
 def report(parser: ConfigParser, turns: int) -> str:
     """All three measurements as text: machine and configuration, then a line for each ratio with its parts and goal."""
     get = parser.get_parsed_content
@@ -139,10 +230,8 @@ def report(parser: ConfigParser, turns: int) -> str:
     size, batch_size = get("image_size"), get("batch_size")
     times, parameters = shared["seconds"], shared["parameters"]
     rate = batch_size / step["seconds"]["trainer"]
-    versions = environment()
     lines = [
-        f"{versions['cpu']}, {versions['threads']} threads, device {get('device')}; Python {versions['python']}, "
-        f"PyTorch {versions['torch']}, MONAI {versions['monai']}",
+        _machine(get("device")),
         f"{get('backbone')}, {size} x {size} pixels, {len(get('train::data'))} training records, seed {get('seed')}, "
         f"median of {turns} turns",
         "",
@@ -159,3 +248,40 @@ def report(parser: ConfigParser, turns: int) -> str:
         f"{samples:.1f} : {rate:.2f})",
     ]
     return "\n".join(lines) + "\n"
+
+
+def report_backends(parser: ConfigParser, turns: int) -> str:
+    """The measurement of `backends` as text: machine and configuration, speed, and agreement with torch."""
+    get, measured = parser.get_parsed_content, backends(parser, turns)
+    size, batch_size, difference = get("image_size"), get("batch_size"), measured["difference"]
+    weights = Path(get("checkpoint")).name if get("checkpoint") else "random weights"
+    heading = "slices/s   torch : it   torch one by one : it   s of first call"
+    lines = [
+        f"{_machine(get('device'))}; {', '.join(f'{name} {version(name)}' for name in PACKAGES if name != TORCH)}",
+        f"{get('backbone')}, {weights}, {size} x {size} pixels, batch of {batch_size}, {measured['detections']:.1f} detections in "
+        f"a slice, median of {turns} turns",
+        "",
+        f"{'backend':20}{heading}",
+        *(
+            f"{row:20}{1 / seconds:8.2f}{measured['ratio'][row]:13.2f}{measured['ratio_alone'][row]:24.2f}"
+            f"{measured['first_call'][row]:18.1f}"
+            for row, seconds in measured["seconds"].items()
+        ),
+        "",
+        "largest difference from torch (goal: at most 0.001)",
+        f"{'backend':20}" + "".join(f"{name:>16}" for name in difference[TORCH]),
+        *(
+            f"{row:20}" + "".join(f"{value:16.1g}" for value in values.values())
+            for row, values in difference.items()
+            if row != TORCH
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _machine(device) -> str:
+    versions = environment()
+    return (
+        f"{versions['cpu']}, {versions['threads']} threads, device {device}; Python {versions['python']}, "
+        f"PyTorch {versions['torch']}, MONAI {versions['monai']}"
+    )

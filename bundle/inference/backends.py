@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,6 +18,9 @@ from bundle.networks import MultiTaskNet
 from bundle.tasks import DETECTION, EMBEDDING
 
 PACKAGES = {"torch": (), "onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
+
+for exporter in ("onnxscript", "onnx_ir"):
+    logging.getLogger(exporter).setLevel(logging.WARNING)  # every step of its optimisation is news to it
 
 
 def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False) -> nn.Module:
@@ -51,6 +55,13 @@ def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False)
     return ExportedNet(network, backend)
 
 
+def one_by_one(network: Callable[[torch.Tensor], dict], image: torch.Tensor) -> dict:
+    """Call a network in evaluation mode with each image of a batch and join the answers to those of the batch."""
+    answers = [network(row) for row in image.split(1)]
+    joined = {key: [answer[key] for answer in answers] for key in answers[0]}
+    return {key: sum(parts, []) if key == DETECTION else torch.cat(parts) for key, parts in joined.items()}
+
+
 class ExportedNet(nn.Module):
     """A network whose convolutions run in another library; anchors, suppression and the pooling of regions stay in torch.
 
@@ -79,9 +90,7 @@ class ExportedNet(nn.Module):
         with torch.no_grad():
             if self.size != image.shape[1:]:
                 self._export(image.shape[1:])
-            answers = [self._answer(row) for row in torch.as_tensor(image).split(1)]
-        joined = {key: [answer[key] for answer in answers] for key in answers[0]}
-        return {key: values if key == DETECTION else torch.cat(values) for key, values in joined.items()}
+            return one_by_one(self._answer, torch.as_tensor(image))
 
     def _export(self, size: torch.Size) -> None:
         network, backend = self.network, self.backend
@@ -101,7 +110,7 @@ class ExportedNet(nn.Module):
         output = dict(zip(_names(self.network), self.trunk(image)))
         if DETECTION in self.network.heads:
             pyramid = OrderedDict((str(level), output.pop(str(level))) for level in self.detection.levels)
-            (output[DETECTION],) = self.detection.detect(pyramid, image)
+            output[DETECTION] = self.detection.detect(pyramid, image)
         return output
 
 
