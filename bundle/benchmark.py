@@ -217,10 +217,8 @@ def _differences(answers: Mapping, expected: Mapping) -> Iterator[tuple[str, flo
         same = len(found["boxes"]) == len(wanted["boxes"])
         partner = box_iou(wanted["boxes"], found["boxes"]).argmax(1) if same and len(found["boxes"]) else []
         for name in ("boxes", "scores", "masks"):
-            if same:
-                yield name, max([float((a - b).abs().max()) for a, b in zip(found[name][partner], wanted[name])], default=0.0)
-            else:
-                yield name, inf
+            pairs = zip(found[name][partner], wanted[name]) if same else []
+            yield name, max([float((one - two).abs().max()) for one, two in pairs], default=0.0 if same else inf)
 
 
 def report(parser: ConfigParser, turns: int) -> str:
@@ -258,8 +256,8 @@ def report_backends(parser: ConfigParser, turns: int) -> str:
     heading = "slices/s   torch : it   torch one by one : it   s of first call"
     lines = [
         f"{_machine(get('device'))}; {', '.join(f'{name} {version(name)}' for name in PACKAGES if name != TORCH)}",
-        f"{get('backbone')}, {weights}, {size} x {size} pixels, batch of {batch_size}, {measured['detections']:.1f} detections in "
-        f"a slice, median of {turns} turns",
+        f"{get('backbone')}, {weights}, {size} x {size} pixels, batch of {batch_size}, "
+        f"{measured['detections']:.1f} detections in a slice, median of {turns} turns",
         "",
         f"{'backend':20}{heading}",
         *(

@@ -25,6 +25,16 @@ def test_benchmark_prints_three_ratios_from_any_directory(phantom_dir, tmp_path)
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
+def test_benchmark_of_a_scan_compares_the_backends(phantom_dir, tmp_path):
+    image = sorted((phantom_dir / "images").iterdir())[0]
+    done = script("benchmark.py", "--quick", "--scan", image, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for backend in ("onnxruntime", "openvino"):
+        speed, difference = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith(backend))
+        assert len(speed) == 4 and min(map(float, speed)) > 0
+        assert len(difference) == 7 and max(map(float, difference)) < 1e-3
+
+
 def test_benchmark_says_which_file_is_missing(tmp_path):
     done = script("benchmark.py", "--quick", "--dataset_dir", tmp_path / "nowhere", cwd=tmp_path)
     assert done.returncode != 0
