@@ -211,7 +211,7 @@ def _differences(answers: Mapping, expected: Mapping) -> Iterator[tuple[str, flo
 
     A detection is compared with the one it overlaps most, since equal scores may be sorted either way.
     """
-    for key in expected.keys() - {DETECTION}:
+    for key in [key for key in expected if key != DETECTION]:
         yield key, float((answers[key] - expected[key]).abs().max())
     for found, wanted in zip(answers.get(DETECTION, []), expected.get(DETECTION, [])):
         same = len(found["boxes"]) == len(wanted["boxes"])

@@ -128,8 +128,10 @@ class Exported(nn.Module):
         threads = torch.get_num_threads()
         with TemporaryDirectory() as folder:
             path = str(Path(folder) / "module.onnx")
-            rows = {0: torch.export.Dim("rows")}
-            torch.onnx.export(module.eval(), (example,), path, dynamo=True, dynamic_shapes=(rows,), verbose=False)
+            shapes = ({0: torch.export.Dim("rows")},)
+            # One file that is read at once: a separate one for the weights may be mapped, and the folder goes.
+            options = {"dynamo": True, "dynamic_shapes": shapes, "external_data": False, "verbose": False}
+            torch.onnx.export(module.eval(), (example,), path, **options)
             self.run = {"onnxruntime": _onnxruntime, "openvino": _openvino}[backend](path, threads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
