@@ -197,7 +197,8 @@ class NiftiScan(Scan):
             image = nibabel.load(self.path)
             self._voxels = image.dataobj.get_unscaled().reshape(self.shape), image.dataobj.slope, image.dataobj.inter
         voxels, slope, intercept = self._voxels
-        return voxels.take(index, self.axis) * np.float32(slope) + np.float32(intercept)
+        # Not take(), which copies the whole volume where its order is not C.
+        return np.moveaxis(voxels, self.axis, 0)[index] * np.float32(slope) + np.float32(intercept)
 
 
 class ItkScan(Scan):
@@ -219,7 +220,8 @@ class ItkScan(Scan):
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
             self._voxels = sitk.ReadImage(self.path)
-        return sitk.GetArrayViewFromImage(self._voxels).T.reshape(self.shape, order="F").take(index, self.axis)
+        voxels = sitk.GetArrayViewFromImage(self._voxels).T.reshape(self.shape, order="F")
+        return np.moveaxis(voxels, self.axis, 0)[index]
 
 
 class DicomScan(Scan):

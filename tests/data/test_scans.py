@@ -1,6 +1,7 @@
 """Files and folders become scans whose slices are where the scanner put them."""
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pydicom
@@ -89,6 +90,48 @@ def test_rle_and_other_modalities_are_decoded(tmp_path, write_dicom):
     (shadow,), _ = find_scans(tmp_path / "shadow", tmp_path / "out")
     np.testing.assert_array_equal(shadow.read(0)[0], hu.max() - hu)
     assert rle.hounsfield and not shadow.hounsfield
+
+
+def test_an_enhanced_image_of_several_frames_is_one_scan(tmp_path, write_dicom):
+    hu = np.stack([np.full((6, 8), value) for value in (-600, -400, -800)])
+    dataset = pydicom.dcmread(write_dicom(tmp_path / "x", hu[0]))
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+        delattr(dataset, name)
+    shared, frames = pydicom.Dataset(), []
+    measures, plane = pydicom.Dataset(), pydicom.Dataset()
+    measures.PixelSpacing, measures.SliceThickness = [0.75, 1.5], 4
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    for height, slope in ((8, 1), (0, 2), (4, 1)):  # in no order, each with its own slope
+        frame, position, values = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+        position.ImagePositionPatient = [-50, -40, height]
+        values.RescaleSlope, values.RescaleIntercept = slope, -1000
+        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [position], [values]
+        frames.append(frame)
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], frames
+    dataset.NumberOfFrames, dataset.PixelRepresentation = 3, 1
+    dataset.PixelData = np.stack([hu[0] + 1000, (hu[1] + 1000) // 2, hu[2] + 1000]).astype("<i2").tobytes()
+    dataset.save_as(tmp_path / "x")
+    (scan,), failures = find_scans(tmp_path / "x", tmp_path / "out")
+    assert failures == [] and read(scan) == [-400, -800, -600] and scan.positions == [0, 4, 8]
+    assert scan.sources == [(str(tmp_path / "x"), frame) for frame in (1, 2, 0)] and scan.spacing == (0.75, 1.5)
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.nrrd", "x.mha"])
+def test_volumes_of_every_format_are_read_slice_by_slice(tmp_path, name):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (24, 50, 40)).astype(np.int16)  # slices, rows, columns
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing((0.7, 0.8, 2.5))
+    image.SetOrigin((3, 4, 5))
+    sitk.WriteImage(image, str(tmp_path / name))
+    (scan,), _ = find_scans(tmp_path / name, tmp_path / "out")
+    assert len(scan) == 24 and scan.spacing == pytest.approx((0.8, 0.7)) and scan.positions[1] == pytest.approx(7.5)
+    scan.read(0)
+    tracemalloc.start()
+    for index in range(24):
+        np.testing.assert_array_equal(scan.read(index)[0], voxels[index])
+    assert tracemalloc.get_traced_memory()[1] < voxels.nbytes, "no slice costs a copy of the volume"
+    tracemalloc.stop()
 
 
 def test_patterns_and_folders_without_images(tmp_path):
