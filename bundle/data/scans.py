@@ -273,7 +273,13 @@ class DicomScan(Scan):
 
     def _plane(self, index: int) -> np.ndarray:
         frame = self.frames[index]
-        pixels = pydicom.pixels.pixel_array(frame.path, index=frame.index)
+        try:
+            pixels = pydicom.pixels.pixel_array(frame.path, index=frame.index)
+        except RuntimeError as error:
+            if "missing dependencies" not in str(error):
+                raise
+            syntax = read_file_meta_info(frame.path).TransferSyntaxUID.name
+            raise ValueError(f"found {syntax}, expected a decoder for it: pip install 'chest-ct-multitask[jpeg]'") from None
         if pixels.shape != frame.size[::-1]:
             raise ValueError(f"found pixels of shape {pixels.shape}")
         values = pixels.T * np.float32(frame.slope) + np.float32(frame.intercept)

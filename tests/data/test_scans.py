@@ -2,15 +2,17 @@
 
 import pickle
 import tracemalloc
+from importlib.util import find_spec
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
 from PIL import Image
+from pydicom.data import get_testdata_file
 from pydicom.uid import RLELossless
 
-from bundle.data.scans import find_scans
+from bundle.data.scans import find_scans, open_scan
 
 SERIES, STUDY = "1.2.3.4", "1.2.3"
 
@@ -132,6 +134,17 @@ def test_volumes_of_every_format_are_read_slice_by_slice(tmp_path, name):
         np.testing.assert_array_equal(scan.read(index)[0], voxels[index])
     assert tracemalloc.get_traced_memory()[1] < voxels.nbytes, "no slice costs a copy of the volume"
     tracemalloc.stop()
+
+
+def test_a_transfer_syntax_is_decoded_or_its_decoder_is_named(tmp_path):
+    path = get_testdata_file("MR_small_jpeg_ls_lossless.dcm", download=False)
+    (scan,), _ = find_scans(path, tmp_path / "out")
+    if find_spec("libjpeg"):
+        uncompressed = open_scan(get_testdata_file("MR_small.dcm", download=False))
+        np.testing.assert_array_equal(scan.read(0), uncompressed.read(0))
+    else:
+        with pytest.raises(ValueError, match=r"found JPEG-LS Lossless .* pip install 'chest-ct-multitask\[jpeg\]'"):
+            scan.read(0)
 
 
 def test_patterns_and_folders_without_images(tmp_path):
