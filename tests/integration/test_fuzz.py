@@ -1,5 +1,6 @@
 """Damaged and malicious files: each is refused in one line, nothing crashes, nothing is written."""
 
+import csv
 import gzip
 import io
 import zipfile
@@ -70,12 +71,19 @@ def mutate(path: Path, folder: Path, number: int, rng: np.random.Generator) -> N
     target.write_bytes(bytes(content))
 
 
-def test_five_hundred_damaged_files_raise_nothing_but_one_line(intact, tmp_path):
-    folder, out, rng = tmp_path / "in", tmp_path / "out", np.random.default_rng(0)
+@pytest.fixture(scope="session")
+def damaged(intact, tmp_path_factory) -> Path:
+    """A folder of 500 damaged files."""
+    folder, rng = tmp_path_factory.mktemp("fuzz") / "in", np.random.default_rng(0)
     folder.mkdir()
     for number in range(500):
         mutate(intact[number % len(intact)], folder, number, rng)
-    before = sorted(tmp_path.rglob("*"))
+    return folder
+
+
+def test_five_hundred_damaged_files_raise_nothing_but_one_line(damaged):
+    folder, out = damaged, damaged.parent / "out"
+    before = sorted(folder.parent.rglob("*"))
     scans, failures = find_scans(folder, out)
     reasons, intact_after_all = [failure["reason"] for failure in failures], 0
     for scan in scans:
@@ -89,4 +97,19 @@ def test_five_hundred_damaged_files_raise_nothing_but_one_line(intact, tmp_path)
         scan.close()
     assert all(reason.strip() and "\n" not in reason for reason in reasons)
     assert len(reasons) > 200 and intact_after_all > 20, "some damage is fatal, some is not"
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_the_command_goes_through_all_of_them(damaged, chestct, tmp_path):
+    done = chestct(damaged, tmp_path / "a/b/out", "--score_threshold", 0.9, "--batch_size", 16)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
+    with (tmp_path / "a/b/out/failures.csv").open(newline="") as file:
+        failures = list(csv.DictReader(file))
+    with (tmp_path / "a/b/out/scans.csv").open(newline="") as file:
+        scans = [row["scan"] for row in csv.DictReader(file)]
+    assert len(failures) > 200 and len(scans) > 20
+    assert all(row["reason"].strip() and "\n" not in row["reason"] for row in failures)
+    folders = {path.parent.relative_to(tmp_path / "a/b/out").as_posix() for path in tmp_path.rglob("predictions.json")}
+    assert folders == set(scans) and not list(tmp_path.rglob(".tmp*"))
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"b"}, "nothing outside of the output folder"
+    assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"out"} and not Path("/tmp/escape").exists()
