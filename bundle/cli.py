@@ -24,9 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Predict a scan, or every scan of a folder: DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, BMP or TIFF. Any "
         "knob of configs/inference.json may follow, as --knob VALUE: docs/configuration.md has them all.",
     )
-    predict.add_argument("input", metavar="INPUT", help="file, folder (searched with all folders in it) or quoted glob pattern")
+    predict.add_argument(
+        "input", metavar="INPUT", help="file, folder (searched with all folders in it) or quoted glob pattern"
+    )
     predict.add_argument("-o", "--output_dir", metavar="OUT", required=True, help="folder of the results; not inside INPUT")
-    predict.add_argument("--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json")
+    predict.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json"
+    )
     known, knobs = parser.parse_known_args(arguments)
     config = ROOT / "configs/inference.json"
     if not config.is_file():

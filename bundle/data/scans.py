@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import stat
@@ -68,7 +69,9 @@ class Scan:
     kind = "volume"
     hounsfield = True
 
-    def __init__(self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None) -> None:
+    def __init__(
+        self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None
+    ) -> None:
         self.name, self.path, self.shape = str(name), str(path), (*map(int, shape), 1, 1)[:3]
         self.affine, self.axis, self.turned = affine, 2, [(1, False), (0, False)]
         self.positions = self.thickness = self.spacing = None
@@ -121,8 +124,8 @@ class Scan:
         Returns:
             MetaTensor (1, rows, columns) of float32. The affine (3, 3) leads from (row, column) to (y, x) of the stored
             slice, where x, the column, runs along the first of its two axes. `meta` holds "filename_or_obj", "hounsfield",
-            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, both None without
-            geometry.
+            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, both None
+            without geometry.
 
         Raises:
             ValueError: naming the file, if the pixels cannot be read or are not finite.
@@ -167,7 +170,7 @@ class Scan:
 
 
 class PictureScan(Scan):
-    """A PNG, JPEG, BMP or TIFF of any mode: one slice as it lies. 8-bit modes become luminance, deeper ones keep their depth."""
+    """A PNG, JPEG, BMP or TIFF: one slice as it lies. 8-bit modes become luminance, deeper ones keep their depth."""
 
     kind = "picture"
     hounsfield = False
@@ -244,7 +247,9 @@ class DicomScan(Scan):
         notes: list[str] = []
         order = sorted(frames, key=lambda frame: (frame.height if placed else 0.0, frame.number, frame.path, frame.index))
         if placed:
-            kept = [frame for before, frame in zip([None, *order], order) if not before or frame.height - before.height > 1e-3]
+            kept = [
+                frame for before, frame in zip([None, *order], order) if not before or frame.height - before.height > 1e-3
+            ]
             if len(kept) < len(order):
                 notes.append(f"left out {len(order) - len(kept)} images at the place of another one")
             order = kept
@@ -264,12 +269,15 @@ class DicomScan(Scan):
         self.positions = heights.tolist()
         self.thickness = ((np.r_[gaps[0], gaps] + np.r_[gaps, gaps[-1]]) / 2).tolist()
         missing = int(np.maximum(np.round(gaps / usual) - 1, 0).sum())
+        uneven = gaps.max() - gaps.min() > 0.02 * usual + 0.01
         if missing:
-            self.warnings.append(f"about {missing} slices are missing: gaps of up to {gaps.max():.2f} mm, usually {usual:.2f} mm")
-        elif gaps.max() - gaps.min() > 0.02 * usual + 0.01:
+            self.warnings.append(
+                f"about {missing} slices are missing: gaps up to {gaps.max():.2f} mm, usually {usual:.2f} mm"
+            )
+        elif uneven:
             self.warnings.append(f"unequal spacing of the slices: {gaps.min():.2f} to {gaps.max():.2f} mm")
-        if missing or gaps.max() - gaps.min() > 0.02 * usual + 0.01:
-            self.warnings.append(f"NIfTI has one spacing only: files claim {gaps.mean():.2f} mm; volumes here count the true ones")
+        if missing or uneven:
+            self.warnings.append(f"NIfTI has one spacing only and claims {gaps.mean():.2f} mm; volumes count the true ones")
 
     def _plane(self, index: int) -> np.ndarray:
         frame = self.frames[index]
@@ -430,10 +438,11 @@ def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
 def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
     """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches.
 
-    Images are files with an extension of `EXTENSIONS`, and DICOM files of any name (DICM after 128 bytes). DICOM files become
-    a scan for each series, or several where a series mixes sizes or orientations. Localizers, derived images other than axial
-    ones (beside original images of the same study) and objects without pixels are left out, which the warnings of the other
-    scans of the study tell. Hidden files, DICOMDIR and links to folders are not looked at. Only headers are read.
+    Images are files with an extension of `EXTENSIONS`, and DICOM files of any name (DICM after 128 bytes). DICOM files
+    become a scan for each series, or several where a series mixes sizes or orientations. Localizers, derived images other
+    than axial ones (beside original images of the same study) and objects without pixels are left out, which the warnings
+    of the other scans of the study tell. Hidden files, DICOMDIR and links to folders are not looked at. Only headers are
+    read.
 
     Args:
         source: file, folder or pattern with * ? or [.
@@ -453,7 +462,9 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
         raise ValueError(f"output_dir: found {output_dir} inside the input {source}, expected a folder outside of it")
     images = [path for path in files if len(files) == 1 or _is_image(path)]
     if not images:
-        raise ValueError(f"input: {source}: found no image among {len(files)} files, expected some of {', '.join(EXTENSIONS)}")
+        raise ValueError(
+            f"input: {source}: found no image among {len(files)} files, expected some of {', '.join(EXTENSIONS)}"
+        )
     logger.info(f"{source}: {len(images)} images, {len(files) - len(images)} other files")
     scans, failures, headers = [], [], []
     for path in tqdm(images, "headers", disable=None if len(images) > 200 else True):
@@ -468,7 +479,9 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
         except (OSError, ValueError) as error:
             failures.append({"file": name, "reason": " ".join(str(error).split())})
     series, left_out = _series(headers, root)
-    return sorted(scans + series, key=lambda scan: scan.name), sorted(failures + left_out, key=lambda failure: failure["file"])
+    return sorted(scans + series, key=lambda scan: scan.name), sorted(
+        failures + left_out, key=lambda failure: failure["file"]
+    )
 
 
 def _list_files(source: str) -> tuple[Path, list[Path]]:
@@ -480,8 +493,7 @@ def _list_files(source: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     elif glob.has_magic(source):
         found = [Path(match) for match in sorted(glob.glob(source, recursive=True))]
-        plain = Path(*[part for part in path.parts[: next(i for i, p in enumerate(path.parts) if glob.has_magic(p))]])
-        root = plain
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     else:
         found = []
     if not found:

@@ -15,7 +15,7 @@ from bundle.data.scans import open_scan
 from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
 
 class LoadSlice(Transform):
-    """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `bundle.data.scans.Scan.read`.
+    """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `Scan.read`.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -148,8 +148,8 @@ class ScanResults:
             rebuilt = answer[RECONSTRUCTION][0].clamp(0, 1).numpy()
             error = np.abs(rebuilt - shown)
             row["reconstruction_error"] = round(float(error.mean()), 6)
-            hounsfield = (np.round(low + rebuilt * (high - low)), np.int16) if self.scan.hounsfield else (rebuilt * 255, np.uint8)
-            self._save("reconstruction", *hounsfield, slice_, index)
+            stored = (low + rebuilt * (high - low), np.int16) if self.scan.hounsfield else (rebuilt * 255, np.uint8)
+            self._save("reconstruction", np.round(stored[0]), stored[1], slice_, index)
             self._save("reconstruction_error", np.round(error * 255), np.uint8, slice_, index, slope=1 / 255)
         if DETECTION in self.tasks:
             found = answer[DETECTION]

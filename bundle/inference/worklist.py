@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -54,7 +55,9 @@ class Worklist:
         waiting = [scan for scan in scans if not self._is_done(scan)]
         self.scans = waiting[self.rank :: self.processes]
         self.failures: list[dict] = failures if self.rank == 0 else []
-        logger.info(f"{source}: {len(scans)} scans, {len(scans) - len(waiting)} of them done, {len(failures)} unreadable files")
+        logger.info(
+            f"{source}: {len(scans)} scans, {len(scans) - len(waiting)} of them done, {len(failures)} files unreadable"
+        )
 
     def stamp(self, scan: Scan) -> str:
         """What the results of a scan depend on: its files, the weights and the knobs."""
@@ -97,7 +100,7 @@ class Worklist:
         """
         failures = self.failures
         if self.processes > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # the others may have much longer to go
             gathered = [None] * self.processes if self.rank == 0 else None
             dist.gather_object(failures, gathered)
             dist.destroy_process_group()
@@ -112,14 +115,15 @@ class Worklist:
         write_table(self.folder / "scans.csv", map(scan_row, predictions))
         write_table(self.folder / "slices.csv", (row for prediction in predictions for row in slice_rows(prediction)))
         write_table(self.folder / "lesions.csv", (row for prediction in predictions for row in lesion_rows(prediction)))
-        logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv, failures.csv, report.html")
+        logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv and failures.csv")
 
 
 def fingerprint(*files) -> str:
     """Text that changes with the content of the files (those that exist) and with every knob that changes predictions."""
     config = running_workflow().parser.get()
     knobs = {id: value for id, value in config.items() if id not in WITHOUT_EFFECT and not id.startswith("_")}
-    return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(json.dumps(knobs, sort_keys=True, default=str).encode()).hexdigest()])
+    text = json.dumps(knobs, sort_keys=True, default=str)
+    return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(text.encode()).hexdigest()])
 
 
 def file_hash(path) -> str:
@@ -153,7 +157,10 @@ def slice_rows(prediction: Mapping) -> Iterable[dict]:
         for name, pixels in found.get("lesion_pixels", {}).items():
             row |= {f"{name} pixels": pixels, f"{name} mm2": found["lesion_mm2"] and found["lesion_mm2"][name]}
         if "boxes" in found:
-            row |= {"boxes": len(found["boxes"]), "highest score": max((box["score"] for box in found["boxes"]), default=None)}
+            row |= {
+                "boxes": len(found["boxes"]),
+                "highest score": max((box["score"] for box in found["boxes"]), default=None),
+            }
         keys = ("lung_mm2", "reconstruction_error", "novelty")
         yield row | {key: found[key] for key in keys if key in found}
 

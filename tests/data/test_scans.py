@@ -51,7 +51,7 @@ def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path
 @pytest.mark.parametrize(
     ("heights", "words", "count"),
     [
-        ([0, 5, 15, 20], "about 1 slices are missing: gaps of up to 10.00 mm, usually 5.00 mm", 4),
+        ([0, 5, 15, 20], "about 1 slices are missing: gaps up to 10.00 mm, usually 5.00 mm", 4),
         ([0, 5, 11, 16], "unequal spacing of the slices: 5.00 to 6.00 mm", 4),
         ([0, 5, 5, 10], "left out 1 images at the place of another one", 3),
     ],

@@ -26,8 +26,10 @@ def config(name):
 
 def test_the_bundle_runner_predicts_as_chestct_does(phantom_dir, checkpoint, chestct, tmp_path):
     source = phantom_dir / "images"
-    for done in (predict("--input", source, "--output_dir", tmp_path / "a", "--checkpoint", checkpoint),
-                 chestct(source, tmp_path / "b")):
+    for done in (
+        predict("--input", source, "--output_dir", tmp_path / "a", "--checkpoint", checkpoint),
+        chestct(source, tmp_path / "b"),
+    ):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert "Traceback" not in done.stdout + done.stderr
     files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "ab"]
@@ -72,8 +74,10 @@ def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same():
     train, inference = config("train"), config("inference")
     # Training reads records, with masks; inference reads slices of scans. What is done to the image is the same.
     known = {"keys": "image", "mode": "bilinear"}
-    trained = [{key: known.get(key, value) for key, value in item.items() if key != "allow_missing_keys"}
-               for item in train["preprocessing"]["transforms"]]
+    trained = [
+        {key: known.get(key, value) for key, value in item.items() if key != "allow_missing_keys"}
+        for item in train["preprocessing"]["transforms"]
+    ]
     assert inference["preprocessing"]["transforms"][1:] == trained[1:]
     network = {key: value for key, value in train["network_def"].items() if key != "pretrained"}
     assert inference["network_def"] == network

@@ -44,7 +44,11 @@ def studies(tmp_path_factory, write_dicom):
     for k, hu in enumerate(body(4)):
         path = write_dicom(folder / f"study/I{k}", hu, spacing=(5.0, 5.0))
         dataset = pydicom.dcmread(path)
-        dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.FrameOfReferenceUID = series, series + ".1", series + ".2"
+        dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.FrameOfReferenceUID = (
+            series,
+            series + ".1",
+            series + ".2",
+        )
         dataset.ImagePositionPatient, dataset.InstanceNumber, dataset.SeriesNumber = [-160, -160, 5.0 * k], k + 1, 3
         for name, value in SECRETS.items():
             setattr(dataset, name, value)
@@ -130,7 +134,9 @@ def test_two_processes_share_the_work_and_give_the_same_results(first, studies, 
 
 def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chestct, chestct_command, tmp_path):
     knobs = ("--score_threshold", 0.06, "--batch_size", 3)
-    process = subprocess.Popen(chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None and not list(tmp_path.glob(".tmp.volume*/overlays/0001.png")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
