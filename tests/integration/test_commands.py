@@ -66,7 +66,7 @@ def test_curriculum_prints_a_line_an_epoch_and_the_stage_table(trained):
         assert re.search(rf"{stage}: epoch 1 of 1: loss [\d.]+, .*score [\d.]+", printed)
     for noise in ("nvImageCodec", "COCO", "Engine run", "Logging file"):
         assert noise not in printed + stderr
-    assert printed.count("\n") < 40
+    assert printed.count("\n") < 40, printed
     assert not any(shows_bar(name, stderr) for name in ("train", "validate", "evaluate")), "bars are for terminals"
 
 
