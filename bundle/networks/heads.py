@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from monai.networks.nets.basic_unet import UpCat
+from monai.networks.utils import icnr_init
 from torch import nn
 
 
@@ -36,7 +37,8 @@ class DenseHead(nn.Module):
 
     Each step doubles the resolution; a step whose resolution the encoder has takes that feature map in as a skip. Where the
     steps end before stride 1, a sub-pixel convolution (Shi et al., arXiv 1609.05158) makes the rest of the way: a step at
-    full resolution costs as much as all others together.
+    full resolution costs as much as all others together. It starts as nearest-neighbour upsampling, free of checkerboards
+    (Aitken et al., arXiv 1707.02937).
 
     Args:
         channels: of the encoder's feature maps, finest first.
@@ -91,6 +93,8 @@ class DenseHead(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         factor = strides[-1] >> len(decoder_channels)
         self.output = nn.Sequential(nn.Conv2d(in_channels, out_channels * factor**2, kernel_size=1), nn.PixelShuffle(factor))
+        icnr_init(self.output[0], factor)
+        nn.init.zeros_(self.output[0].bias)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Feature maps, finest first, to (B, out_channels, H, W) at stride 1."""

@@ -34,6 +34,13 @@ def test_decoder_answers_at_full_resolution_from_the_skips_it_has(arguments, ski
     assert used == [level in skips or level == len(features) - 1 for level in range(len(features))]
 
 
+def test_the_sub_pixel_convolution_starts_without_checkerboard():
+    head, features = DenseHead(**TIMM, decoder_channels=(16, 8, 8), out_channels=2), pyramid(**TIMM)
+    blocks = head(features).detach().unfold(2, 4, 4).unfold(3, 4, 4)
+    assert torch.equal(blocks, blocks[..., :1, :1].expand_as(blocks))
+    assert blocks.std() > 0.01
+
+
 @pytest.mark.parametrize("count", [0, 6])
 def test_a_number_of_decoder_channels_that_does_not_fit_is_refused(count):
     with pytest.raises(
