@@ -45,12 +45,14 @@ class VGGEncoder(nn.Module):
         self.channels = (*before_pool, before_pool[-1])
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        pyramid, x = [], image
+        pyramid: list[torch.Tensor] = []
+        x = image
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 pyramid.append(x)
             x = layer(x)
-        return [*pyramid, x]
+        pyramid.append(x)
+        return pyramid
 
     def load_rgb(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Load torchvision's weights of the same VGG; its RGB filters are summed for a grey image.

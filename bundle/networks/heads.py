@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 import torch
 from monai.networks.nets.basic_unet import UpCat
 from monai.networks.utils import icnr_init
@@ -27,9 +26,12 @@ class ClassificationHead(nn.Sequential):
             in_channels = size
         super().__init__(*layers, nn.Linear(in_channels, num_classes))
 
-    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Feature maps, finest first, to logits (B, num_classes)."""
-        return super().forward(features[-1].mean((2, 3)))
+        x = features[-1].mean((2, 3))
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class DenseHead(nn.Module):
@@ -67,15 +69,15 @@ class DenseHead(nn.Module):
                 f"encoder of stride {strides[-1]}"
             )
         level = {stride: index for index, stride in enumerate(strides[:-1])} if skips else {}
-        # Index of the feature map each step takes in, or None.
-        self.skips = [level.get(strides[-1] >> step) for step in range(1, len(decoder_channels) + 1)]
+        # Index of the feature map that each step takes in, -1 for none: TorchScript knows lists of numbers alone.
+        self.skips = [level.get(strides[-1] >> step, -1) for step in range(1, len(decoder_channels) + 1)]
         blocks, in_channels = [], channels[-1]
         for skip, out in zip(self.skips, decoder_channels):
             blocks.append(
                 UpCat(
                     spatial_dims=2,
                     in_chns=in_channels,
-                    cat_chns=0 if skip is None else channels[skip],
+                    cat_chns=0 if skip < 0 else channels[skip],
                     out_chns=out,
                     act=("relu", {"inplace": True}),
                     norm="batch",
@@ -96,9 +98,10 @@ class DenseHead(nn.Module):
         icnr_init(self.output[0], factor)
         nn.init.zeros_(self.output[0].bias)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Feature maps, finest first, to (B, out_channels, H, W) at stride 1."""
         x = features[-1]
-        for skip, block in zip(self.skips, self.blocks):
-            x = block(x, None if skip is None else features[skip])
+        for step, block in enumerate(self.blocks):
+            skip = self.skips[step]
+            x = block(x, features[skip] if skip >= 0 else None)
         return self.output(x)

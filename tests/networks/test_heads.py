@@ -16,10 +16,10 @@ CASES = [
     [{**VGG, "decoder_channels": (16, 8, 8, 4, 4)}, [4, 3, 2, 1, 0], (2, 1, 64, 64)],
     [{**VGG, "decoder_channels": (16, 8, 8, 4)}, [4, 3, 2, 1], (2, 1, 64, 64)],
     [{**VGG, "decoder_channels": (16,)}, [4], (2, 1, 64, 64)],
-    [{**VGG, "decoder_channels": (16, 8, 8, 4, 4), "skips": False}, [None] * 5, (2, 1, 64, 64)],
-    [{**TIMM, "decoder_channels": (16, 8, 8, 4, 4), "out_channels": 3}, [3, 2, 1, 0, None], (2, 3, 64, 64)],
+    [{**VGG, "decoder_channels": (16, 8, 8, 4, 4), "skips": False}, [-1] * 5, (2, 1, 64, 64)],
+    [{**TIMM, "decoder_channels": (16, 8, 8, 4, 4), "out_channels": 3}, [3, 2, 1, 0, -1], (2, 3, 64, 64)],
     [{**TIMM, "decoder_channels": (16, 8, 8), "out_channels": 3}, [3, 2, 1], (2, 3, 64, 64)],
-    [{**TIMM, "decoder_channels": (16, 8), "skips": False}, [None] * 2, (2, 1, 64, 64)],
+    [{**TIMM, "decoder_channels": (16, 8), "skips": False}, [-1] * 2, (2, 1, 64, 64)],
 ]
 
 
