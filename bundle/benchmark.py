@@ -163,7 +163,7 @@ def backends(parser: ConfigParser, turns: int) -> dict:
     """
     get = parser.get_parsed_content
     torch.manual_seed(0)
-    network = get("network_def").eval()
+    network = get("multitask_net").eval()
     if get("checkpoint"):
         load_weights(network, get("checkpoint"), strict=True)
     images = _slices(get("input"), get("output_dir"), get("preprocessing"), get("image_size"))

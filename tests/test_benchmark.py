@@ -75,7 +75,7 @@ def test_backends_answer_the_same_slices_alike(prediction, tmp_path):
     assert set(measured["difference"]["torch"].values()) == {0}
     assert 0 < measured["detections"] <= 10
     # Other weights are other answers, from the file that is named.
-    network = parser.get_parsed_content("network_def")
+    network = parser.get_parsed_content("multitask_net")
     network.heads["detection"].roi_heads.score_thresh = 2.0
     torch.save(network.state_dict(), tmp_path / "model.pt")
     text = report_backends(prediction(checkpoint=str(tmp_path / "model.pt"), tasks={"segmentation": 1.0}), turns=1)

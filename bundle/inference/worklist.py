@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PREDICTIONS = "predictions.json"
 # Knobs that do not change what is predicted for a scan; the files behind checkpoint and reference count by their content.
 WITHOUT_EFFECT = ("bundle_root", "dataset_dir", "input", "output_dir", "checkpoint", "reference", "device", "batch_size")
-WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run")
+WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run", "network_def", "export_task")
 
 
 class Worklist:

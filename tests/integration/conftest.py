@@ -19,7 +19,7 @@ def checkpoint(tmp_path_factory):
     parser.read_config([ROOT / "configs/inference.json", SMOKE])
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.pt"
-    torch.save(parser.get_parsed_content("network_def").state_dict(), path)
+    torch.save(parser.get_parsed_content("multitask_net").state_dict(), path)
     return path
 
 

@@ -80,7 +80,7 @@ def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same():
     ]
     assert inference["preprocessing"]["transforms"][1:] == trained[1:]
     network = {key: value for key, value in train["network_def"].items() if key != "pretrained"}
-    assert inference["network_def"] == network
+    assert inference["multitask_net"] == network
     own = {"imports", "initialize", "run", "dataset_dir", "output_dir", "preprocessing", "network_def", "network"}
     own |= {"dataset", "dataloader", "inferer", "handlers", "evaluator", "data"}
     for knob in train.keys() & inference.keys() - own:
@@ -97,6 +97,6 @@ OVERLAYS = sorted(
 def test_overlays_of_training_do_inference_no_harm(overlay):
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs/inference.json"), str(ROOT / f"configs/{overlay}.json")])
-    network = parser.get_parsed_content("network_def")
+    network = parser.get_parsed_content("multitask_net")
     assert set(network.heads) == set(parser["tasks"])
     assert parser.get_parsed_content("postprocessing") is not None
