@@ -8,11 +8,12 @@ import os
 import platform
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Events
@@ -85,7 +86,8 @@ class RunRecorder:
     numbers), `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. A run that
     finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of `init_checkpoint`
     that this run did not have, and `metrics.json` the best epoch. All are written under a temporary name, then renamed;
-    `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both.
+    `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both. Of several processes
+    (see `bundle.processes`) all keep the history and the first one writes.
 
     Args:
         output_dir: folder of the run.
@@ -95,9 +97,12 @@ class RunRecorder:
         val_interval: epochs between validations; the last epoch is always validated.
         seed: of the run.
         init_checkpoint: weights that the run starts from; None for fresh ones.
+        resume: go on from `last.pt`; False leaves it alone until it is written anew.
     """
 
-    def __init__(self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None) -> None:
+    def __init__(
+        self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None, resume=True
+    ) -> None:
         self.folder = Path(output_dir)
         self.state = dict(state)
         self.dataset = dataset
@@ -105,6 +110,7 @@ class RunRecorder:
         self.val_interval = val_interval
         self.seed = seed
         self.init_checkpoint = init_checkpoint
+        self.resume = resume
         self.history: list[dict] = []
 
     def attach(self, trainer) -> None:
@@ -117,8 +123,11 @@ class RunRecorder:
     def start(self, trainer) -> None:
         if trainer.scaler is not None and trainer.scaler.is_enabled():
             self.state["scaler"] = trainer.scaler
+        if self.history:  # federated learning trains on, epoch by epoch, with weights that it sets itself
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         last = self.folder / "last.pt"
-        if last.exists():
+        if self.resume and last.exists():
             saved = torch.load(last, map_location=trainer.state.device, weights_only=True)
             for name in self.state.keys() & saved.keys():
                 self.state[name].load_state_dict(saved[name])
@@ -133,7 +142,7 @@ class RunRecorder:
     def start_epoch(self, trainer) -> None:
         seed = int(np.random.SeedSequence([self.seed, trainer.state.epoch]).generate_state(1)[0])
         set_determinism(seed)
-        set_rnd(self.dataset, seed=seed)
+        set_rnd(self.dataset, seed=seed + idist.get_rank())
         self.learning_rate = trainer.optimizer.param_groups[0]["lr"]
         self.terms = defaultdict(list)
 
@@ -149,14 +158,19 @@ class RunRecorder:
             self.evaluator.run(epoch)
             entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
         self.history.append(entry)
+        if idist.get_rank() == 0:
+            self.write_epoch(entry)
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name.startswith(("loss", "score")))
+            logger.info(f"{self.folder}: epoch {epoch} of {epochs}: {figures}")
+
+    def write_epoch(self, entry: dict) -> None:
+        """Write the checkpoints, history and curves after the epoch of this entry, the last of the history."""
         if self.best() is entry:
             save_atomically(self.state["network"].state_dict(), self.folder / "best.pt")
         states = {name: item.state_dict() for name, item in self.state.items()}
         save_atomically({**states, "history": self.history}, self.folder / "last.pt")
         write_json(self.history, self.folder / "history.json")
         plot_curves(self.history, self.folder / "curves.png")
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name.startswith(("loss", "score")))
-        logger.info(f"{self.folder}: epoch {epoch} of {epochs}: {figures}")
 
     def best(self) -> dict | None:
         """Entry of the epoch with the highest validation score, the earliest of equals; None before a validation."""
@@ -169,12 +183,14 @@ class RunRecorder:
                 f"{self.folder}: found no epoch with a validation score, expected one to choose the weights by; is the "
                 "validation split annotated for the tasks?"
             )
-        weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
-        if self.init_checkpoint:
-            before = read_weights(self.init_checkpoint)
-            weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
-        write_json(self.best(), self.folder / "metrics.json")
-        save_atomically(weights, self.folder / "model.pt")
+        if idist.get_rank() == 0:
+            weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
+            if self.init_checkpoint:
+                before = read_weights(self.init_checkpoint)
+                weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
+            write_json(self.best(), self.folder / "metrics.json")
+            save_atomically(weights, self.folder / "model.pt")
+        idist.barrier()  # what comes next, in any process, finds them written
 
 
 def save_atomically(content, path: Path) -> None:
@@ -224,13 +240,15 @@ def start_run(output_dir: str, resume: bool = True) -> None:
         ValueError: if there is a checkpoint made with another configuration, naming the first key that differs.
     """
     folder, config = Path(output_dir), running_config()
-    folder.mkdir(parents=True, exist_ok=True)
-    if resume:
-        check_resumable(folder, config)
-    else:
-        remove_run(folder)
-    write_json(config, folder / "config.json")
-    write_json(environment(), folder / "environment.json")
+    if idist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            check_resumable(folder, config)
+        else:
+            remove_run(folder)
+        write_json(config, folder / "config.json")
+        write_json(environment(), folder / "environment.json")
+    idist.barrier()
 
 
 def check_resumable(folder: Path, config: Mapping) -> None:
@@ -287,13 +305,9 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
             `bundle.configuration.check_ids`), or it was begun with another configuration.
     """
     folder, configs = Path(output_dir), _stage_configs(stages, output_dir, config_dir)
-    for config in reversed(configs.values()):  # last first: killed here, no stage is left whose origin is gone
-        if config["resume"]:
-            check_resumable(Path(config["output_dir"]), config)
-        else:
-            remove_run(Path(config["output_dir"]))
-    if not running_config()["resume"]:
-        remove_run(folder)  # what an earlier curriculum left at its end
+    if idist.get_rank() == 0:
+        _open_curriculum(folder, configs.values(), running_config()["resume"])
+    idist.barrier()
     reports = {}
     for name, config in configs.items():
         stage = folder / name
@@ -306,10 +320,24 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
             tasks = {task: 1.0 for task in trained_tasks(stage / "model.pt")}
             entries = {"tasks": tasks, "split": "validation", "bootstrap": 0}
             _run(_overlay(config, Path(config_dir) / "evaluate.json", entries), stage / "evaluate.json", config_dir)
-        reports[name] = json.loads(report.read_text())
-        (folder / "stage_table.md").write_text(stage_table(reports))
-    save_atomically(torch.load(stage / "model.pt", map_location="cpu", weights_only=True), folder / "model.pt")
-    print(stage_table(reports))
+        idist.barrier()
+        if idist.get_rank() == 0:
+            reports[name] = json.loads(report.read_text())
+            (folder / "stage_table.md").write_text(stage_table(reports))
+    if idist.get_rank() == 0:
+        save_atomically(torch.load(stage / "model.pt", map_location="cpu", weights_only=True), folder / "model.pt")
+        print(stage_table(reports))
+
+
+def _open_curriculum(folder: Path, configs: Collection[Mapping], resume: bool) -> None:
+    """Refuse stages that were begun with another configuration, and remove those that are not resumed."""
+    for config in reversed(configs):  # last first: killed here, no stage is left whose origin is gone
+        if config["resume"]:
+            check_resumable(Path(config["output_dir"]), config)
+        else:
+            remove_run(Path(config["output_dir"]))
+    if not resume:
+        remove_run(folder)  # what an earlier curriculum left at its end
 
 
 def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> dict[str, dict]:
@@ -350,8 +378,10 @@ def trained_tasks(checkpoint) -> tuple[str, ...]:
 
 def _run(config: dict, path: Path, config_dir: str) -> None:
     """Run id `run` of a configuration as an ordinary MONAI workflow, from a file that is kept beside its results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(config, path)
+    if idist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config, path)
+    idist.barrier()
     meta_file, logging_file = (str(Path(config_dir) / name) for name in ("metadata.json", "logging.conf"))
     workflow = ConfigWorkflow(str(path), meta_file=meta_file, logging_file=logging_file)
     workflow.initialize()

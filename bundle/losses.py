@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import ignite.distributed as idist
 import torch
 from monai.losses import DiceCELoss, DiceLoss, FocalLoss, GeneralizedDiceLoss, TverskyLoss
 from torch import nn
 from torch.nn import functional as F
 
 from bundle.tasks import ANNOTATED, CLASS, DETECTION, MASK, TARGET, check_tasks
-
 
 
 class _WithFocal(nn.Module):
@@ -90,8 +90,10 @@ class MultiTaskLoss(nn.Module):
         uncertainty: learn the balance: w_t exp(-s_t) L_t + s_t / 2 with one trainable s_t = log(sigma_t^2) for each task
             (Kendall et al., CVPR 2018, arXiv 1705.07115; the factor 1/2 of the regression terms is left to w_t).
 
-    After a call `terms` holds the unweighted value of every term, by task, as floats, and the parts of the detection's as
-    detection_classifier, detection_box_reg, detection_mask, detection_objectness and detection_rpn_box_reg.
+    Of several processes every term is the mean over the samples of all, as it would be in one process with all of them.
+
+    After a call `terms` holds the unweighted value of every term, by task, as floats, and the parts of the detection's in
+    this process as detection_classifier, detection_box_reg, detection_mask, detection_objectness and detection_rpn_box_reg.
     """
 
     def __init__(
@@ -115,13 +117,32 @@ class MultiTaskLoss(nn.Module):
             rows = label[ANNOTATED][task]
             if rows.any():
                 terms[task] = getattr(self, f"_{task}")(pred[task], label, rows)
+        parts = pred[DETECTION] if DETECTION in terms else {}
+        if idist.get_world_size() > 1:
+            terms = self._over_processes(terms, label)
         self.terms = {task: term.item() for task, term in terms.items()}
-        if DETECTION in terms:
-            parts = pred[DETECTION].items()
-            self.terms |= {f"{DETECTION}_{name.removeprefix('loss_')}": part.item() for name, part in parts}
+        self.terms |= {f"{DETECTION}_{name.removeprefix('loss_')}": part.item() for name, part in parts.items()}
         if not terms:
             return torch.zeros((), device=label[CLASS].device, requires_grad=True)  # so that backward works
         return sum(self._weighted(task, term) for task, term in terms.items())
+
+    def _over_processes(self, terms: Mapping[str, torch.Tensor], label: dict) -> dict[str, torch.Tensor]:
+        """Terms whose value is the mean over the samples of all processes, and whose gradient is the share of this one.
+
+        DistributedDataParallel takes the mean of the gradients of the processes, so that a share counts their number times.
+        """
+        counts = torch.stack([label[ANNOTATED][task].sum() for task in self.weights]).to(torch.float32)
+        sums = (
+            torch.stack([terms[task].detach() if task in terms else counts.new_zeros(()) for task in self.weights]) * counts
+        )
+        (all_counts, all_sums), shared = idist.all_reduce(torch.stack([counts, sums])), {}
+        for task, count, all_count, total in zip(self.weights, counts, all_counts, all_sums):
+            if all_count:
+                shared[task] = total / all_count
+                if task in terms:
+                    share = terms[task] * count * idist.get_world_size() / all_count
+                    shared[task] = shared[task] + (share - share.detach())
+        return shared
 
     def _weighted(self, task: str, term: torch.Tensor) -> torch.Tensor:
         if task not in self.log_variance:

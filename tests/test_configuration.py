@@ -22,7 +22,7 @@ IN_WORDS = {
         "images of the phantom data, made at first use"
     ),
     "$os.path.join(os.path.dirname(@checkpoint), 'reference.pt')": "reference.pt beside `checkpoint`",
-    "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')": "GPU if there is one",
+    "$bundle.processes.local_device()": "GPU if there is one",
     '{"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "detection": 1.0}': "all four at 1.0",
     '{"stage_classification": {}, "stage_segmentation": {}, "stage_detection": {}, "stage_joint": {}}': "the four stages",
 }

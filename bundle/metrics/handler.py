@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -97,7 +98,9 @@ class MultiTaskMetrics:
 
     def compute(self, engine) -> None:
         if idist.get_world_size() > 1:
-            self.rows = [row for part in idist.all_gather([self.rows]) for row in part]
+            # Process r has had every n-th record beginning with the r-th: see `bundle.processes.shard`.
+            turns = zip_longest(*idist.all_gather(self.rows))
+            self.rows = [row for turn in turns for row in turn if row is not None]
         self.report = {}
         for task in self.tasks:
             rows = [row for row in self.rows if task in row]
