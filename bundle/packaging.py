@@ -1,0 +1,156 @@
+"""The bundle as one archive in the layout of MONAI's model zoo."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
+
+from bundle.cli import ROOT
+from bundle.networks import load_weights
+
+NAME = "chest_ct_multitask"
+PARTS = ("LICENSE", "bundle", "configs", "docs", "models")
+WEIGHTS, REFERENCE = "models/model.pt", "models/reference.pt"
+LIMIT = 25_000_000  # bytes of a file: the model zoo takes no larger one
+WITH_NETWORK = ("configs/inference.json", "configs/train.json")
+
+
+def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = (), url: str | None = None) -> Path:
+    """Write `chest_ct_multitask_v{version}.zip`: one folder with LICENSE, configs, models, docs and the code.
+
+    Of a git checkout it holds what git tracks, as it lies there. The same files give the same archive, byte for byte. Files
+    above `LIMIT` stay out; `large_files.yml` says where `monai.bundle download_large_files` finds them.
+
+    Args:
+        output_dir: folder of the archive, made if missing.
+        root: of the bundle.
+        checkpoint: weights instead of those in models/; a reference.pt beside them goes along.
+        overlays: config files merged into inference.json and train.json, so that these describe the network of the weights.
+        url: address below which the large files are found, by their paths in the bundle.
+
+    Returns:
+        Path of the archive.
+
+    Raises:
+        FileNotFoundError: without weights.
+        ValueError: if they do not fit inference.json, or a file is too large and there is no `url`.
+    """
+    root = Path(root)
+    contents = {path: (root / path).read_bytes() for path in bundle_files(root)}
+    if checkpoint:
+        contents = {path: content for path, content in contents.items() if not path.startswith("models/")}
+        beside = {WEIGHTS: Path(checkpoint), REFERENCE: Path(checkpoint).with_name("reference.pt")}
+        contents |= {path: file.read_bytes() for path, file in beside.items() if path == WEIGHTS or file.is_file()}
+    elif WEIGHTS not in contents:
+        raise FileNotFoundError(
+            f"{root / WEIGHTS}: found no such file that belongs to the bundle, expected weights that git tracks; or name other "
+            "weights with checkpoint"
+        )
+    check_weights(checkpoint or root / WEIGHTS, [root / "configs/inference.json", *overlays])
+    for path in WITH_NETWORK if overlays else ():
+        contents[path] = json.dumps(merge(json.loads(contents[path]), overlays), indent=4).encode() + b"\n"
+    large = {path: contents.pop(path) for path in sorted(contents) if len(contents[path]) > LIMIT}
+    if large and url is None:
+        path, size = next((path, len(content) / 1e6) for path, content in large.items())
+        raise ValueError(
+            f"{path}: found {size:.1f} MB, expected at most {LIMIT / 1e6:.0f}; say with url where it will be found"
+        )
+    if large:
+        contents["large_files.yml"] = large_files(large, url)
+    version = json.loads(contents["configs/metadata.json"])["version"]
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    archive = Path(output_dir) / f"{NAME}_v{version}.zip"
+    write_zip(archive, {f"{NAME}/{path}": content for path, content in contents.items()})
+    return archive
+
+
+def bundle_files(root: Path) -> list[str]:
+    """Paths below the root that belong into an archive: what git tracks, or without git everything but caches."""
+    if (root / ".git").exists():
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--", *PARTS], cwd=root, capture_output=True, text=True, check=True
+        )
+        return sorted(filter(None, listed.stdout.split("\0")))
+    found = [path for part in PARTS for path in (root / part, *(root / part).rglob("*")) if path.is_file()]
+    paths = sorted(path.relative_to(root) for path in found)
+    return [path.as_posix() for path in paths if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
+
+
+def check_weights(checkpoint, config: Sequence) -> None:
+    """Refuse weights that do not answer every task of the network that a config describes.
+
+    Raises:
+        FileNotFoundError, ValueError: of `bundle.networks.load_weights`.
+    """
+    parser = ConfigParser()
+    parser.read_config(list(map(str, config)))
+    load_weights(parser.get_parsed_content("multitask_net"), checkpoint, strict=True)
+
+
+def merge(config: Mapping, overlays: Sequence) -> dict:
+    """A config with overlays merged in as MONAI does it, but only what concerns an id that it has."""
+    parser = ConfigParser(dict(config))
+    for overlay in overlays:
+        for key, value in ConfigParser.load_config_file(overlay).items():
+            if re.split("::|#", key.removeprefix("+"))[0] in config:
+                merge_kv(parser, key, value)
+    return {key: value for key, value in parser.get().items() if key in config}
+
+
+def large_files(contents: Mapping[str, bytes], url: str) -> bytes:
+    """List of large files as MONAI reads it, in YAML."""
+    lines = ["large_files:"]
+    for path, content in contents.items():
+        entry = {"url": f"{url.rstrip('/')}/{path}", "hash_val": hashlib.sha256(content).hexdigest(), "hash_type": "sha256"}
+        lines += [f"  - path: {json.dumps(path)}", *(f"    {key}: {json.dumps(value)}" for key, value in entry.items())]
+    return "\n".join([*lines, ""]).encode()
+
+
+def write_zip(archive: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files in the order of their names, without their times, under a temporary name; then rename."""
+    temporary = archive.with_name(archive.name + ".tmp")
+    try:
+        with ZipFile(temporary, "w") as file:
+            for path in sorted(contents):
+                entry = ZipInfo(path)  # of 1980
+                entry.compress_type, entry.create_system, entry.external_attr = ZIP_DEFLATED, 3, 0o100644 << 16
+                file.writestr(entry, contents[path])
+        os.replace(temporary, archive)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of scripts/package_bundle.py."""
+    parser = argparse.ArgumentParser(description=f"Write {NAME}_vX.Y.Z.zip, the bundle in the layout of MONAI's model zoo.")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="folder of the archive")
+    parser.add_argument("--checkpoint", metavar="FILE", help=f"weights to put in; default: {WEIGHTS} of the bundle")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="overlay with the network of the weights, merged into inference.json and train.json of the archive",
+    )
+    parser.add_argument(
+        "--url", metavar="BASE", help="files over 25 MB stay out and will be found at BASE/models/model.pt …"
+    )
+    known = parser.parse_args(arguments)
+    try:
+        print(package_bundle(known.output_dir, ROOT, known.checkpoint, known.config, known.url))
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
