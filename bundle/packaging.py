@@ -20,7 +20,7 @@ from bundle.networks import load_weights
 
 NAME = "chest_ct_multitask"
 PARTS = ("LICENSE", "bundle", "configs", "docs", "models")
-WEIGHTS, REFERENCE = "models/model.pt", "models/reference.pt"
+WEIGHTS = "models/model.pt"
 LIMIT = 25_000_000  # bytes of a file: the model zoo takes no larger one
 WITH_NETWORK = ("configs/inference.json", "configs/train.json")
 
@@ -45,18 +45,18 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
         FileNotFoundError: without weights.
         ValueError: if they do not fit inference.json, or a file is too large and there is no `url`.
     """
-    root = Path(root)
-    contents = {path: (root / path).read_bytes() for path in bundle_files(root)}
-    if checkpoint:
-        contents = {path: content for path, content in contents.items() if not path.startswith("models/")}
-        beside = {WEIGHTS: Path(checkpoint), REFERENCE: Path(checkpoint).with_name("reference.pt")}
-        contents |= {path: file.read_bytes() for path, file in beside.items() if path == WEIGHTS or file.is_file()}
-    elif WEIGHTS not in contents:
+    root, files = Path(root), bundle_files(Path(root))
+    if not checkpoint and WEIGHTS not in files:
         raise FileNotFoundError(
-            f"{root / WEIGHTS}: found no such file that belongs to the bundle, expected weights that git tracks; or name other "
-            "weights with checkpoint"
+            f"{root / WEIGHTS}: found no such file that belongs to the bundle, expected weights that git tracks; train them, or "
+            "name a checkpoint"
         )
     check_weights(checkpoint or root / WEIGHTS, [root / "configs/inference.json", *overlays])
+    contents = {path: (root / path).read_bytes() for path in files if not (checkpoint and path.startswith("models/"))}
+    if checkpoint:
+        contents[WEIGHTS] = Path(checkpoint).read_bytes()
+        reference = Path(checkpoint).with_name("reference.pt")
+        contents |= {"models/reference.pt": reference.read_bytes()} if reference.is_file() else {}
     for path in WITH_NETWORK if overlays else ():
         contents[path] = json.dumps(merge(json.loads(contents[path]), overlays), indent=4).encode() + b"\n"
     large = {path: contents.pop(path) for path in sorted(contents) if len(contents[path]) > LIMIT}
