@@ -15,7 +15,7 @@ from PIL import Image
 
 from bundle.data.scans import Scan
 from bundle.data.transforms import move_boxes, to_file_grid
-from bundle.inference import dicom, lungs
+from bundle.inference import lungs
 from bundle.inference.lesions import link_boxes
 from bundle.inference.markups import write_markups
 from bundle.inference.nifti import NiftiFile
@@ -296,6 +296,8 @@ class ScanResults:
 
     def _write_dicom(self, prediction: dict) -> dict:
         """Segmentation and structured report; a warning where the series lacks what they need."""
+        from bundle.inference import dicom  # its highdicom needs pydicom 3, and MONAI Label pydicom 2: see bundle.monailabel
+
         files, sources, segmentation = {}, self.scan.sources, self.folder / "segmentation.dcm"
         if SEGMENTATION in self.tasks:
             labels = self.volumes["mask"].voxels()
@@ -313,10 +315,10 @@ class ScanResults:
         return files
 
 
-def to_labels(probabilities: torch.Tensor) -> np.ndarray:
-    """(C, rows, columns) to uint8 (rows, columns): 0, or 1 + the likeliest channel where it exceeds 0.5."""
+def to_labels(probabilities: torch.Tensor, threshold: float = 0.5) -> np.ndarray:
+    """(C, rows, columns) to uint8 (rows, columns): 0, or 1 + the likeliest channel where it exceeds the threshold."""
     highest, channel = torch.as_tensor(probabilities).max(0)
-    return torch.where(highest > 0.5, channel + 1, 0).numpy().astype(np.uint8)
+    return torch.where(highest > threshold, channel + 1, 0).numpy().astype(np.uint8)
 
 
 def read_identifiers(scan: Scan) -> dict[str, str]:

@@ -48,6 +48,7 @@ class DenseHead(nn.Module):
         decoder_channels: of the steps, deepest first: at most one for every halving from the deepest stride to 1.
         out_channels: of the output, which is linear.
         skips: take the encoder's feature maps in; False leaves the deepest ones only.
+        dropout: after every convolution of the steps.
 
     Raises:
         ValueError: if there are no decoder channels, or more than the encoder has halvings.
@@ -60,6 +61,7 @@ class DenseHead(nn.Module):
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
         out_channels: int = 1,
         skips: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         steps = strides[-1].bit_length() - 1
@@ -82,7 +84,7 @@ class DenseHead(nn.Module):
                     act=("relu", {"inplace": True}),
                     norm="batch",
                     bias=False,
-                    dropout=0.0,
+                    dropout=dropout,
                     upsample="nontrainable",
                     pre_conv=None,
                     interp_mode="nearest",

@@ -29,6 +29,7 @@ class MultiTaskNet(nn.Module):
         skips: skip connections of the reconstruction decoder; the segmentation decoder always has them.
         dropout: of the classification head.
         detection: further arguments of `MaskRCNNHead`.
+        decoder_dropout: of the segmentation decoder; 0 in the curriculum, more for Monte-Carlo dropout in MONAI Label.
 
     Raises:
         ValueError: for an unknown task or backbone, or an image size that the encoder's stride does not divide.
@@ -48,6 +49,7 @@ class MultiTaskNet(nn.Module):
         skips: bool = True,
         dropout: float = 0.2,
         detection: Mapping | None = None,
+        decoder_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -56,7 +58,9 @@ class MultiTaskNet(nn.Module):
         self.stride = strides[-1]
         make = {
             CLASSIFICATION: lambda: ClassificationHead(channels[-1], num_classes, dropout=dropout),
-            SEGMENTATION: lambda: DenseHead(channels, strides, decoder_channels, segmentation_channels),
+            SEGMENTATION: lambda: DenseHead(
+                channels, strides, decoder_channels, segmentation_channels, dropout=decoder_dropout
+            ),
             RECONSTRUCTION: lambda: DenseHead(channels, strides, decoder_channels, in_channels, skips),
             DETECTION: lambda: MaskRCNNHead(channels, strides, **(detection or {})),
         }

@@ -68,3 +68,14 @@ def test_classification_sees_the_deepest_features_wherever_they_are():
     head, features = ClassificationHead(14, 3).eval(), pyramid(**VGG)
     moved = [*features[:-1], features[-1].roll(1, dims=-1)]
     torch.testing.assert_close(head(features), head(moved))
+
+
+def test_dropout_of_a_decoder_keeps_its_weights_their_names_and_its_answer_in_evaluation():
+    plain, features = DenseHead(**TIMM, decoder_channels=(16, 8, 8)).eval(), pyramid(**TIMM)
+    head = DenseHead(**TIMM, decoder_channels=(16, 8, 8), dropout=0.5).eval()
+    head.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(head(features), plain(features))
+    torch.testing.assert_close(torch.jit.script(head)(features), plain(features))
+    for module in head.modules():
+        module.training = isinstance(module, torch.nn.Dropout)
+    assert (head(features) - head(features)).abs().max() > 1e-3
