@@ -48,7 +48,7 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
     root, files = Path(root), bundle_files(Path(root))
     if not checkpoint and WEIGHTS not in files:
         raise FileNotFoundError(
-            f"{root / WEIGHTS}: found no such file that belongs to the bundle, expected weights that git tracks; train them, or "
+            f"{root / WEIGHTS}: found no such file that belongs to the bundle, expected weights that git tracks; train, or "
             "name a checkpoint"
         )
     check_weights(checkpoint or root / WEIGHTS, [root / "configs/inference.json", *overlays])

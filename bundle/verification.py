@@ -122,7 +122,9 @@ def calls(place: Place) -> dict[str, Callable[[], None]]:
             assert torch.equal(value, weights[key].to(value.dtype)), f"{key} is not as in {place.weights}"
 
     def check_torchscript() -> None:
-        script, meta, _ = load(load_ts_module=True, model_file=str(place.out / "model.ts"))
+        file = place.out / "model.ts"
+        assert file.is_file(), f"ckpt_export has made no {file.name}"  # MONAI would try to download it
+        script, meta, _ = load(load_ts_module=True, model_file=str(file))
         shape = meta["network_data_format"]["inputs"]["image"]["spatial_shape"]
         image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
