@@ -1,0 +1,3 @@
+from bundle.monailabel.faces import main
+
+main()

@@ -1,0 +1,117 @@
+"""Training from MONAI Label: the slices of labelled volumes for the training of configs/train.json."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from monai.data import CacheDataset
+
+from bundle.data.scans import open_scan
+from bundle.data.transforms import LoadSliced
+from bundle.networks import MultiTaskNet
+from bundle.tasks import EMPTY_MASK, GROUP, IMAGE, MASK, SOURCE
+
+
+class VolumeSlice(NamedTuple):
+    """A slice of a volume's file, in place of the path of an image."""
+
+    path: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, slice {self.index}"
+
+
+def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
+    """Records of the slices of a labelled volume to train on.
+
+    Args:
+        volume: {"image", "label"}, paths of files on one grid.
+        limit: the most slices; at most half of them with lesion, so that those without are learnt too, evenly spaced.
+
+    Returns:
+        Records as in a datalist, with a `VolumeSlice` for a path, and the mask "empty" where there is no lesion.
+
+    Raises:
+        ValueError: naming the files, if they cannot be read or differ in size.
+    """
+    image, label = open_scan(volume["image"]), open_scan(volume["label"])
+    if image.shape != label.shape:
+        raise ValueError(f"{label.path}: found a label of size {label.shape}, expected {image.shape} as in {image.path}")
+    has_lesion = [bool((label.read(index) > 0).any()) for index in range(len(label))]
+    records = []
+    for wanted in (True, False):
+        indices = [index for index, lesion in enumerate(has_lesion) if lesion == wanted]
+        count = min(len(indices), limit // 2)
+        for index in [indices[k] for k in np.linspace(0, len(indices) - 1, count).round().astype(int)]:
+            mask = VolumeSlice(label.path, index) if wanted else EMPTY_MASK
+            place = VolumeSlice(image.path, index)
+            records.append({IMAGE: place, MASK: mask, GROUP: image.path, SOURCE: "monailabel"})
+    return records
+
+
+class VolumeDataset(CacheDataset):
+    """MONAI's CacheDataset of the slices of labelled volumes.
+
+    Args:
+        data: {"image", "label"} of each volume: what MONAI Label sets.
+        transform: of a record of `slices_of`; it begins with `LoadVolumeSliced`.
+        otherwise: volumes to take if there are none in `data`: without any set aside, validation is on those of the training.
+        slices_per_volume: see `slices_of`.
+
+    Raises:
+        ValueError: if there is no volume, or of `slices_of`.
+    """
+
+    def __init__(
+        self, data: Sequence[Mapping], transform: Callable, otherwise: Sequence[Mapping] = (), slices_per_volume: int = 64
+    ) -> None:
+        volumes = data or otherwise
+        if not volumes:
+            raise ValueError("training: found no labelled volume, expected at least one; submit a label first")
+        records = [record for volume in volumes for record in slices_of(volume, slices_per_volume)]
+        super().__init__(records, transform, num_workers=None, progress=False)
+
+
+class LoadVolumeSliced(LoadSliced):
+    """`LoadSliced` for records of `slices_of`; image and label of one volume are open at a time."""
+
+    def __init__(self, segmentation_classes: int = 1) -> None:
+        super().__init__(segmentation_classes)
+        self.open = lru_cache(maxsize=2)(open_scan)
+        self.load = lambda place: self.open(place.path).read(place.index)
+
+
+def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
+    """Keep the encoder as it is in training, batch statistics included, so that heads that are not trained still fit it.
+
+    Args:
+        network: changed in place.
+
+    Returns:
+        The same.
+    """
+    network.encoder.requires_grad_(False)
+
+    def keep_statistics(network, _) -> None:  # engines set the whole network to training mode in every iteration
+        network.encoder.eval()
+
+    network.register_forward_pre_hook(keep_statistics)
+    return network
+
+
+def publish(weights, model) -> None:
+    """Copy a weights file over the model that is served, under a temporary name that is then renamed.
+
+    Args:
+        weights: path of the new weights.
+        model: path of the model.
+    """
+    temporary = f"{model}.tmp"  # not *.pt, which MONAI Label would offer as a model
+    shutil.copyfile(weights, temporary)
+    os.replace(temporary, model)
