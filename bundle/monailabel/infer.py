@@ -168,7 +168,9 @@ class SegmentationInferer(VolumeInferer):
                 planes[channel, index] = stored.reshape(planes.shape[2:])
             slices.append(numbers_of(answer, scan))
         result = {} if self.monte_carlo else self._result(scan, slices, planes[0])
-        return [{"pred": torch.from_numpy(pred.reshape(channels, *inputs.shape[2:])), "result": result}]
+        # A MetaTensor, since the scoring of MONAI Label wants what both numpy and torch can sum up.
+        mask = MetaTensor(torch.from_numpy(pred.reshape(channels, *inputs.shape[2:])), affine=torch.as_tensor(scan.affine))
+        return [{"pred": mask, "result": result}]
 
     def _result(self, scan: Scan, slices: Sequence[Mapping], planes: np.ndarray) -> dict:
         result = {CLASSIFICATION: self.classify(scan, slices)} if CLASSIFICATION in slices[0] else {}
