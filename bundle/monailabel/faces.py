@@ -135,7 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bundle.monailabel", description="Make the bundles for MONAI Label.")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder `model` of the app monaibundle")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; models/model.pt if there are none yet")
-    parser.add_argument("--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json"
+    )
     known = parser.parse_args(arguments)
     try:
         for face in make_faces(known.output_dir, known.checkpoint, known.config):

@@ -1,0 +1,88 @@
+"""Faces of the smallest network, and volumes of any orientation to answer."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from bundle.monailabel import make_faces
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "configs/preset_smoke.json"
+
+
+@pytest.fixture(scope="session")
+def source():
+    """configs/inference.json for the smallest network, parsed."""
+    parser = ConfigParser()
+    parser.read_config([ROOT / "configs/inference.json", SMOKE])
+    parser.read_meta(ROOT / "configs/metadata.json")
+    return parser
+
+
+@pytest.fixture(scope="session")
+def weights(source, tmp_path_factory):
+    """Untrained weights of the smallest network."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(source.get_parsed_content("multitask_net").state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def faces(weights, tmp_path_factory):
+    """Face -> folder; only to be read."""
+    made = make_faces(tmp_path_factory.mktemp("faces"), weights, [SMOKE])
+    return {face.name.removeprefix("chest_ct_"): face for face in made}
+
+
+@pytest.fixture(scope="session")
+def write_volume():
+    """Function that writes a body with lungs and a lesion in one of them, on LPS axes or others, and its label."""
+
+    def write(path, axes="LPS", shape=(64, 56, 6), noise=20.0):
+        x, y, z = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
+        hu = np.where((x / 0.95) ** 2 + (y / 0.9) ** 2 < 1, 40.0, -1000.0)
+        hu[((np.abs(x) - 0.4) / 0.28) ** 2 + (y / 0.5) ** 2 < 1] = -800
+        lesion = ((x - 0.4) / 0.2) ** 2 + ((y - 0.1) / 0.25) ** 2 + (z / 0.7) ** 2 < 1
+        hu[lesion] = 0
+        hu += np.random.default_rng(0).normal(0, noise, shape)
+        affine = np.array([[-5.0, 0, 0, 160], [0, -6, 0, 150], [0, 0, 6, -30], [0, 0, 0, 1]])
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.orientations.axcodes2ornt("LPS"), nibabel.orientations.axcodes2ornt(axes)
+        )
+        for name, values in (("", hu.astype(np.int16)), ("_label", lesion.astype(np.uint8))):
+            image = nibabel.Nifti1Image(values, affine).as_reoriented(turn)
+            nibabel.save(image, path.with_name(path.name.replace(".nii", f"{name}.nii")))
+        return path, path.with_name(path.name.replace(".nii", "_label.nii"))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def ask():
+    """Function that does with a face what MONAI Label does: prepare a volume, load the network, answer."""
+
+    def ask(face, path, changes=None, dropout=0.0):
+        parser = ConfigParser()
+        parser.read_config(face / "configs/inference.json")
+        parser["device"] = "cpu"
+        parser["network_def"]["dropout"] = dropout
+        for id, value in (changes or {}).items():
+            parser[id] = value
+        network = parser.get_parsed_content("network_def")
+        network.load_state_dict(torch.load(face / "models/model.pt", weights_only=True))
+        network.train(dropout > 0)
+        volume = parser.get_parsed_content("preprocessing")({"image": str(path)})["image"]
+        if "detector" in parser:
+            detector = parser.get_parsed_content("detector")
+            detector.network = network
+            with torch.no_grad():
+                return detector(volume[None], use_inferer=True)[0]
+        with torch.no_grad():
+            return parser.get_parsed_content("inferer")(volume[None], network)[0]
+
+    return ask

@@ -1,0 +1,116 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+import bundle
+from bundle.monailabel import make_faces
+from bundle.monailabel.faces import main
+from bundle.networks import MultiTaskNet
+
+SMOKE = Path(__file__).parents[2] / "configs/preset_smoke.json"
+NETWORK = (
+    "tasks",
+    "backbone",
+    "width",
+    "decoder_channels",
+    "skips",
+    "detection",
+    "image_size",
+    "classes",
+    "segmentation_classes",
+)
+
+
+def config(face, name="inference"):
+    return json.loads((face / f"configs/{name}.json").read_text())
+
+
+def test_the_faces_are_the_bundle_as_it_is_now(faces, source):
+    assert sorted(faces) == ["classification", "detection", "segmentation"]
+    expected = source.get_parsed_content("multitask_net").state_dict()
+    for name, face in faces.items():
+        made = config(face)
+        for knob in (*NETWORK, "window"):
+            assert made[knob] == source[knob], (name, knob)
+        assert made["slice_preprocessing"] == source["preprocessing"]
+        renamed = json.dumps(source["postprocessing"]).replace("@preprocessing", "@slice_preprocessing")
+        assert made["slice_postprocessing"] == json.loads(renamed)
+        parser = ConfigParser(made)
+        network = parser.get_parsed_content("network_def")
+        assert type(network) is MultiTaskNet
+        weights = torch.load(face / "models/model.pt", weights_only=True)
+        assert weights.keys() == network.state_dict().keys() == expected.keys()
+        network.load_state_dict(weights)
+        assert config(face, "metadata")["version"] == bundle.__version__
+        assert (face / "bundle/networks/multitask.py").is_file()
+
+
+def test_default_limits_are_those_of_the_bundle(faces, source):
+    for name in ("segmentation", "detection"):
+        limits = config(faces[name])["displayable_configs"]
+        assert limits["score_threshold"] == source["score_threshold"]
+    assert config(faces["segmentation"])["displayable_configs"]["lesion_threshold"] == 0.5
+
+
+def test_what_monai_label_reads_first_from_the_metadata(faces):
+    channels = {}
+    for name, face in faces.items():
+        formats = config(face, "metadata")["network_data_format"]
+        key, image = next(iter(formats["inputs"].items()))
+        assert (key, len(image["spatial_shape"])) == ("image", 3)
+        key, pred = next(iter(formats["outputs"].items()))
+        assert key == "pred"
+        channels[name] = pred["channel_def"]
+    assert channels == {
+        "segmentation": {"0": "background", "1": "lesion"},
+        "classification": {"0": "other", "1": "COVID-19", "2": "lung cancer"},
+        "detection": {"0": "lesion"},
+    }
+
+
+def test_a_face_keeps_nothing_that_it_does_not_use(faces):
+    for face in faces.values():
+        assert not {"worklist", "evaluator", "dataset_dir", "checkpoint", "run"} & config(face).keys()
+    train = config(faces["segmentation"], "train")
+    assert not {"datalist", "records", "dataset_dir", "stages", "training"} & train.keys()
+    assert train["tasks"] == {"segmentation": 1.0}
+    assert all("_target_" in handler for handler in train["train"]["handlers"])
+
+
+def test_dropout_that_monai_label_sets_reaches_the_decoder_and_the_inferer(faces):
+    for dropout in (0.0, 0.3):
+        parser = ConfigParser(config(faces["segmentation"]))
+        parser["network_def"]["dropout"] = dropout
+        head = parser.get_parsed_content("network_def").heads["segmentation"]
+        rates = {module.p for module in head.modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates == {dropout}
+        assert parser.get_parsed_content("inferer").monte_carlo is (dropout > 0)
+
+
+def test_weights_that_were_trained_on_are_kept_until_others_are_named(weights, tmp_path):
+    face = make_faces(tmp_path, weights, [SMOKE])[0]
+    trained = {name: value + 1 for name, value in torch.load(weights, weights_only=True).items()}
+    torch.save(trained, face / "models/model.pt")
+    make_faces(tmp_path, None, [SMOKE])
+    kept = torch.load(face / "models/model.pt", weights_only=True)
+    assert all(torch.equal(kept[name], trained[name]) for name in trained)
+    make_faces(tmp_path, weights, [SMOKE])
+    assert (face / "models/model.pt").read_bytes() == weights.read_bytes()
+
+
+def test_weights_of_another_network_are_refused_in_one_line(weights, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path / "faces"), "--checkpoint", str(weights)])
+    assert end.value.code == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith(f"error: {weights}: found encoder.") and "another network" in message
+    assert not (tmp_path / "faces/chest_ct_segmentation/models/model.pt").exists()
+
+
+def test_a_config_that_is_not_there_is_named(weights, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.json: no such config, expected a file such as"):
+        make_faces(tmp_path, weights, ["nowhere.json"])

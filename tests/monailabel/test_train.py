@@ -1,0 +1,72 @@
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from bundle.data.batch import balanced_weights, collate
+from bundle.monailabel import LoadVolumeSliced, VolumeDataset, freeze_encoder, publish
+from bundle.monailabel.train import slices_of
+
+
+@pytest.fixture
+def volume(write_volume, tmp_path):
+    image, label = write_volume(tmp_path / "a.nii.gz", shape=(64, 56, 12))
+    return {"image": str(image), "label": str(label)}
+
+
+def test_slices_with_and_without_lesion_are_in_balance(volume):
+    records = slices_of(volume, limit=64)
+    lesion = nibabel.load(volume["label"]).get_fdata().any((0, 1))
+    assert [r["image"].index for r in records if r["mask"] != "empty"] == lesion.nonzero()[0].tolist()
+    assert [r["image"].index for r in records if r["mask"] == "empty"] == (~lesion).nonzero()[0].tolist()
+    few = slices_of(volume, limit=4)
+    assert [r["mask"] == "empty" for r in few] == [False, False, True, True]
+    assert few[0]["image"].index == lesion.nonzero()[0][0] and few[1]["image"].index == lesion.nonzero()[0][-1]
+    assert balanced_weights(records, ["segmentation"])[: lesion.sum()].sum() == pytest.approx(0.5)
+
+
+def test_a_label_of_another_size_is_refused(volume, write_volume, tmp_path):
+    _, other = write_volume(tmp_path / "b.nii.gz", shape=(64, 56, 6))
+    expected = rf"{other}: found a label of size \(64, 56, 6\), expected \(64, 56, 12\) as in {volume['image']}"
+    with pytest.raises(ValueError, match=expected):
+        slices_of({**volume, "label": str(other)}, 64)
+
+
+def test_samples_are_image_and_mask_of_the_slice(volume):
+    dataset = VolumeDataset([volume], LoadVolumeSliced())
+    assert len(dataset) == 12
+    label, image = (nibabel.load(volume[key]).get_fdata() for key in ("label", "image"))
+    for record, sample in zip(dataset.data, dataset):
+        index = record["image"].index
+        np.testing.assert_array_equal(sample["mask"][0].numpy(), label[:, :, index].T)
+        np.testing.assert_array_equal(sample["image"][0].numpy(), image[:, :, index].T)
+    batch = collate(list(dataset))
+    assert batch["record"][0]["image"] == f"{volume['image']}, slice {dataset.data[0]['image'].index}"
+    assert batch["annotated"]["segmentation"].all() and not batch["annotated"]["detection"].any()
+
+
+def test_without_volumes_set_aside_others_stand_in_and_without_any_it_says_so(volume):
+    assert len(VolumeDataset([], LoadVolumeSliced(), otherwise=[volume], slices_per_volume=4)) == 4
+    with pytest.raises(ValueError, match="training: found no labelled volume, expected at least one; submit a label first"):
+        VolumeDataset([], LoadVolumeSliced())
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_its_statistics(source):
+    network = freeze_encoder(source.get_parsed_content("multitask_net"))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    network.train()
+    segmentation = torch.tensor([True] * 2), {task: torch.zeros(2, dtype=torch.bool) for task in network.heads}
+    annotated = {**segmentation[1], "segmentation": segmentation[0]}
+    network(torch.rand(2, 1, 64, 64), targets=[None, None], annotated=annotated)["segmentation"].square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("heads.segmentation.") for name in changed)
+
+
+def test_weights_are_published_whole(tmp_path):
+    (tmp_path / "new.pt").write_bytes(b"new")
+    (tmp_path / "model.pt").write_bytes(b"old")
+    publish(tmp_path / "new.pt", tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "new.pt"]
