@@ -50,6 +50,8 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
         (face / "configs").mkdir(parents=True, exist_ok=True)
         (face / "models").mkdir(exist_ok=True)
         inference = face_config("inference", task, configs)
+        if task not in inference["tasks"]:
+            raise ValueError(f"tasks: found {', '.join(inference['tasks'])}, expected {task} among them for {name}")
         _write(face / "configs/inference.json", inference)
         if task == SEGMENTATION:
             _write(face / "configs/train.json", face_config("train", "train", configs))

@@ -114,3 +114,9 @@ def test_weights_of_another_network_are_refused_in_one_line(weights, tmp_path, c
 def test_a_config_that_is_not_there_is_named(weights, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.json: no such config, expected a file such as"):
         make_faces(tmp_path, weights, ["nowhere.json"])
+
+
+def test_a_network_without_the_head_of_a_face_is_refused(weights, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"tasks": {"segmentation": 1.0}}))
+    with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them for chest_ct_class"):
+        make_faces(tmp_path / "faces", weights, [SMOKE, tmp_path / "one.json"])
