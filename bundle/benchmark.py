@@ -24,7 +24,7 @@ from torch.utils.benchmark.utils.timer import timer
 from torchvision.ops import box_iou
 
 from bundle.data.scans import find_scans
-from bundle.engines import MultiTaskTrainer, environment, prepare_batch
+from bundle.engines import MultiTaskTrainer, environment, loss_terms, prepare_batch
 from bundle.inference.backends import PACKAGES, accelerate, one_by_one
 from bundle.inference.slices import FAILURE, SliceDataset, collate
 from bundle.networks import load_weights
@@ -123,7 +123,7 @@ def training_step(parser: ConfigParser, turns: int) -> dict:
         seed(engine)
         loss = plain_step(engine.state.batch)
         taken["plain"].append(timer() - begin)
-        differences.append(abs(loss - engine.state.output["loss_terms"]["loss"]))
+        differences.append(abs(loss - loss_terms(engine.state.output)["loss"]))
         if engine.state.iteration == len(batches):
             engine.terminate(skip_completed=True)  # before validation and checkpoints, which the plain loop lacks
         begin = timer()

@@ -24,14 +24,16 @@ from monai.utils import set_determinism
 from monai.utils.enums import CommonKeys
 
 from bundle.configuration import check_ids, running_workflow
-from bundle.metrics import plot_curves, stage_table
+from bundle.metrics import log_artifacts, plot_curves, stage_table
 from bundle.networks import load_weights, read_weights
 from bundle.tasks import ANNOTATED, DETECTION, IMAGE, RECORD, check_tasks
 
 logger = logging.getLogger(__name__)
 
+# What MONAI adds where an experiment is tracked, and a curriculum hands on to its stages.
+TRACKING = {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
 # Entries that say where and how fast a run is computed, not what: they may differ when it is resumed.
-CHANGEABLE = {"resume", "device", "num_workers", "cache_rate"}
+CHANGEABLE = {"resume", "device", "num_workers", "cache_rate", *TRACKING}
 
 
 def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
@@ -56,6 +58,8 @@ def _to_device(item, device, non_blocking: bool):
 class MultiTaskTrainer(SupervisedTrainer):
     """MONAI's SupervisedTrainer that keeps every loss term, under "loss_terms" of its output, and stops on NaN.
 
+    The output is a list of one dictionary, since the handlers of MONAI that log a loss look for it in a list's first item.
+
     Raises:
         ValueError: naming the images of the batch, if the loss is not finite.
     """
@@ -70,12 +74,12 @@ class MultiTaskTrainer(SupervisedTrainer):
                 "lower learning_rate"
             )
         output["loss_terms"] = terms
-        return output
+        return [output]
 
 
-def loss_terms(output: dict) -> dict[str, float]:
+def loss_terms(output: list[dict]) -> dict[str, float]:
     """Output transform of MONAI's StatsHandler and TensorBoardStatsHandler: the loss and each of its terms."""
-    return output["loss_terms"]
+    return output[0]["loss_terms"]
 
 
 class RunRecorder:
@@ -147,7 +151,7 @@ class RunRecorder:
         self.terms = defaultdict(list)
 
     def add_terms(self, trainer) -> None:
-        for name, value in trainer.state.output["loss_terms"].items():
+        for name, value in loss_terms(trainer.state.output).items():
             self.terms[name].append(value)
 
     def save_epoch(self, trainer) -> None:
@@ -158,6 +162,7 @@ class RunRecorder:
             self.evaluator.run(epoch)
             entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
         self.history.append(entry)
+        trainer.state.metrics = {name: value for name, value in entry.items() if name != "epoch"}  # for those who log them
         if idist.get_rank() == 0:
             self.write_epoch(entry)
             figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name.startswith(("loss", "score")))
@@ -190,6 +195,7 @@ class RunRecorder:
                 weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
             write_json(self.best(), self.folder / "metrics.json")
             save_atomically(weights, self.folder / "model.pt")
+            log_artifacts(trainer, [self.folder / "config.json", self.folder / "curves.png"])
         idist.barrier()  # what comes next, in any process, finds them written
 
 
@@ -353,7 +359,8 @@ def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
         overlay = Path(config_dir) / f"{name}.json"
         if not overlay.is_file():
             raise FileNotFoundError(f"stages: found {name!r}, expected {overlay}")
-        config = _overlay(base, overlay, {**entries, "output_dir": str(Path(output_dir) / name)})
+        folder = Path(output_dir) / name
+        config = _overlay(base, overlay, {**entries, "output_dir": str(folder), **_tracking(base, folder)})
         check_ids(config, config_dir)
         if before and config["transfer"]:
             config["init_checkpoint"] = str(Path(before["output_dir"]) / "model.pt")
@@ -362,6 +369,13 @@ def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
     if not configs:
         raise ValueError("stages: found none, expected one or more")
     return configs
+
+
+def _tracking(base: Mapping, folder: Path) -> dict:
+    """Entries that track a stage as a run of its own, in the store of the curriculum, if that is tracked."""
+    if "tracking_uri" not in base:
+        return {}
+    return {"tracking_uri": running_workflow().parser.get_parsed_content("tracking_uri"), "run_name": folder.name}
 
 
 def _overlay(base: dict, file: Path, entries: Mapping) -> dict:

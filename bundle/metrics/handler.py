@@ -13,6 +13,7 @@ from pathlib import Path
 import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Events
+from monai.handlers import MLFlowHandler
 from monai.utils.enums import CommonKeys
 
 from bundle.metrics import figures
@@ -109,6 +110,7 @@ class MultiTaskMetrics:
         engine.state.metrics.update(self._flat())
         if self.folder is not None and idist.get_rank() == 0:
             self._write()
+            log_artifacts(engine, [self.folder / "metrics.json", *sorted(self.folder.glob("*.png"))])
 
     def _task_report(self, task: str, rows: Sequence[dict]) -> dict:
         report = self._figures(task, rows)
@@ -174,3 +176,15 @@ class MultiTaskMetrics:
             line |= {name: case[name] for name in ("n_boxes", "n_detections")}
             line |= {"true_positives": int((hits > 0).sum()), "false_positives": int((hits == 0).sum())}
         return line
+
+
+def log_artifacts(engine, paths: Iterable[Path]) -> None:
+    """Keep those files that exist with the run where MLflow tracks it, through the MLFlowHandler that MONAI has added to the engine.
+
+    Left to itself it keeps the configuration only where `output_dir` is an expression, and no picture.
+    """
+    handlers = {handler for handlers in engine._event_handlers.values() for handler, *_ in handlers}
+    for tracker in {getattr(handler, "__self__", None) for handler in handlers}:
+        if isinstance(tracker, MLFlowHandler):
+            for path in filter(Path.is_file, paths):
+                tracker.client.log_artifact(tracker.cur_run.info.run_id, str(path))
