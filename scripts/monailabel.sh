@@ -29,8 +29,8 @@ install() {
     # Without their dependencies: they ask for numpy 1 and for packages of models that are not used here.
     "$env/bin/python" -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1 timeloop==1.0.2
     "$env/bin/python" -m pip install --quiet 'pydicom<3' 'pynetdicom<3' 'dicomweb-client[gcp]<0.60' uvicorn pydantic \
-        pydantic-settings python-dotenv fastapi python-multipart httpx schedule expiringdict expiring-dict cachetools watchdog \
-        pynrrd girder-client ninja pyyaml filelock passlib pyjwt bcrypt shapely requests requests-toolbelt scikit-learn \
+        pydantic-settings python-dotenv fastapi python-multipart httpx schedule expiringdict expiring-dict cachetools \
+        watchdog pynrrd girder-client ninja pyyaml filelock passlib pyjwt bcrypt shapely requests requests-toolbelt scikit-learn \
         scikit-image jsonschema psutil google-auth gdown openslide-python openslide-bin
     is_installed || { "$env/bin/python" -c "import monailabel.app"; exit 1; }
 }
@@ -46,7 +46,10 @@ answers() {
 
 start() {
     local studies options=()
-    studies=$(cd "$called_from" && realpath -e "$1") || exit 1
+    case $1 in
+    http://* | https://*) studies=$1 ;; # a DICOMweb server
+    *) studies=$(cd "$called_from" && realpath -e "$1") || exit 1 ;;
+    esac
     shift
     for option in "$@"; do # files are named from where the command was given
         case $option in --*) ;; *) option=$(cd "$called_from" && realpath -m "$option") ;; esac
@@ -55,7 +58,8 @@ start() {
     if server >/dev/null; then echo "error: a server runs already: $0 stop" >&2 && exit 1; fi
     if answers; then echo "error: port $port is taken: set MONAILABEL_PORT" >&2 && exit 1; fi
     install
-    [ -f "$app/main.py" ] || "$env/bin/python" -m monailabel.main apps --download --name monaibundle --output "$dir/apps" >/dev/null
+    [ -f "$app/main.py" ] || "$env/bin/python" -m monailabel.main apps --download --name monaibundle --output "$dir/apps" \
+        >/dev/null
     PYTHONPATH=$root "$env/bin/python" -m bundle.monailabel "$app/model" "${options[@]}" >/dev/null
     # Any source but the default: that one is asked over the network even for local bundles.
     MONAI_ZOO_SOURCE=ngc setsid "$env/bin/python" -m monailabel.main start_server --app "$app" --studies "$studies" \

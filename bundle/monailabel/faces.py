@@ -73,8 +73,8 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
 def face_config(source: str, overlay: str, configs: Sequence = ()) -> dict:
     """Config of a face: one of the bundle's, overlays, then its own of configs/monailabel, without what it does not use.
 
-    What the bundle's inference does to a slice is called slice_preprocessing and slice_postprocessing there, since MONAI Label
-    wants under `preprocessing` and `postprocessing` what is done to a volume.
+    What the bundle's inference does to a slice is called slice_preprocessing and slice_postprocessing there, since MONAI
+    Label wants under `preprocessing` and `postprocessing` what is done to a volume.
 
     Args:
         source: inference or train.

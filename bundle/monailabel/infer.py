@@ -212,8 +212,8 @@ class LesionDetector(VolumeInferer):
             use_inferer: what MONAI Label always says.
 
         Returns:
-            One dictionary: "box" (N, 6), centers and sizes in mm along the axes of LPS, highest score first: of an oblique scan,
-            the hull of the box in space; "label" (N,) zeros; "description", a line for each lesion with its score.
+            One dictionary: "box" (N, 6), centers and sizes in mm along the axes of LPS, highest score first (of an oblique
+            scan, the hull of the box in space); "label" (N,) zeros; "description", a line for each lesion with its score.
         """
         scan = VolumeScan(inputs)
         slices = [numbers_of(answer, scan) for answer in self.answers(scan, self.network, self.tasks)]

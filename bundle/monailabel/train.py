@@ -61,7 +61,7 @@ class VolumeDataset(CacheDataset):
     Args:
         data: {"image", "label"} of each volume: what MONAI Label sets.
         transform: of a record of `slices_of`; it begins with `LoadVolumeSliced`.
-        otherwise: volumes to take if there are none in `data`: without any set aside, validation is on those of the training.
+        otherwise: volumes to take if there are none in `data`: without any set aside, validation is on the training's.
         slices_per_volume: see `slices_of`.
 
     Raises:
