@@ -30,8 +30,8 @@ install() {
     "$env/bin/python" -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1 timeloop==1.0.2
     "$env/bin/python" -m pip install --quiet 'pydicom<3' 'pynetdicom<3' 'dicomweb-client[gcp]<0.60' uvicorn pydantic \
         pydantic-settings python-dotenv fastapi python-multipart httpx schedule expiringdict expiring-dict cachetools \
-        watchdog pynrrd girder-client ninja pyyaml filelock passlib pyjwt bcrypt shapely requests requests-toolbelt scikit-learn \
-        scikit-image jsonschema psutil google-auth gdown openslide-python openslide-bin
+        watchdog pynrrd girder-client ninja pyyaml filelock passlib pyjwt bcrypt shapely requests requests-toolbelt \
+        scikit-learn scikit-image jsonschema psutil google-auth gdown openslide-python openslide-bin
     is_installed || { "$env/bin/python" -c "import monailabel.app"; exit 1; }
 }
 
