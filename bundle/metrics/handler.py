@@ -179,9 +179,9 @@ class MultiTaskMetrics:
 
 
 def log_artifacts(engine, paths: Iterable[Path]) -> None:
-    """Keep those files that exist with the run where MLflow tracks it, through the MLFlowHandler that MONAI has added to the engine.
+    """Keep files, those of them that exist, with the run of an engine that MLflow tracks.
 
-    Left to itself it keeps the configuration only where `output_dir` is an expression, and no picture.
+    The MLFlowHandler that MONAI has added keeps the configuration only where `output_dir` is an expression, and no picture.
     """
     handlers = {handler for handlers in engine._event_handlers.values() for handler, *_ in handlers}
     for tracker in {getattr(handler, "__self__", None) for handler in handlers}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from monai.networks.nets.basic_unet import UpCat
 from monai.networks.utils import icnr_init
