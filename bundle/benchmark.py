@@ -25,7 +25,7 @@ from torchvision.ops import box_iou
 
 from bundle.data.scans import find_scans
 from bundle.engines import MultiTaskTrainer, environment, loss_terms, prepare_batch
-from bundle.inference.backends import PACKAGES, accelerate, one_by_one
+from bundle.inference.backends import PACKAGES, accelerate, one_by_one, run_onnxruntime
 from bundle.inference.slices import FAILURE, SliceDataset, collate
 from bundle.networks import load_weights
 from bundle.tasks import DETECTION, IMAGE, TASKS
@@ -144,14 +144,15 @@ def data_pipeline(parser: ConfigParser, turns: int) -> float:
     return len(loader) * loader.batch_size / epoch.timeit(turns).mean  # timeit warms up with two epochs
 
 
-def backends(parser: ConfigParser, turns: int) -> dict:
-    """Prediction of the slices of scans by every backend: in a turn each of them answers the same batch.
+def backends(parser: ConfigParser, turns: int, exported: Sequence[str] = ()) -> dict:
+    """Prediction of the slices of scans by every backend and exported file: in a turn each answers the same batch.
 
     Torch has a second row, without batches: that is how the other backends work, and on a CPU it can be faster.
 
     Args:
         parser: of inference.json, with `input`; an empty `checkpoint` stands for random weights (seed 0).
         turns: number of turns; the slices start anew where they end.
+        exported: files of `TensorView`, made with the same weights: see `read_exported`.
 
     Returns:
         By row: first_call, seconds for one image, with the export; seconds of a slice; ratio, the median over the turns of
@@ -169,6 +170,7 @@ def backends(parser: ConfigParser, turns: int) -> dict:
     images = _slices(get("input"), get("output_dir"), get("preprocessing"), get("image_size"))
     rows = {TORCH: network, ALONE: partial(one_by_one, network)}
     rows |= {backend: accelerate(network, backend) for backend in PACKAGES if backend != TORCH}
+    rows |= {Path(path).name: read_exported(path, list(network.heads)) for path in exported}
     first_call, taken, differences, found = {}, {row: [] for row in rows}, {row: {} for row in rows}, []
     with torch.no_grad():
         for row, answer in rows.items():
@@ -195,6 +197,35 @@ def backends(parser: ConfigParser, turns: int) -> dict:
     }
 
 
+def read_exported(path: str, tasks: Sequence[str]) -> Callable[[torch.Tensor], dict]:
+    """Open `TensorView` as MONAI's ckpt_export (.ts) or onnx_export (.onnx) wrote it; ONNX answers image by image.
+
+    Args:
+        path: of the file; ONNX is run by onnxruntime on the CPU.
+        tasks: of the network in its order; the file may lack detection.
+
+    Returns:
+        From images (B, C, H, W) to the dictionary of `MultiTaskNet.forward` in evaluation mode, without embedding.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such exported network")
+    onnx, names = path.endswith(".onnx"), [task for task in tasks if task != DETECTION]
+    run = run_onnxruntime(path, torch.get_num_threads()) if onnx else torch.jit.load(path).eval()
+
+    def answer(image: torch.Tensor) -> dict:
+        tensors = [torch.as_tensor(tensor) for tensor in run(image.numpy() if onnx else image)]
+        output, found = dict(zip(names, tensors)), tensors[len(names) :]
+        if found:
+            parts = [[tensor[found[0] == row] for tensor in found[1:]] for row in range(len(image))]
+            output[DETECTION] = [dict(zip(("boxes", "scores", "masks"), part)) for part in parts]
+        return output
+
+    return partial(one_by_one, answer) if onnx else answer
+
+
 def _slices(source, output_dir, preprocessing: Callable, image_size: int) -> torch.Tensor:
     scans, failures = find_scans(source, output_dir)
     if not scans:
@@ -207,11 +238,11 @@ def _slices(source, output_dir, preprocessing: Callable, image_size: int) -> tor
 
 
 def _differences(answers: Mapping, expected: Mapping) -> Iterator[tuple[str, float]]:
-    """Name and largest difference of every answer; infinite where detections differ in number.
+    """Name and largest difference of every answer there is; infinite where detections differ in number.
 
     A detection is compared with the one it overlaps most, since equal scores may be sorted either way.
     """
-    for key in [key for key in expected if key != DETECTION]:
+    for key in [key for key in expected if key in answers and key != DETECTION]:
         yield key, float((answers[key] - expected[key]).abs().max())
     for found, wanted in zip(answers.get(DETECTION, []), expected.get(DETECTION, [])):
         same = len(found["boxes"]) == len(wanted["boxes"])
@@ -248,9 +279,9 @@ def report(parser: ConfigParser, turns: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report_backends(parser: ConfigParser, turns: int) -> str:
+def report_backends(parser: ConfigParser, turns: int, exported: Sequence[str] = ()) -> str:
     """The measurement of `backends` as text: machine and configuration, speed, and agreement with torch."""
-    get, measured = parser.get_parsed_content, backends(parser, turns)
+    get, measured = parser.get_parsed_content, backends(parser, turns, exported)
     size, batch_size, difference = get("image_size"), get("batch_size"), measured["difference"]
     weights = Path(get("checkpoint")).name if get("checkpoint") else "random weights"
     heading = "slices/s   torch : it   torch one by one : it   s of first call"
@@ -269,7 +300,7 @@ def report_backends(parser: ConfigParser, turns: int) -> str:
         "largest difference from torch (goal: at most 0.001)",
         f"{'backend':20}" + "".join(f"{name:>16}" for name in difference[TORCH]),
         *(
-            f"{row:20}" + "".join(f"{value:16.1g}" for value in values.values())
+            f"{row:20}" + "".join(f"{values[name]:16.1g}" if name in values else f"{'-':>16}" for name in difference[TORCH])
             for row, values in difference.items()
             if row != TORCH
         ),

@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("--dataset_dir", help="folder with a datalist.json; phantom data without it")
     parser.add_argument("--scan", help="file or folder to predict: overlays are merged into configs/inference.json")
     parser.add_argument("--checkpoint", default="", help="weights to predict with; random ones without it")
+    parser.add_argument(
+        "--exported", nargs="+", default=[], metavar="FILE", help="with --scan: .ts or .onnx of tensor_net, compared as well"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny network and few turns: a trial, no result")
     arguments = parser.parse_args()
     overlays = arguments.overlays + [str(CONFIGS / "preset_smoke.json")] * arguments.quick
@@ -27,7 +30,7 @@ def main() -> None:
         if arguments.scan:
             files = [str(CONFIGS / "inference.json"), *overlays]
             entries = {"input": arguments.scan, "checkpoint": arguments.checkpoint, "device": "cpu", **common}
-            print(report_backends(open_config(files, **entries), turns), end="")
+            print(report_backends(open_config(files, **entries), turns, arguments.exported), end="")
         else:
             files = [str(CONFIGS / "train.json"), *overlays]
             print(report(open_config(files, dataset_dir=arguments.dataset_dir, **common), turns), end="")

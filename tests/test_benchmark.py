@@ -15,6 +15,7 @@ from bundle.benchmark import (
     sharing,
     training_step,
 )
+from bundle.networks import TensorView
 from bundle.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -81,6 +82,19 @@ def test_backends_answer_the_same_slices_alike(prediction, tmp_path):
     text = report_backends(prediction(checkpoint=str(tmp_path / "model.pt"), tasks={"segmentation": 1.0}), turns=1)
     assert "vgg13_bn, model.pt, 64 x 64 pixels, batch of 2, 0.0 detections in a slice, median of 1 turns" in text
     assert [line.split("  ")[0] for line in text.splitlines() if line.startswith(tuple(rows))] == rows + rows[1:]
+
+
+def test_exported_files_are_compared_as_well(prediction, tmp_path):
+    network = prediction().get_parsed_content("multitask_net").eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    torch.jit.script(TensorView(network)).save(tmp_path / "all.ts")
+    network.heads["segmentation"].output[0].bias.data += 0.5
+    torch.jit.script(TensorView(network)).save(tmp_path / "other.ts")
+    parser = prediction(checkpoint=str(tmp_path / "model.pt"))
+    difference = backends(parser, 1, [str(tmp_path / name) for name in ("all.ts", "other.ts")])["difference"]
+    assert difference["all.ts"].keys() == difference["torch"].keys() - {"embedding"}
+    assert max(difference["all.ts"].values()) < 1e-3
+    assert difference["other.ts"]["segmentation"] == pytest.approx(0.5)
 
 
 def test_differences_are_seen_whatever_the_order_of_equal_detections():

@@ -132,7 +132,7 @@ class Exported(nn.Module):
             # One file that is read at once: a separate one for the weights may be mapped, and the folder goes.
             options = {"dynamo": True, "dynamic_shapes": shapes, "external_data": False, "verbose": False}
             torch.onnx.export(module.eval(), (example,), path, **options)
-            self.run = {"onnxruntime": _onnxruntime, "openvino": _openvino}[backend](path, threads)
+            self.run = {"onnxruntime": run_onnxruntime, "openvino": _openvino}[backend](path, threads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Outputs of the module for x (rows, ...)."""
@@ -164,11 +164,13 @@ def _names(network: MultiTaskNet) -> list[str]:
     return names
 
 
-def _onnxruntime(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+def run_onnxruntime(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Open a file of ONNX with one input as a function of arrays, run by onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # of an exported Mask R-CNN it warns of every detection but the first
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its idle threads would take torch's time
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (argument,) = session.get_inputs()

@@ -19,7 +19,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 class _RoIHeads(RoIHeads):
     """torchvision's RoIHeads whose mask branch can be left out for images that have boxes but no instance masks."""
 
-    with_masks = True
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.with_masks = True  # of the instance: TorchScript sees no attribute of a class
 
     def has_mask(self) -> bool:
         return self.with_masks

@@ -119,43 +119,6 @@ class MultiTaskNet(nn.Module):
             )
 
 
-class TaskView(nn.Module):
-    """One task of a network as a network of its own: from an image to one tensor, as MONAI's bundle commands expect it.
-
-    The parameters are those of the network, under the same names. A state_dict of the whole network fits too: what belongs
-    to the other heads is passed over.
-
-    Args:
-        network: whose encoder and head are used, not copied.
-        task: one of the network's whose answer is a tensor, so not detection.
-
-    Raises:
-        ValueError: for another task.
-    """
-
-    def __init__(self, network: MultiTaskNet, task: str = SEGMENTATION) -> None:
-        super().__init__()
-        possible = [name for name in network.heads if name != DETECTION]
-        if task not in possible:
-            raise ValueError(f"export_task: found {task!r}, expected one of {', '.join(possible)}")
-        self.encoder = network.encoder
-        self.heads = nn.ModuleDict({task: network.heads[task]})
-        self.register_load_state_dict_pre_hook(_pass_over_other_heads)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Image (B, C, H, W) to logits (B, num_classes), lesion logits or a slice (B, channels, H, W)."""
-        answer = image
-        for head in self.heads.values():  # of one: TorchScript takes a head out of a dictionary by no other name
-            answer = head(self.encoder(image))
-        return answer
-
-
-def _pass_over_other_heads(view: TaskView, weights: dict, prefix: str, *_) -> None:
-    for key in [key for key in weights if key.startswith(f"{prefix}heads.")]:
-        if key.removeprefix(f"{prefix}heads.").split(".")[0] not in view.heads:
-            del weights[key]
-
-
 def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch.Tensor | list:
     """Put the answers for some images of a batch on their rows; the other rows hold zeros, or None in a list."""
     if isinstance(answer, torch.Tensor):

@@ -3,7 +3,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 
-from bundle.networks import MultiTaskNet, TaskView, load_weights
+from bundle.networks import MultiTaskNet, load_weights
 from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
@@ -254,29 +254,3 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint; train first, or name another one"):
         load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "none.pt")
-
-
-@pytest.mark.parametrize("backbone", ["vgg13_bn", "regnety_002"])
-@pytest.mark.parametrize("task", list(SHAPES))
-def test_a_view_answers_one_task_with_one_tensor_and_can_be_scripted(backbone, task):
-    arguments = {**TINY, "tasks": TASKS, "backbone": backbone, "width": 0.125 if "vgg" in backbone else 1.0}
-    network, image = MultiTaskNet(**arguments).eval(), torch.rand(2, 1, 64, 64)
-    view = TaskView(MultiTaskNet(**arguments), task).eval()
-    view.load_state_dict(network.state_dict())  # strictly, with the heads it does not have
-    with torch.no_grad():
-        expected = network(image)[task]
-        assert torch.equal(view(image), expected)
-        assert torch.allclose(torch.jit.script(view)(image), expected, atol=1e-6)
-    assert view.state_dict().keys() == {k for k in network.state_dict() if k.startswith(("encoder.", f"heads.{task}."))}
-
-
-def test_a_view_still_refuses_weights_of_another_network():
-    view, weights = (MultiTaskNet(TASKS, **TINY) for _ in range(2))
-    with pytest.raises(RuntimeError, match="Unexpected key.*decoder"):
-        TaskView(view).load_state_dict({**weights.state_dict(), "decoder.weight": torch.zeros(1)})
-
-
-@pytest.mark.parametrize("task", [DETECTION, "segmentaton", RECONSTRUCTION])
-def test_a_view_of_a_task_without_a_tensor_is_refused(task):
-    with pytest.raises(ValueError, match=f"export_task: found '{task}', expected one of classification, segmentation"):
-        TaskView(MultiTaskNet([CLASSIFICATION, SEGMENTATION, DETECTION], **TINY), task)

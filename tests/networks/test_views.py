@@ -1,0 +1,87 @@
+"""Views answer as the network does, can be scripted, and take its weights as they are."""
+
+import pytest
+import torch
+
+from bundle.networks import MultiTaskNet, TaskView, TensorView
+from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+
+TINY = {
+    "backbone": "vgg13_bn",
+    "width": 0.125,
+    "image_size": 64,
+    "decoder_channels": (16, 8, 8, 8, 8),
+    "detection": {
+        "fpn_channels": 8,
+        "box_features": 16,
+        "mask_channels": (8,),
+        "score_threshold": 0.0,
+        "detections_per_image": 5,
+    },
+}
+
+
+@pytest.mark.parametrize("backbone", ["vgg13_bn", "regnety_002"])
+@pytest.mark.parametrize("task", [CLASSIFICATION, SEGMENTATION, RECONSTRUCTION])
+def test_a_view_answers_one_task_with_one_tensor_and_can_be_scripted(backbone, task):
+    arguments = {**TINY, "tasks": TASKS, "backbone": backbone, "width": 0.125 if "vgg" in backbone else 1.0}
+    network, image = MultiTaskNet(**arguments).eval(), torch.rand(2, 1, 64, 64)
+    view = TaskView(MultiTaskNet(**arguments), task).eval()
+    view.load_state_dict(network.state_dict())  # strictly, with the heads it does not have
+    with torch.no_grad():
+        expected = network(image)[task]
+        assert torch.equal(view(image), expected)
+        assert torch.allclose(torch.jit.script(view)(image), expected, atol=1e-6)
+    assert view.state_dict().keys() == {k for k in network.state_dict() if k.startswith(("encoder.", f"heads.{task}."))}
+
+
+def test_a_view_still_refuses_weights_of_another_network():
+    view, weights = (MultiTaskNet(TASKS, **TINY) for _ in range(2))
+    with pytest.raises(RuntimeError, match="Unexpected key.*decoder"):
+        TaskView(view).load_state_dict({**weights.state_dict(), "decoder.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("task", [DETECTION, "segmentaton", RECONSTRUCTION])
+def test_a_view_of_a_task_without_a_tensor_is_refused(task):
+    with pytest.raises(ValueError, match=f"export_task: found '{task}', expected one of classification, segmentation"):
+        TaskView(MultiTaskNet([CLASSIFICATION, SEGMENTATION, DETECTION], **TINY), task)
+
+
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
+@pytest.mark.parametrize("tasks", [TASKS, [DETECTION], [SEGMENTATION, CLASSIFICATION]], ids=",".join)
+def test_all_answers_as_tensors(tasks, scripted):
+    torch.manual_seed(0)
+    network = MultiTaskNet(TASKS, **TINY).eval()
+    view = TensorView(MultiTaskNet(tasks, **TINY)).eval()
+    view.load_state_dict(network.state_dict())  # strictly, with the heads it does not have
+    view = torch.jit.script(view) if scripted else view
+    for image in (torch.rand(3, 1, 64, 64), torch.rand(1, 1, 32, 64)):  # any number and size of images
+        with torch.no_grad():
+            expected, answers = network(image), view(image)
+        for task in [task for task in TASKS if task in tasks and task != DETECTION]:
+            torch.testing.assert_close(answers.pop(0), expected[task], rtol=0, atol=1e-5)
+        if DETECTION not in tasks:
+            assert answers == []
+            continue
+        rows, *found = answers
+        assert len(rows) > len(image), "otherwise little was compared"
+        assert rows.tolist() == [row for row, d in enumerate(expected[DETECTION]) for _ in d["boxes"]]
+        for name, tensor in zip(("boxes", "scores", "masks"), found, strict=True):
+            torch.testing.assert_close(tensor, torch.cat([d[name] for d in expected[DETECTION]]), rtol=0, atol=1e-3)
+
+
+def test_no_detection_is_no_row():
+    network = MultiTaskNet([DETECTION], **TINY).eval()
+    network.heads[DETECTION].roi_heads.score_thresh = 2.0
+    view = torch.jit.script(TensorView(network).eval())
+    shapes = [tuple(tensor.shape) for tensor in view(torch.rand(2, 1, 64, 64))]
+    assert shapes == [(0,), (0, 4), (0,), (0, 1, 64, 64)]
+
+
+def test_all_tensors_refuse_weights_of_another_network():
+    network = MultiTaskNet(TASKS, **TINY)
+    with pytest.raises(RuntimeError, match="Unexpected key.*decoder"):
+        TensorView(network).load_state_dict({**network.state_dict(), "decoder.weight": torch.zeros(1)})
+    weights = {key: value for key, value in network.state_dict().items() if not key.startswith("heads.detection.fpn")}
+    with pytest.raises(RuntimeError, match="Missing key.*detection.fpn"):
+        TensorView(network).load_state_dict(weights)
