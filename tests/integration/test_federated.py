@@ -1,6 +1,7 @@
 """MONAI's client for federated learning drives the bundle as it is."""
 
 import json
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,44 +13,67 @@ from monai.fl.utils.constants import ExtraItems, ModelType
 from monai.fl.utils.exchange_object import ExchangeObject
 from monai.utils import set_determinism
 
+from bundle.data.phantom import make_phantom
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ["configs/train.json", "configs/preset_smoke.json"]
 
 
-def client(folder: Path, phantom_dir: Path, number: int, count: int = 2) -> MonaiAlgo:
-    """A client with every n-th patient of the training data."""
-    datalist = json.loads((phantom_dir / "datalist.json").read_text())
-    patients = sorted({record["group"] for record in datalist["training"]})[number::count]
-    datalist["training"] = [record for record in datalist["training"] if record["group"] in patients]
-    file = folder / f"{number}.json"
-    file.write_text(json.dumps(datalist))
-    entries = {"dataset_dir": str(phantom_dir), "datalist": str(file), "output_dir": str(folder / f"client{number}")}
-    entries |= {"max_epochs": 6, "batch_size": 2, "device": "cpu", "resume": number == 1}
+def make_client(folder: Path, data: Path, has: Callable[[dict], bool], local_epochs: int, **entries) -> MonaiAlgo:
+    """A client with those training records that it has, and a folder of its own."""
+    datalist = json.loads((data / "datalist.json").read_text())
+    datalist["training"] = list(filter(has, datalist["training"]))
+    folder.mkdir(exist_ok=True)
+    (folder / "datalist.json").write_text(json.dumps(datalist))
+    entries |= {"dataset_dir": str(data), "datalist": str(folder / "datalist.json"), "output_dir": str(folder)}
+    entries |= {"max_epochs": 3 * local_epochs, "device": "cpu"}
     algo = MonaiAlgo(
         bundle_root=".",
-        local_epochs=2,
+        local_epochs=local_epochs,
         send_weight_diff=False,
         config_train_filename=CONFIGS,
         train_kwargs=dict(entries),
         config_evaluate_filename=CONFIGS,
         eval_kwargs=dict(entries),
-        best_model_filepath=str(folder / f"client{number}/model.pt"),
+        best_model_filepath=str(folder / "model.pt"),
     )
-    algo.initialize(extra={ExtraItems.CLIENT_NAME: f"client{number}", ExtraItems.APP_ROOT: str(ROOT)})
+    algo.initialize(extra={ExtraItems.CLIENT_NAME: folder.name, ExtraItems.APP_ROOT: str(ROOT)})
     return algo
+
+
+def average(updates: Sequence[dict]) -> dict:
+    mean = {name: torch.stack([update[name].double() for update in updates]).mean(0) for name in updates[0]}
+    return {name: value.to(updates[0][name].dtype) for name, value in mean.items()}
 
 
 def equal(weights: dict, others: dict) -> bool:
     return all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-@pytest.fixture
-def clients(tmp_path, phantom_dir, monkeypatch):
+@pytest.fixture(autouse=True)
+def root_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
+    yield
+    set_determinism(None)
+
+
+@pytest.fixture
+def clients(tmp_path, phantom_dir):
     (tmp_path / "client0").mkdir()
     (tmp_path / "client0/last.pt").write_bytes(b"of an earlier federation")
-    yield [client(tmp_path, phantom_dir, number) for number in range(2)]
-    set_determinism(None)
+    records = json.loads((phantom_dir / "datalist.json").read_text())["training"]
+    patients = sorted({record["group"] for record in records})
+    return [
+        make_client(
+            tmp_path / f"client{number}",
+            phantom_dir,
+            lambda record, mine=patients[number::2]: record["group"] in mine,
+            local_epochs=2,
+            batch_size=2,
+            resume=number == 1,
+        )
+        for number in range(2)
+    ]
 
 
 def test_two_clients_average_their_weights_over_three_rounds(clients):
@@ -67,11 +91,52 @@ def test_two_clients_average_their_weights_over_three_rounds(clients):
         assert [epoch for epoch, _ in begun_with] == 2 * [2 * number + 1, 2 * number + 2]
         assert all(equal(begun_with[first][1], shared) for first in (0, 2))
         assert not equal(updates[0], updates[1]) and not equal(updates[0], shared)
-        shared = {name: torch.stack([update[name].double() for update in updates]).mean(0) for name in shared}
-        shared = {name: value.to(updates[0][name].dtype) for name, value in shared.items()}
+        shared = average(updates)
     metrics = [algo.evaluate(ExchangeObject(weights=shared), extra={}).metrics for algo in clients]
     assert metrics[0] == pytest.approx(metrics[1], nan_ok=True) and 0 <= metrics[0]["score"] <= 1
     best = clients[1].get_weights(extra={ExtraItems.MODEL_TYPE: ModelType.BEST_MODEL}).weights
     assert best.keys() == shared.keys()
     for algo in clients:
         algo.finalize()
+
+
+CLASSIFY = {"tasks": {"classification": 1.0}, "augmentation": {"_target_": "Compose", "transforms": []}, "val_interval": 1000}
+
+
+def test_two_hospitals_that_each_lack_a_disease_do_better_together(tmp_path):
+    """One sees COVID-19, the other cancer, both "other"; they start from weights that were trained elsewhere.
+
+    Measured on 60 other patients after three rounds of four epochs. Of three such data sets each had a lead of 0.10 or more.
+    """
+    elsewhere = Path(make_phantom(tmp_path / "elsewhere", size=64, groups=(36, 12, 3), slices_per_group=2, seed=0))
+    begin = make_client(tmp_path / "begin", elsewhere, bool, local_epochs=40, learning_rate=0.002, **CLASSIFY)
+    begin.train(ExchangeObject(weights=begin.get_weights().weights), extra={})
+    weights = deepcopy(begin.get_weights().weights)
+    data = Path(make_phantom(tmp_path / "data", size=64, groups=(12, 60, 3), slices_per_group=2, seed=12))
+
+    def accuracy(members: Sequence[int]) -> float:
+        """Balanced accuracy after hospitals have trained for three rounds, with the mean of their weights after each."""
+        algos = [
+            make_client(
+                tmp_path / f"{number}of{members}",
+                data,
+                lambda record, mine=(0, number + 1): record.get("class") in mine,
+                local_epochs=4,
+                learning_rate=0.002,
+                seed=number + 1,
+                **CLASSIFY,
+            )
+            for number in members
+        ]
+        shared = weights
+        for _ in range(3):
+            updates = []
+            for algo in algos:
+                algo.train(ExchangeObject(weights=shared), extra={})
+                updates.append(deepcopy(algo.get_weights().weights))
+            shared = average(updates)
+        return algos[0].evaluate(ExchangeObject(weights=shared), extra={}).metrics["classification_balanced_accuracy"]
+
+    together, alone = accuracy([0, 1]), [accuracy([0]), accuracy([1])]
+    print(f"balanced accuracy together {together:.3f}, alone {alone[0]:.3f} and {alone[1]:.3f}")
+    assert together > max(alone)
