@@ -322,10 +322,11 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
             logger.info(f"{stage}: finished before")
         else:
             logger.info(f"{stage}: {', '.join(config['tasks'])}")
-            _run(config, stage / "train.json", config_dir)
+            run_workflow(config, stage / "train.json", config_dir)
             tasks = {task: 1.0 for task in trained_tasks(stage / "model.pt")}
             entries = {"tasks": tasks, "split": "validation", "bootstrap": 0}
-            _run(_overlay(config, Path(config_dir) / "evaluate.json", entries), stage / "evaluate.json", config_dir)
+            evaluate = ConfigParser.load_config_file(str(Path(config_dir) / "evaluate.json"))
+            run_workflow(overlay(config, evaluate, entries), stage / "evaluate.json", config_dir)
         idist.barrier()
         if idist.get_rank() == 0:
             reports[name] = json.loads(report.read_text())
@@ -356,11 +357,12 @@ def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
             "stages::NAME::tasks instead"
         )
     for name, entries in stages.items():
-        overlay = Path(config_dir) / f"{name}.json"
-        if not overlay.is_file():
-            raise FileNotFoundError(f"stages: found {name!r}, expected {overlay}")
+        file = Path(config_dir) / f"{name}.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"stages: found {name!r}, expected {file}")
         folder = Path(output_dir) / name
-        config = _overlay(base, overlay, {**entries, "output_dir": str(folder), **_tracking(base, folder)})
+        own = {**entries, "output_dir": str(folder), **_tracking(base, folder)}
+        config = overlay(base, ConfigParser.load_config_file(str(file)), own)
         check_ids(config, config_dir)
         if before and config["transfer"]:
             config["init_checkpoint"] = str(Path(before["output_dir"]) / "model.pt")
@@ -378,9 +380,11 @@ def _tracking(base: Mapping, folder: Path) -> dict:
     return {"tracking_uri": running_workflow().parser.get_parsed_content("tracking_uri"), "run_name": folder.name}
 
 
-def _overlay(base: dict, file: Path, entries: Mapping) -> dict:
-    parser = ConfigParser(deepcopy(base))
-    parser.update({**ConfigParser.load_config_file(str(file)), **entries})
+def overlay(base: Mapping, *changes: Mapping) -> dict:
+    """A configuration with entries (ids, nested ones too, to values) changed or added, later ones over earlier ones."""
+    parser = ConfigParser(deepcopy(dict(base)))
+    for entries in changes:
+        parser.update(deepcopy(dict(entries)))
     return _without_metadata(parser.get())
 
 
@@ -390,14 +394,21 @@ def trained_tasks(checkpoint) -> tuple[str, ...]:
     return check_tasks({key.split(".")[1] for key in weights if key.startswith("heads.")})
 
 
-def _run(config: dict, path: Path, config_dir: str) -> None:
-    """Run id `run` of a configuration as an ordinary MONAI workflow, from a file that is kept beside its results."""
+def run_workflow(config: Mapping, path: Path, config_dir: str, run_id: str = "run") -> None:
+    """Run an id of a configuration as an ordinary MONAI workflow, from a file that is kept beside its results.
+
+    Args:
+        config: the raw configuration.
+        path: the file to write it to.
+        config_dir: folder of metadata.json and logging.conf.
+        run_id: `run`, or `training` for the curriculum.
+    """
     if idist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(config, path)
     idist.barrier()
     meta_file, logging_file = (str(Path(config_dir) / name) for name in ("metadata.json", "logging.conf"))
-    workflow = ConfigWorkflow(str(path), meta_file=meta_file, logging_file=logging_file)
+    workflow = ConfigWorkflow(str(path), meta_file=meta_file, logging_file=logging_file, run_id=run_id)
     workflow.initialize()
     workflow.run()
     workflow.finalize()

@@ -13,7 +13,11 @@ from bundle.tasks import EMBEDDING, TASKS, check_tasks
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 DOCUMENT = (ROOT / "docs/configuration.md").read_text()
-OVERLAYS = sorted(path.name for path in CONFIGS.glob("*.json") if path.name not in (*WORKFLOWS, "metadata.json"))
+OVERLAYS = sorted(
+    path.name
+    for path in CONFIGS.glob("*.json")
+    if path.name not in (*WORKFLOWS, "metadata.json") and not path.name.startswith(("experiment_", "scale_"))
+)
 
 # What the document says of defaults that are computed or long.
 IN_WORDS = {

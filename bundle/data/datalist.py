@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bundle.data.headers import slice_size
 from bundle.tasks import (
     ANNOTATION,
@@ -182,6 +184,25 @@ def select(datalist: Mapping, split: str, tasks: Iterable[str], dataset_dir="") 
     if not records:
         raise ValueError(f"split {split}: found no record annotated for {', '.join(tasks)}; name other tasks or add records")
     return [_join(record, dataset_dir) for record in records]
+
+
+def take(records: Sequence[dict], count: int, seed: int, by: str = IMAGE) -> list[dict]:
+    """Records of so many images or groups (patients), drawn at random; fewer lie within more of the same seed.
+
+    Args:
+        records: of `select`.
+        count: how many images or groups.
+        seed: of the draw.
+        by: field that is counted, image or group; a record without a group is one of its own.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    units = sorted({record.get(by, record[IMAGE]) for record in records})
+    if not 1 <= count <= len(units):
+        raise ValueError(f"records: found {len(units)} values of {by}, expected {count}, at least 1; take fewer or add records")
+    taken = set(np.random.default_rng(seed).permutation(units)[:count].tolist())
+    return [record for record in records if record.get(by, record[IMAGE]) in taken]
 
 
 def _join(record: Mapping, dataset_dir) -> dict:

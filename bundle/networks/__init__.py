@@ -1,7 +1,8 @@
 """The multi-task network: one encoder, a head for each task."""
 
 from bundle.networks.encoders import build_encoder
+from bundle.networks.ensemble import EnsembleNet
 from bundle.networks.multitask import MultiTaskNet, load_weights, read_weights
 from bundle.networks.views import TaskView, TensorView
 
-__all__ = ["MultiTaskNet", "TaskView", "TensorView", "build_encoder", "load_weights", "read_weights"]
+__all__ = ["EnsembleNet", "MultiTaskNet", "TaskView", "TensorView", "build_encoder", "load_weights", "read_weights"]

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from bundle.data.datalist import annotated_tasks, load_datalist, select, validate, write_datalist
+from bundle.data.datalist import annotated_tasks, load_datalist, select, take, validate, write_datalist
 
 ROWS, COLUMNS = 40, 60
 
@@ -285,3 +285,16 @@ def test_selection_joins_the_paths_of_annotations(datalist):
 def test_a_bad_selection_is_refused(datalist, split, tasks, expected):
     with pytest.raises(ValueError, match=expected):
         select(datalist, split, tasks)
+
+
+def test_fewer_images_or_patients_lie_within_more():
+    records = [{"image": f"{group}{slice}", "group": group} for group in "abcdef" for slice in range(3)] + [{"image": "alone"}]
+    few, more = ({record["image"] for record in take(records, count, seed=3)} for count in (4, 9))
+    assert len(few) == 4 and len(more) == 9 and few < more
+    assert few != {record["image"] for record in take(records, 4, seed=4)}, "another seed, another draw"
+    patients = take(records, 2, seed=0, by="group")
+    assert len({record.get("group") for record in patients}) == 2 and len(patients) in (4, 6)
+    assert take(records, 7, seed=0, by="group") == records
+    for count in (0, 8):
+        with pytest.raises(ValueError, match=f"records: found 7 values of group, expected {count}, at least 1"):
+            take(records, count, seed=0, by="group")

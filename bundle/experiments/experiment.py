@@ -1,0 +1,118 @@
+"""What an experiment is, and the file with the figures of all runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+# Figures of the tables: column -> where the report of an evaluation has it.
+FIGURES = {
+    "accuracy": ("classification", "accuracy"),
+    "AUROC": ("classification", "auroc"),
+    "Dice": ("segmentation", "dice"),
+    "IoU": ("segmentation", "iou"),
+    "SSIM": ("reconstruction", "ssim"),
+    "AP@0.1": ("detection", "ap10"),
+    "AP@0.5": ("detection", "ap50"),
+    "sensitivity at 1 FP": ("detection", "froc", "1"),
+}
+ARM = ("experiment", "scale", "arm", "seed")  # columns of the results that name a run
+COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "run")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A comparison of arms under one budget.
+
+    Args:
+        name: of the file, without experiment_ and .json.
+        title: one line.
+        question: what it answers, and how it is to be read.
+        workflow: `run`, one training with the tasks of the configuration, or `training`, the curriculum of its `stages`.
+        settings: overlay files and entries, merged in order, of all arms.
+        arms: name -> the same for the arm alone. The first arm is the one that the others are compared with. An arm that is
+            {"members": […]} is an ensemble: for each network a list of overlay files and entries.
+        seeds: of each arm; arms with the same seed are a pair.
+        figures: columns of the table, names of `FIGURES`.
+        curve: {"x": arm -> number, "label", "figure", "target"} for a learning curve, else empty.
+    """
+
+    name: str
+    title: str
+    question: str
+    workflow: str
+    settings: Sequence
+    arms: Mapping[str, Sequence | Mapping]
+    seeds: Sequence[int]
+    figures: Sequence[str]
+    curve: Mapping
+
+    @classmethod
+    def read(cls, name: str, config_dir) -> Experiment:
+        """Read `config_dir`/experiment_NAME.json; `workflow` (run), `settings` and `curve` (none) may be absent.
+
+        Raises:
+            FileNotFoundError: if there is no such file, naming those there are.
+            ValueError: if an entry is missing, unknown, empty or of the wrong kind.
+        """
+        path = Path(config_dir) / f"experiment_{name}.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"experiment: found {name!r}, expected one of {', '.join(experiment_names(config_dir))}")
+        entries = {"workflow": "run", "settings": [], "curve": {}, **json.loads(path.read_text())}
+        expected = {field.name for field in fields(cls)} - {"name"}
+        if entries.keys() != expected:
+            raise ValueError(f"{path}: found {', '.join(sorted(entries))}, expected {', '.join(sorted(expected))}")
+        experiment = cls(name=name, **entries)
+        for complaint in experiment._complaints():
+            raise ValueError(f"{path}: {complaint}")
+        return experiment
+
+    def _complaints(self):
+        if self.workflow not in ("run", "training"):
+            yield f"workflow: found {self.workflow!r}, expected run or training"
+        for name in ("arms", "seeds", "figures"):
+            if not getattr(self, name):
+                yield f"{name}: found none, expected one or more"
+        if unknown := set(self.figures) - set(FIGURES):
+            yield f"figures: found {', '.join(sorted(unknown))}, expected some of {', '.join(FIGURES)}"
+        if self.curve and set(self.curve["x"]) != set(self.arms):
+            yield f"curve::x: found {', '.join(self.curve['x'])}, expected the arms {', '.join(self.arms)}"
+
+    def members(self, arm: str) -> list[Sequence]:
+        """The networks of an arm, each as a list of overlay files and entries; one for all but ensembles."""
+        content = self.arms[arm]
+        return list(content["members"]) if isinstance(content, Mapping) else [content]
+
+
+def experiment_names(config_dir) -> list[str]:
+    """Names of the experiments in a folder."""
+    return sorted(path.stem.removeprefix("experiment_") for path in Path(config_dir).glob("experiment_*.json"))
+
+
+def read_results(path) -> list[dict[str, str]]:
+    """Rows of a results file, a cell without a figure empty; no row if there is no file."""
+    if not Path(path).is_file():
+        return []
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_results(path, rows: Sequence[Mapping]) -> None:
+    """Write rows into a results file, in place of those of the same runs (`ARM`); under a temporary name, then renamed."""
+    path, replaced = Path(path), {_arm(row) for row in rows}
+    kept = [row for row in read_results(path) if _arm(row) not in replaced]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+    os.replace(temporary, path)
+
+
+def _arm(row: Mapping) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ARM)

@@ -1,0 +1,58 @@
+"""Run experiments of the study and write their tables and figures: python scripts/run_experiments.py NAME… (docs/experiments.md)"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from bundle.engines import environment
+from bundle.experiments import Experiment, Study, experiment_names, read_results, write_report
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+
+def facts(arguments, experiment: Experiment) -> list[str]:
+    """Lines on command, scale, data and machine."""
+    machine = environment()
+    data = f"--dataset_dir {Path(arguments.dataset_dir).name} " if arguments.dataset_dir else ""
+    versions = f"Python {machine['python']}, PyTorch {machine['torch']}, MONAI {machine['monai']}"
+    return [
+        f"    python scripts/run_experiments.py {experiment.name} {data}--scale {arguments.scale}",
+        "",
+        f"- scale: [scale_{arguments.scale}.json](../../configs/scale_{arguments.scale}.json); experiment: "
+        f"[experiment_{experiment.name}.json](../../configs/experiment_{experiment.name}.json)",
+        f"- machine: {machine['cpu']}, {machine['gpu'] or 'no GPU'}; {versions}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = experiment_names(CONFIGS)
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(names)}, or all")
+    parser.add_argument("--dataset_dir", help="folder with a datalist.json; phantom data without it")
+    parser.add_argument("--scale", default="reduced", help="configs/scale_NAME.json: reduced (default), full or smoke")
+    parser.add_argument("--output_dir", default=str(ROOT / "runs"), help="folder of the runs; default: runs")
+    parser.add_argument("--results_dir", default=str(ROOT / "docs/results"), help="of results.csv, tables and figures")
+    parser.add_argument("--report", action="store_true", help="write tables and figures of what there is, and run nothing")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    results = Path(arguments.results_dir) / "results.csv"
+    entries = {"bundle_root": str(ROOT)}
+    if arguments.dataset_dir:
+        entries["dataset_dir"] = str(Path(arguments.dataset_dir).resolve())
+    try:
+        scale = CONFIGS / f"scale_{arguments.scale}.json"
+        study = Study(CONFIGS, scale, entries, Path(arguments.output_dir).resolve(), results)
+        experiments = [Experiment.read(name, CONFIGS) for name in (names if arguments.names == ["all"] else arguments.names)]
+        for experiment in experiments:
+            if not arguments.report:
+                study.run(experiment)
+            place = {"experiment": experiment.name, "scale": arguments.scale}
+            rows = [row for row in read_results(results) if place.items() <= row.items()]
+            print(write_report(experiment, rows, arguments.results_dir, facts(arguments, experiment)))
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

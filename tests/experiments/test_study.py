@@ -1,0 +1,107 @@
+"""Experiments are run, not run twice, and compare what they say they compare."""
+
+import json
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigParser
+
+from bundle.experiments import Experiment, Study, experiment_names, read_results
+from bundle.tasks import TASKS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SCALES = ["reduced", "full", "smoke"]
+ONE, TWO = ({"tasks": {task: 1.0}} for task in ("segmentation", "reconstruction"))
+
+
+def make_study(folder, scale="smoke", **entries):
+    return Study(CONFIGS, CONFIGS / f"scale_{scale}.json", entries, folder / "runs", folder / "results.csv")
+
+
+def make(name="x", workflow="run", settings=(), seeds=(0,), **arms):
+    return Experiment(name, "Title", "Question?", workflow, list(settings), arms, list(seeds), ["Dice"], {})
+
+
+def steps(config, workflow):
+    """Steps of the optimiser: as many as batches."""
+    stages = config["stages"].values() if workflow == "training" else [config]
+    epochs = [ConfigParser({**config, **entries}).get_parsed_content("max_epochs") for entries in stages]
+    return sum(epochs) * (config["epoch_size"] // config["batch_size"])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", experiment_names(CONFIGS))
+def test_the_arms_of_an_experiment_make_the_same_number_of_steps(tmp_path, name, scale):
+    experiment, study = Experiment.read(name, CONFIGS), make_study(tmp_path, scale)
+    totals, folders = {}, []
+    for arm in experiment.arms:
+        configs = [study.config(experiment, parts, 0, i) for i, parts in enumerate(experiment.members(arm))]
+        totals[arm] = sum(steps(config, experiment.workflow) for config in configs)
+        folders += [config["output_dir"] for config in configs]
+    assert len(set(totals.values())) == 1 and min(totals.values()) > 0, totals
+    assert len(set(folders)) == len(folders), "no two arms are the same run"
+
+
+def test_a_run_is_known_by_what_it_computes(tmp_path):
+    study = make_study(tmp_path, dataset_dir="/a", device="cpu")
+    elsewhere = make_study(tmp_path, dataset_dir="/b", num_workers=2)
+    folder = lambda study, experiment, seed=0, member=0: study.config(  # noqa: E731
+        experiment, experiment.members("arm")[0], seed, member
+    )["output_dir"]
+    one = folder(study, make(arm=[ONE]))
+    assert one == folder(elsewhere, make(arm=[ONE])) == folder(study, make("other", settings=[TWO], arm=[ONE]))
+    different = [make(arm=[TWO]), make(arm=[ONE, {"dropout": 0.1}]), make(workflow="training", arm=[ONE])]
+    others = [folder(study, experiment) for experiment in different]
+    others += [folder(study, make(arm=[ONE]), seed=1), folder(study, make(arm=[ONE]), member=1)]
+    assert len({one, *others}) == 6
+
+
+def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
+    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
+    first = make("first", settings=[{"max_epochs": 1}], one=[ONE], both={"members": [[ONE], [TWO]]})
+    study.run(first)
+    rows = read_results(tmp_path / "results.csv")
+    assert [(row["arm"], row["seed"], row["stage"], row["split"], row["steps"]) for row in rows] == [
+        ("one", "0", "end", "test", "2"),
+        ("both", "0", "end", "test", "4"),
+    ]
+    one, both = rows
+    assert 0 <= float(one["Dice"]) <= 1 and one["SSIM"] == "" and one["AUROC"] == ""
+    # The ensemble's members answer each its own task; its first member is the arm "one" itself.
+    assert both["Dice"] == one["Dice"] and both["run"].startswith(one["run"] + "+") and float(both["SSIM"]) > -1
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
+    assert len(made) == 2
+    study.run(make("second", settings=[{"max_epochs": 1}], again=[ONE]))
+    study.run(first)
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
+    rows = read_results(tmp_path / "results.csv")
+    assert sorted((row["experiment"], row["arm"]) for row in rows) == [("first", "both"), ("first", "one"), ("second", "again")]
+    assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
+
+
+def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, phantom_dir):
+    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
+    quarter = {"max_epochs": "$@budget // 4"}
+    stages = {"stages": {"stage_segmentation": quarter, "stage_joint": quarter}}
+    study.run(make(workflow="training", arm=[stages]))
+    rows = read_results(tmp_path / "results.csv")
+    assert [(row["stage"], row["split"], row["steps"]) for row in rows] == [
+        ("end", "test", "4"),
+        ("stage_segmentation", "validation", "4"),
+        ("stage_joint", "validation", "4"),
+    ]
+    assert rows[1]["AUROC"] == "" and all(rows[stage][column] != "" for stage in (0, 2) for column in ("AUROC", "Dice"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    tasks = json.loads((folder / "test/evaluate.json").read_text())["tasks"]
+    assert set(tasks) == set(TASKS)
+
+
+def test_nothing_is_run_before_every_configuration_was_checked(tmp_path, phantom_dir):
+    study = make_study(tmp_path, dataset_dir=str(phantom_dir))
+    with pytest.raises(ValueError, match="configuration: found 'learning_rat'.*near matches: learning_rate"):
+        study.run(make(one=[ONE], two=[{"learning_rat": 1}]))
+    with pytest.raises(FileNotFoundError, match="experiment: found no overlay .*backbone_x.json"):
+        study.run(make(one=[ONE], two=["backbone_x.json"]))
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results.csv").exists()
+    with pytest.raises(FileNotFoundError, match="scale: found no .*scale_x.json, expected an overlay such as"):
+        make_study(tmp_path, "x")
