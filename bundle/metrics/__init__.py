@@ -2,5 +2,6 @@
 
 from bundle.metrics.figures import plot_curves, stage_table
 from bundle.metrics.handler import MultiTaskMetrics, log_artifacts
+from bundle.metrics.statistics import calibration_error
 
-__all__ = ["MultiTaskMetrics", "log_artifacts", "plot_curves", "stage_table"]
+__all__ = ["MultiTaskMetrics", "calibration_error", "log_artifacts", "plot_curves", "stage_table"]

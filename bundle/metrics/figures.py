@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay
 
-from bundle.metrics.statistics import froc_curve
+from bundle.metrics.statistics import CONFIDENCE_BINS, froc_curve
 from bundle.tasks import CLASSIFICATION, DETECTION, RECORD, SEGMENTATION, SOURCE
 
 STAGE_COLUMNS = {
@@ -55,7 +56,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
 
 
 def draw_report(report: Mapping, rows: Sequence[Mapping], folder: Path) -> None:
-    """Confusion matrix and ROC curves, Dice by source, and the FROC curve, for the tasks that were measured."""
+    """Confusion matrix, ROC curves and reliability, Dice by source, and the FROC curve, for the tasks that were measured."""
     if CLASSIFICATION in report:
         _draw_classification(report[CLASSIFICATION], [row[CLASSIFICATION] for row in rows if CLASSIFICATION in row], folder)
     if SEGMENTATION in report:
@@ -66,8 +67,8 @@ def draw_report(report: Mapping, rows: Sequence[Mapping], folder: Path) -> None:
 
 def _draw_classification(report: Mapping, cases: Sequence[Mapping], folder: Path) -> None:
     names, counts = report["confusion_matrix"]["classes"], np.array(report["confusion_matrix"]["counts"])
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    left, right, last = figure.subplots(1, 3)
     left.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         dark = count > 0.5 * counts[row].sum()
@@ -82,6 +83,12 @@ def _draw_classification(report: Mapping, cases: Sequence[Mapping], folder: Path
             RocCurveDisplay.from_predictions(labels == index, probabilities[:, index], name=name, ax=right)
     right.plot([0, 1], [0, 1], ":", color="grey")
     right.set_title("one class against the rest")
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    CalibrationDisplay.from_predictions(correct, confidence, n_bins=CONFIDENCE_BINS, name="most probable class", ax=last)
+    last.set(title=f"reliability, ECE {report['ece']['value']:.3f}", xlabel="confidence", ylabel="accuracy")
+    counts, edges = np.histogram(confidence, CONFIDENCE_BINS, (0, 1))
+    last.bar(edges[:-1], counts / len(confidence), 1 / CONFIDENCE_BINS, align="edge", color="0.85", label="share of cases")
+    last.legend(loc="upper left")
     _save(figure, folder / "classification.png")
 
 

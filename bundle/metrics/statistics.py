@@ -12,6 +12,7 @@ from bundle.metrics.cases import COCO
 from bundle.tasks import CLASSIFICATION, DETECTION
 
 FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+CONFIDENCE_BINS = 10
 RECALLS = np.linspace(0, 1, 101)
 
 # Figures of cases of which each counts as often as its weight says: by name, without those that are undefined. A draw of the
@@ -20,7 +21,7 @@ Figures = Callable[[np.ndarray], dict[str, float]]
 
 
 def classification_figures(cases: Sequence[dict]) -> Figures:
-    """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels) and AUROC.
+    """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels), calibration error and AUROC.
 
     The predicted class is the most probable of all classes. AUROC ranks the classes that occur: with two, the higher one
     by its share of their joint probability, with more, the mean of one class against the rest. With one class it
@@ -30,6 +31,7 @@ def classification_figures(cases: Sequence[dict]) -> Figures:
     probabilities = np.stack([case["probabilities"] for case in cases])
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
+    correct = probabilities.argmax(1) == labels
 
     @cache
     def ranks(present: tuple[int, ...]) -> list[np.ndarray]:
@@ -45,6 +47,7 @@ def classification_figures(cases: Sequence[dict]) -> Figures:
             "accuracy": hits.sum() / counts.sum(),
             "balanced_accuracy": (hits / annotated).mean(),
             "f1_macro": (2 * hits / (annotated + predicted)).mean(),
+            "ece": calibration_error(probabilities.max(1), correct, weights),
         }
         if len(present) > 1:
             one_vs_rest = [auroc(r, labels == c, weights) for c, r in zip(present, ranks(tuple(present.tolist())))]
@@ -52,6 +55,18 @@ def classification_figures(cases: Sequence[dict]) -> Figures:
         return {name: float(value) for name, value in result.items()}
 
     return figures
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over bins of confidence (arXiv 1706.04599).
+
+    Args:
+        confidence: highest probability of each case.
+        correct: whether its class is the annotated one.
+        weights: how often each case counts.
+    """
+    bins = np.minimum((confidence * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    return float(np.abs(np.bincount(bins, weights * (correct - confidence))).sum() / weights.sum())
 
 
 def auroc(ranks: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> float:

@@ -50,7 +50,7 @@ def evaluate(batches, tasks=TASKS, **arguments):
 
 ALL = {task: [True] * 4 for task in TASKS}
 FIGURES = {
-    CLASSIFICATION: {"accuracy", "balanced_accuracy", "f1_macro", "auroc", "confusion_matrix"},
+    CLASSIFICATION: {"accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "confusion_matrix"},
     SEGMENTATION: {"iou", "dice", "sensitivity", "specificity", "hd95"},
     RECONSTRUCTION: {"mse", "psnr", "ssim"},
     DETECTION: {"ap10", "ap50", "ap", "mask_ap10", "mask_ap50", "mask_ap", "froc"},

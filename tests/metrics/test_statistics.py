@@ -10,6 +10,7 @@ from bundle.metrics.cases import COCO, cases_of
 from bundle.metrics.statistics import (
     FALSE_POSITIVE_RATES,
     auroc,
+    calibration_error,
     classification_figures,
     confusion,
     detection_figures,
@@ -71,6 +72,7 @@ def test_classification_figures_are_those_of_sklearn(seed):
             "balanced_accuracy": balanced_accuracy_score(labels, predicted),
             "f1_macro": f1_score(labels, predicted, average="macro"),
             "auroc": roc_auc_score(labels, share, multi_class="ovr", average="macro"),
+            "ece": calibration_error(probabilities.max(1), predicted == labels, np.ones(len(labels))),
         }
     )
 
@@ -92,7 +94,7 @@ def test_auroc_of_a_source_with_two_of_three_classes_ranks_these_two():
 
 def test_one_class_alone_has_no_auroc():
     found = figures(classification_figures, classification([1, 1, 1], [[0.2, 0.8, 0], [0.9, 0.1, 0], [0, 1, 0]]))
-    assert found == pytest.approx({"accuracy": 2 / 3, "balanced_accuracy": 2 / 3, "f1_macro": 0.8})
+    assert found == pytest.approx({"accuracy": 2 / 3, "balanced_accuracy": 2 / 3, "f1_macro": 0.8, "ece": (0.2 + 0.9) / 3})
 
 
 def test_confusion_has_annotated_rows_and_predicted_columns():
