@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # of the MONAI bundle: the package is installed in place (pip install -e)
+TRAINED_WITH = "configs/preset_cpu.json"  # overlay on train.json that models/model.pt was trained with
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-from bundle.cli import ROOT
+from bundle.cli import ROOT, TRAINED_WITH
 from bundle.networks import load_weights
 
 NAME = "chest_ct_multitask"
@@ -140,14 +140,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="overlay with the network of the weights, merged into inference.json and train.json of the archive",
+        help="overlay with the network of the weights, merged into inference.json and train.json of the archive; default: "
+        f"that of {WEIGHTS} without --checkpoint, none with it",
     )
     parser.add_argument(
         "--url", metavar="BASE", help="files over 25 MB stay out and will be found at BASE/models/model.pt …"
     )
     known = parser.parse_args(arguments)
+    overlays = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
     try:
-        print(package_bundle(known.output_dir, ROOT, known.checkpoint, known.config, known.url))
+        print(package_bundle(known.output_dir, ROOT, known.checkpoint, overlays, known.url))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -28,6 +28,7 @@ IN_WORDS = {
     "$os.path.join(os.path.dirname(@checkpoint), 'reference.pt')": "reference.pt beside `checkpoint`",
     "$bundle.processes.local_device()": "GPU if there is one",
     '{"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "detection": 1.0}': "all four at 1.0",
+    json.dumps(json.loads((CONFIGS / "preset_cpu.json").read_text())["detection"]): "that of preset_cpu.json",
     '{"stage_classification": {}, "stage_segmentation": {}, "stage_detection": {}, "stage_joint": {}}': "the four stages",
 }
 MADE_OF_COMPONENTS = {"records", "network", "data", "inferer"}  # expressions that are no knobs

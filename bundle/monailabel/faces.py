@@ -12,7 +12,7 @@ from pathlib import Path
 from monai.bundle import ConfigParser
 
 import bundle
-from bundle.cli import ROOT
+from bundle.cli import ROOT, TRAINED_WITH
 from bundle.networks import load_weights
 from bundle.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
 
@@ -138,11 +138,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder `model` of the app monaibundle")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; models/model.pt if there are none yet")
     parser.add_argument(
-        "--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json"
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="overlay that the weights were trained with; default: that of models/model.pt without --checkpoint",
     )
     known = parser.parse_args(arguments)
     try:
-        for face in make_faces(known.output_dir, known.checkpoint, known.config):
+        configs = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
+        for face in make_faces(known.output_dir, known.checkpoint, configs):
             print(face)
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")

@@ -70,8 +70,9 @@ def test_inference_and_evaluation_have_every_property_monai_asks_for(phantom_dir
         assert len(workflow.dataset) == (18 if files == SMOKE else 6)
 
 
-def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same():
-    train, inference = config("train"), config("inference")
+@pytest.mark.parametrize("preset", ["preset_cpu", "preset_vgg13", "preset_smoke"])
+def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same(preset):
+    train, inference = ({**config(name), **config(preset)} for name in ("train", "inference"))
     # Training reads records, with masks; inference reads slices of scans. What is done to the image is the same.
     known = {"keys": "image", "mode": "bilinear"}
     trained = [
