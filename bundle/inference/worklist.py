@@ -52,12 +52,13 @@ class Worklist:
         scans, failures = find_scans(source, output_dir)
         for failure in failures:
             logger.warning(f"skipped {failure['reason']}")
-        waiting = [scan for scan in scans if not self._is_done(scan)]
-        self.scans = waiting[self.rank :: self.processes]
+        # Dealt out before looking at what is done: another process may have finished scans by now, and all must agree.
+        mine = scans[self.rank :: self.processes]
+        self.scans = [scan for scan in mine if not self._is_done(scan)]
         self.failures: list[dict] = failures if self.rank == 0 else []
-        logger.info(
-            f"{source}: {len(scans)} scans, {len(scans) - len(waiting)} of them done, {len(failures)} files unreadable"
-        )
+        share = "" if self.processes == 1 else f", {len(mine)} of them for process {self.rank}"
+        done = len(mine) - len(self.scans)
+        logger.info(f"{source}: {len(scans)} scans{share}, {done} of them done, {len(failures)} files unreadable")
 
     def stamp(self, scan: Scan) -> str:
         """What the results of a scan depend on: its files, the weights and the knobs."""
