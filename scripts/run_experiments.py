@@ -4,25 +4,10 @@ import argparse
 import logging
 from pathlib import Path
 
-from bundle.engines import environment
 from bundle.experiments import Experiment, Study, experiment_names, read_results, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-
-
-def facts(arguments, experiment: Experiment) -> list[str]:
-    """Lines on command, scale, data and machine."""
-    machine = environment()
-    data = f"--dataset_dir {Path(arguments.dataset_dir).name} " if arguments.dataset_dir else ""
-    versions = f"Python {machine['python']}, PyTorch {machine['torch']}, MONAI {machine['monai']}"
-    return [
-        f"    python scripts/run_experiments.py {experiment.name} {data}--scale {arguments.scale}",
-        "",
-        f"- scale: [scale_{arguments.scale}.json](../../configs/scale_{arguments.scale}.json); experiment: "
-        f"[experiment_{experiment.name}.json](../../configs/experiment_{experiment.name}.json)",
-        f"- machine: {machine['cpu']}, {machine['gpu'] or 'no GPU'}; {versions}",
-    ]
 
 
 def main() -> None:
@@ -49,7 +34,7 @@ def main() -> None:
                 study.run(experiment)
             place = {"experiment": experiment.name, "scale": arguments.scale}
             rows = [row for row in read_results(results) if place.items() <= row.items()]
-            print(write_report(experiment, rows, arguments.results_dir, facts(arguments, experiment)))
+            print(write_report(experiment, rows, arguments.results_dir))
     except (ValueError, FileNotFoundError) as error:
         parser.exit(1, f"error: {error}\n")
 

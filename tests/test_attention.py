@@ -49,7 +49,9 @@ def test_heat_that_is_even_lies_in_the_lungs_by_their_share(network, tmp_path):
     network.encoder = Even()
     network.heads[CLASSIFICATION] = torch.nn.Sequential(Mean(), torch.nn.Linear(2, 3))
     torch.nn.init.ones_(network.heads[CLASSIFICATION][1].weight)
-    found = draw_attention(network, [collate([{IMAGE: make_slice(), CLASS: 0, "record": {}}])], CLASSES, tmp_path / "cam.png")
+    found = draw_attention(
+        network, [collate([{IMAGE: make_slice(), CLASS: 0, "record": {}}])], CLASSES, tmp_path / "cam.png"
+    )
     assert found["other"]["heat_in_lung"] == pytest.approx(found["other"]["lung"], abs=1e-3)
 
 

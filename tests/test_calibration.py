@@ -14,7 +14,6 @@ from bundle.metrics import calibration_error
 from bundle.networks import MultiTaskNet, load_weights
 from bundle.tasks import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
 
-
 ROOT = Path(__file__).parents[1]
 TINY = {"width": 0.125, "image_size": 64, "decoder_channels": (16, 8, 8, 8, 8)}
 
@@ -93,7 +92,9 @@ def test_the_overlay_calibrates_a_finished_run(phantom_dir, tmp_path):
     datalist["validation"] = by_class[0][:2] + by_class[1][:1]
     (tmp_path / "datalist.json").write_text(json.dumps(datalist))
     entries = {"dataset_dir": str(phantom_dir), "datalist": str(tmp_path / "datalist.json"), "output_dir": str(tmp_path)}
-    workflow = ConfigWorkflow([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "calibrate")], **entries)
+    workflow = ConfigWorkflow(
+        [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "calibrate")], **entries
+    )
     workflow.initialize()
     network = workflow.parser.get_parsed_content("network_def")
     with torch.no_grad():  # whatever the slice, class 0 is 4 times as likely as class 1: of the three slices it is 2 times

@@ -21,7 +21,7 @@ FIGURES = {
     "sensitivity at 1 FP": ("detection", "froc", "1"),
 }
 ARM = ("experiment", "scale", "arm", "seed")  # columns of the results that name a run
-COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "run")
+COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "data", "machine", "run")
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ from bundle.experiments.experiment import FIGURES, Experiment
 END = "end"  # stage of the rows that hold what a run has led to
 
 
-def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], folder, facts: Sequence[str]) -> Path:
+def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], folder) -> Path:
     """Write NAME.md and NAME.png of an experiment.
 
     Args:
         experiment: whose runs are reported.
         rows: of `bundle.experiments.read_results`, of this experiment at one scale.
         folder: where to write.
-        facts: lines on command, data and machine that stand above the tables.
 
     Returns:
         Path of NAME.md.
@@ -38,12 +37,13 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     end = [row for row in rows if row["stage"] == END]
-    lines = [f"# {experiment.title}", "", experiment.question, "", *facts, "", *_summary(end), ""]
-    lines += ["Test split, weights of the epoch with the highest validation score; mean over the seeds" + _interval_note(end) + ":", ""]
+    lines = [f"# {experiment.title}", "", experiment.question, "", *_facts(experiment, end), ""]
+    note = _interval_note(end)
+    lines += [f"Test split, weights of the epoch with the highest validation score; mean over the seeds{note}:", ""]
     lines += [*_table(experiment, lambda arm, figure: _mean(_values(end, arm, figure))), ""]
     if len(experiment.arms) > 1 and not experiment.curve:
         first = next(iter(experiment.arms))
-        lines += [f"Difference from “{first}”, seed by seed" + _interval_note(end) + ":", ""]
+        lines += [f"Difference from “{first}”, seed by seed{note}:", ""]
         lines += [*_table(experiment, lambda arm, figure: _difference(end, arm, first, figure), skip=first), ""]
     lines += _stages(experiment, rows)
     lines += _curve(experiment, end)
@@ -115,14 +115,21 @@ def _interval_note(rows: Sequence[Mapping]) -> str:
     return " (95 % interval by Student's t)" if len({row["seed"] for row in rows}) > 1 else ", a single one"
 
 
-def _summary(rows: Sequence[Mapping]) -> list[str]:
+def _facts(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
+    """Command, configs, budget, dates and machines of the runs."""
+    (scale,), data = {row["scale"] for row in rows}, sorted({row["data"] for row in rows})
+    configs = [f"[{name}.json](../../configs/{name}.json)" for name in (f"experiment_{experiment.name}", f"scale_{scale}")]
     dates, steps = sorted({row["date"] for row in rows}), sorted({int(row["steps"]) for row in rows})
     seeds, seconds = sorted({int(row["seed"]) for row in rows}), sum(int(row["seconds"]) for row in rows)
     times = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     number = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     return [
+        f"    python scripts/run_experiments.py {experiment.name} --dataset_dir {' and '.join(data)} --scale {scale}",
+        "",
+        f"- {' with '.join(configs)}",
         f"- {len(rows)} runs of {number} optimiser steps, seeds {', '.join(map(str, seeds))}, {seconds / 3600:.1f} hours in "
-        f"all, {times}"
+        f"all, {times}",
+        *(f"- {machine}" for machine in sorted({row["machine"] for row in rows})),
     ]
 
 

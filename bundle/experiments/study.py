@@ -21,7 +21,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from bundle.configuration import check_ids
-from bundle.engines import overlay, run_workflow, trained_tasks
+from bundle.engines import environment, overlay, run_workflow, trained_tasks
 from bundle.experiments.experiment import ARM, FIGURES, Experiment, add_results, read_results
 from bundle.networks import EnsembleNet, MultiTaskNet, load_weights
 
@@ -115,8 +115,16 @@ class Study:
         rows = [{"stage": "end", "split": "test", **_figures(evaluation)}]
         for stage in configs[0]["stages"] if experiment.workflow == "training" else ():
             rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run / stage / "evaluation")})
-        seconds = round(time.perf_counter() - begin)
-        return [{**row, "steps": steps, "seconds": seconds, "date": date.today().isoformat(), "run": run} for row in rows]
+        machine = environment()
+        facts = {
+            "steps": steps,
+            "seconds": round(time.perf_counter() - begin),
+            "date": date.today().isoformat(),
+            "data": Path(self.entries.get("dataset_dir", "phantom")).name,
+            "machine": f"{machine['gpu'] or machine['cpu']}; PyTorch {machine['torch']}, MONAI {machine['monai']}",
+            "run": run,
+        }
+        return [{**row, **facts} for row in rows]
 
     def _evaluate(self, configs: Sequence[Mapping], evaluation: Path) -> None:
         """Measure the network of a finished run, or the ensemble of those of several, on the test split."""

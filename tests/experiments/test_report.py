@@ -9,12 +9,15 @@ from bundle.experiments.report import fit_power_law, mean_with_interval, write_r
 
 
 def make(curve=None, arms=("one", "two")):
-    return Experiment("x", "Title", "Question?", "run", [], dict.fromkeys(arms, []), [0, 1, 2], ["Dice", "AUROC"], curve or {})
+    return Experiment(
+        "x", "Title", "Question?", "run", [], dict.fromkeys(arms, []), [0, 1, 2], ["Dice", "AUROC"], curve or {}
+    )
 
 
 def row(arm, seed, dice, stage="end", **more):
     cells = {"arm": arm, "seed": str(seed), "stage": stage, "Dice": str(dice), "steps": "48", "seconds": "60"}
-    return {**dict.fromkeys(COLUMNS, ""), **cells, "date": "2026-01-01", **more}
+    cells |= {"scale": "smoke", "date": "2026-01-01", "data": "merged", "machine": "a machine"}
+    return {**dict.fromkeys(COLUMNS, ""), **cells, **more}
 
 
 def test_interval_is_students():
@@ -27,10 +30,14 @@ def test_interval_is_students():
 
 
 def test_report_compares_arms_seed_by_seed(tmp_path):
-    rows = [row("one", seed, 0.2 + 0.1 * seed) for seed in range(3)] + [row("two", seed, 0.3 + 0.1 * seed) for seed in range(3)]
-    path = write_report(make(), rows, tmp_path / "results", ["- facts"])
+    rows = [row("one", seed, 0.2 + 0.1 * seed) for seed in range(3)] + [
+        row("two", seed, 0.3 + 0.1 * seed) for seed in range(3)
+    ]
+    path = write_report(make(), rows, tmp_path / "results")
     text = path.read_text()
-    assert text.startswith("# Title\n\nQuestion?\n\n- facts\n") and "6 runs of 48 optimiser steps, seeds 0, 1, 2, 0.1 hours" in text
+    command = "    python scripts/run_experiments.py x --dataset_dir merged --scale smoke\n"
+    assert text.startswith(f"# Title\n\nQuestion?\n\n{command}") and "\n- a machine\n" in text
+    assert "6 runs of 48 optimiser steps, seeds 0, 1, 2, 0.1 hours in all, 2026-01-01" in text
     assert "| one | 0.300 (0.052 to 0.548) | - |" in text
     # The arms differ by 0.1 with every seed: no uncertainty, whatever the seeds do to both.
     assert "| two | +0.100 (+0.100 to +0.100) | - |" in text.split("Difference from “one”")[1]
@@ -40,16 +47,16 @@ def test_report_compares_arms_seed_by_seed(tmp_path):
 
 
 def test_a_difference_needs_the_same_seed_in_both(tmp_path):
-    text = write_report(make(), [row("one", 0, 0.2), row("two", 1, 0.9)], tmp_path, []).read_text()
+    text = write_report(make(), [row("one", 0, 0.2), row("two", 1, 0.9)], tmp_path).read_text()
     assert "| two | - | - |" in text.split("Difference from “one”")[1]
-    assert "a single one" in write_report(make(), [row("one", 0, 0.2)], tmp_path, []).read_text()
+    assert "a single one" in write_report(make(), [row("one", 0, 0.2)], tmp_path).read_text()
 
 
 def test_stages_are_reported_in_their_order(tmp_path):
     rows = [row("one", 0, 0.5)]
     rows += [row("one", seed, dice, "stage_segmentation") for seed, dice in ((0, 0.4), (1, 0.6))]
     rows += [row("one", 0, "", "stage_detection")]
-    text = write_report(make(arms=["one"]), rows, tmp_path, []).read_text()
+    text = write_report(make(arms=["one"]), rows, tmp_path).read_text()
     assert "| one | segmentation | 0.500 | - |\n| one | detection | - | - |\n" in text
 
 
@@ -62,16 +69,17 @@ def test_power_law_is_found_again():
 def test_learning_curve_says_how_much_is_needed(tmp_path):
     curve = {"x": {"one": 100, "two": 400}, "label": "number of images", "figure": "Dice", "target": 0.8}
     rows = [row(arm, seed, round(1 - 2 * n**-0.3, 6)) for arm, n in (("one", 100), ("two", 400)) for seed in range(2)]
-    text = write_report(make(curve), rows, tmp_path, []).read_text()
+    text = write_report(make(curve), rows, tmp_path).read_text()
     # 2 n^-0.3 = 0.2: n = 10^(1 / 0.3) = 2154
     assert "reaches 0.8 at n = 2,154 (fitted seed by seed: 2,154 to 2,154), 5.4 times the largest n" in text
     assert "Difference" not in text
     falling = [row("one", 0, 0.5), row("two", 0, 0.3)]
-    assert "No falling power law fits 1 - Dice over the number of images." in write_report(
-        make(curve), falling, tmp_path, []
-    ).read_text()
+    assert (
+        "No falling power law fits 1 - Dice over the number of images."
+        in write_report(make(curve), falling, tmp_path).read_text()
+    )
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="experiment x: found no result, expected at least one run; run it first"):
-        write_report(make(), [], tmp_path, [])
+        write_report(make(), [], tmp_path)

@@ -75,7 +75,11 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
     study.run(first)
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
     rows = read_results(tmp_path / "results.csv")
-    assert sorted((row["experiment"], row["arm"]) for row in rows) == [("first", "both"), ("first", "one"), ("second", "again")]
+    assert sorted((row["experiment"], row["arm"]) for row in rows) == [
+        ("first", "both"),
+        ("first", "one"),
+        ("second", "again"),
+    ]
     assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
 
 

@@ -14,7 +14,9 @@ from bundle.networks import MultiTaskNet
 from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = re.findall(r"^    python -m monai\.bundle (\S+_export tensor_net .*)$", (ROOT / "docs/bundle.md").read_text(), re.M)
+COMMANDS = re.findall(
+    r"^    python -m monai\.bundle (\S+_export tensor_net .*)$", (ROOT / "docs/bundle.md").read_text(), re.M
+)
 CONFIG = "['configs/inference.json','configs/preset_smoke.json']"
 # configs/preset_smoke.json
 SMOKE = {"width": 0.125, "decoder_channels": [32, 32, 16, 8, 8], "image_size": 64}

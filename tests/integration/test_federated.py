@@ -100,7 +100,11 @@ def test_two_clients_average_their_weights_over_three_rounds(clients):
         algo.finalize()
 
 
-CLASSIFY = {"tasks": {"classification": 1.0}, "augmentation": {"_target_": "Compose", "transforms": []}, "val_interval": 1000}
+CLASSIFY = {
+    "tasks": {"classification": 1.0},
+    "augmentation": {"_target_": "Compose", "transforms": []},
+    "val_interval": 1000,
+}
 
 
 def test_two_hospitals_that_each_lack_a_disease_do_better_together(tmp_path):

@@ -52,8 +52,12 @@ def test_of_overlapping_detections_the_surest_is_kept():
         boxes, labels = torch.tensor(boxes, dtype=torch.float32), torch.ones(count, dtype=torch.int64)
         return {"boxes": boxes, "labels": labels, "scores": torch.tensor(scores), "masks": torch.zeros(count, 1, 8, 8)}
 
-    pooled = EnsembleNet([make([DETECTION])])._pool([found([[0, 0, 4, 4]], [0.6]), found([[0, 0, 4, 5], [5, 5, 8, 8]], [0.7, 0.2])])
-    assert pooled["boxes"].tolist() == [[0, 0, 4, 5], [5, 5, 8, 8]] and pooled["scores"].tolist() == pytest.approx([0.7, 0.2])
+    pooled = EnsembleNet([make([DETECTION])])._pool(
+        [found([[0, 0, 4, 4]], [0.6]), found([[0, 0, 4, 5], [5, 5, 8, 8]], [0.7, 0.2])]
+    )
+    assert pooled["boxes"].tolist() == [[0, 0, 4, 5], [5, 5, 8, 8]] and pooled["scores"].tolist() == pytest.approx(
+        [0.7, 0.2]
+    )
     assert pooled["masks"].shape == (2, 1, 8, 8)
 
 
