@@ -1,6 +1,7 @@
 """Experiments are run, not run twice, and compare what they say they compare."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,14 @@ def test_nothing_is_run_before_every_configuration_was_checked(tmp_path, phantom
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results.csv").exists()
     with pytest.raises(FileNotFoundError, match="scale: found no .*scale_x.json, expected an overlay such as"):
         make_study(tmp_path, "x")
+
+
+def test_the_document_names_every_experiment_and_the_budget_of_every_scale(tmp_path):
+    document = (CONFIGS.parent / "docs/experiments.md").read_text()
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in document.splitlines() if line.startswith("| `")]
+    listed = {name for names in rows for name in names}
+    assert {*experiment_names(CONFIGS), *SCALES} <= listed
+    for scale in SCALES:
+        budget, slices = re.search(rf"^\| `{scale}` \|.*\| ([\d,]+) steps of (\d+) slices \|$", document, re.M).groups()
+        config = make_study(tmp_path, scale).config(make(arm=[]), [], 0)
+        assert (steps(config, "run"), config["batch_size"]) == (int(budget.replace(",", "")), int(slices)), scale
