@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -120,14 +121,10 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def small_data(tmp_path_factory):
-    return Path(make_phantom(tmp_path_factory.mktemp("bad") / "data", size=64, groups=(3, 3, 3), slices_per_group=1))
-
-
-@pytest.mark.parametrize(("configs", "arguments", "spoil", "line"), CASES.values(), ids=CASES)
-def test_wrong_input_is_refused_in_one_line(configs, arguments, spoil, line, small_data, tmp_path):
-    data, out = tmp_path / "data", tmp_path / "out"
+def refusal(case, small_data, folder):
+    """Run the command of a case on a copy of the data, spoilt; returns it, data and output folder."""
+    configs, arguments, spoil, _ = case
+    data, out = folder / "data", folder / "out"
     shutil.copytree(small_data, data)
     if spoil:
         datalist = json.loads((data / "datalist.json").read_text())
@@ -140,10 +137,24 @@ def test_wrong_input_is_refused_in_one_line(configs, arguments, spoil, line, sma
     places = ["--dataset_dir", str(data), "--output_dir", str(out)]
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *places]
     command += [argument.replace("DATA", str(data)) for argument in arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300), data, out
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """Every case, two at a time: most of the time of each is Python's imports, on one core."""
+    small_data = Path(make_phantom(tmp_path_factory.mktemp("bad") / "data", size=64, groups=(3, 3, 3), slices_per_group=1))
+    folders = {name: tmp_path_factory.mktemp("case") for name in CASES}
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(refusal, case, small_data, folders[name]) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_is_refused_in_one_line(name, refusals):
+    done, data, out = refusals[name].result()
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr and " ERROR " not in done.stdout, done.stdout + done.stderr
     lines = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert len(lines) == 1 and lines[0] == done.stderr.splitlines()[-1]
-    expected = line.replace("DATA", str(data)).replace("OUT", str(out))
+    expected = CASES[name][-1].replace("DATA", str(data)).replace("OUT", str(out))
     assert re.search(expected, lines[0]), lines[0]
