@@ -127,8 +127,8 @@ def _facts(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
         f"    python scripts/run_experiments.py {experiment.name} --dataset_dir {' and '.join(data)} --scale {scale}",
         "",
         f"- {' with '.join(configs)}",
-        f"- {len(rows)} runs of {number} optimiser steps, seeds {', '.join(map(str, seeds))}, {seconds / 3600:.1f} hours in "
-        f"all, {times}",
+        f"- {len(rows)} runs of {number} optimiser steps, seeds {', '.join(map(str, seeds))}, {seconds / 3600:.1f} hours of "
+        f"wall time, other work beside it included, {times}",
         *(f"- {machine}" for machine in sorted({row["machine"] for row in rows})),
     ]
 

@@ -37,7 +37,7 @@ def test_report_compares_arms_seed_by_seed(tmp_path):
     text = path.read_text()
     command = "    python scripts/run_experiments.py x --dataset_dir merged --scale smoke\n"
     assert text.startswith(f"# Title\n\nQuestion?\n\n{command}") and "\n- a machine\n" in text
-    assert "6 runs of 48 optimiser steps, seeds 0, 1, 2, 0.1 hours in all, 2026-01-01" in text
+    assert "6 runs of 48 optimiser steps, seeds 0, 1, 2, 0.1 hours of wall time" in text
     assert "| one | 0.300 (0.052 to 0.548) | - |" in text
     # The arms differ by 0.1 with every seed: no uncertainty, whatever the seeds do to both.
     assert "| two | +0.100 (+0.100 to +0.100) | - |" in text.split("Difference from “one”")[1]
