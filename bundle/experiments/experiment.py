@@ -9,17 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from bundle.metrics import STAGE_COLUMNS
+
 # Figures of the tables: column -> where the report of an evaluation has it.
-FIGURES = {
-    "accuracy": ("classification", "accuracy"),
-    "AUROC": ("classification", "auroc"),
-    "Dice": ("segmentation", "dice"),
-    "IoU": ("segmentation", "iou"),
-    "SSIM": ("reconstruction", "ssim"),
-    "AP@0.1": ("detection", "ap10"),
-    "AP@0.5": ("detection", "ap50"),
-    "sensitivity at 1 FP": ("detection", "froc", "1"),
-}
+FIGURES = {**STAGE_COLUMNS, "sensitivity at 1 FP": ("detection", "froc", "1")}
 ARM = ("experiment", "scale", "arm", "seed")  # columns of the results that name a run
 COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "data", "machine", "run")
 

@@ -1,7 +1,7 @@
 """Metrics of the four tasks on partly labelled data, as a handler of MONAI's evaluator."""
 
-from bundle.metrics.figures import plot_curves, stage_table
+from bundle.metrics.figures import STAGE_COLUMNS, plot_curves, stage_table
 from bundle.metrics.handler import MultiTaskMetrics, log_artifacts
 from bundle.metrics.statistics import calibration_error
 
-__all__ = ["MultiTaskMetrics", "calibration_error", "log_artifacts", "plot_curves", "stage_table"]
+__all__ = ["STAGE_COLUMNS", "MultiTaskMetrics", "calibration_error", "log_artifacts", "plot_curves", "stage_table"]
