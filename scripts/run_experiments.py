@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 from bundle.experiments import Experiment, Study, experiment_names, read_results, write_report
@@ -24,7 +25,7 @@ def main() -> None:
     results = Path(arguments.results_dir) / "results.csv"
     entries = {"bundle_root": str(ROOT)}
     if arguments.dataset_dir:
-        entries["dataset_dir"] = str(Path(arguments.dataset_dir).resolve())
+        entries["dataset_dir"] = os.path.abspath(arguments.dataset_dir)
     try:
         scale = CONFIGS / f"scale_{arguments.scale}.json"
         study = Study(CONFIGS, scale, entries, Path(arguments.output_dir).resolve(), results)
