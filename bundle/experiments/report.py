@@ -15,6 +15,7 @@ from scipy.optimize import curve_fit
 
 from bundle.experiments.experiment import FIGURES, Experiment
 
+OUT_OF_REACH = 1000  # times the largest amount of data: a fit that asks for more says that the curve is flat
 END = "end"  # stage of the rows that hold what a run has led to
 
 
@@ -164,14 +165,23 @@ def _curve(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
     if fit is None:
         return [f"No falling power law fits 1 - {figure} over the {label}.", ""]
     b, c = fit
-    needed, seeds = (b / (1 - target)) ** (1 / c), sorted({row["seed"] for row in rows})
-    lines = [f"Fitted: 1 - {figure} = {b:.3g} n^(-{c:.3g}), n the {label}. It reaches {target} at n = {needed:,.0f}"]
+    line = f"Fitted: 1 - {figure} = {b:.3g} n^(-{c:.3g}), n the {label}."
+    needed = _needed(fit, target)
+    if needed > OUT_OF_REACH * max(x):
+        return [f"{line} More than {OUT_OF_REACH} times the largest n would be needed for {target}: flat at this budget.", ""]
+    line += f" It reaches {target} at n = {needed:,.0f}"
+    seeds = sorted({row["seed"] for row in rows})
     single = [fit_power_law(*_points(experiment, [row for row in rows if row["seed"] == seed])) for seed in seeds]
-    needs = sorted((b / (1 - target)) ** (1 / c) for b, c in filter(None, single))
+    needs = sorted(_needed(fit, target) for fit in filter(None, single))
     if len(needs) > 1:
-        lines[0] += f" (fitted seed by seed: {needs[0]:,.0f} to {needs[-1]:,.0f})"
-    lines[0] += f", {needed / max(x):,.1f} times the largest n that was tried: an extrapolation."
-    return [*lines, ""]
+        line += f" (fitted seed by seed: {needs[0]:,.0f} to {needs[-1]:,.0f})"
+    return [f"{line}, {needed / max(x):,.1f} times the largest n that was tried: an extrapolation.", ""]
+
+
+def _needed(fit: tuple[float, float], target: float) -> float:
+    """n at which a fitted power law reaches a target; infinite where that is beyond all numbers."""
+    with np.errstate(over="ignore"):
+        return float(np.power(fit[0] / (1 - target), 1 / np.float64(fit[1])))
 
 
 def _draw(experiment: Experiment, rows: Sequence[Mapping], path: Path) -> None:
