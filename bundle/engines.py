@@ -292,8 +292,8 @@ def remove_run(folder: Path) -> None:
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
 
 
-def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> None:
-    """Train the stages in order, each from the weights before it, and measure every trained task after each.
+def run_curriculum(output_dir: str, config_dir: str) -> None:
+    """Train the `stages` of the running configuration in order, each from the weights before it, and measure all after each.
 
     Stage NAME is the running configuration, overlaid with `config_dir`/NAME.json and then with its own entries of `stages`,
     in the folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint` instead of the stage before. A
@@ -301,7 +301,6 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
     Writes `stage_table.md` after every stage and, from the last one, `model.pt`.
 
     Args:
-        stages: name -> configuration entries of this stage alone (ids as keys).
         output_dir: folder of the curriculum.
         config_dir: folder of the overlays, with `evaluate.json`, `metadata.json` and `logging.conf`.
 
@@ -310,7 +309,7 @@ def run_curriculum(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
         ValueError: if there is no stage, `tasks` was changed, a stage has an unknown id (see
             `bundle.configuration.check_ids`), or it was begun with another configuration.
     """
-    folder, configs = Path(output_dir), _stage_configs(stages, output_dir, config_dir)
+    folder, configs = Path(output_dir), _stage_configs(output_dir, config_dir)
     if idist.get_rank() == 0:
         _open_curriculum(folder, configs.values(), running_config()["resume"])
     idist.barrier()
@@ -347,7 +346,7 @@ def _open_curriculum(folder: Path, configs: Collection[Mapping], resume: bool) -
         remove_run(folder)  # what an earlier curriculum left at its end
 
 
-def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: str) -> dict[str, dict]:
+def _stage_configs(output_dir: str, config_dir: str) -> dict[str, dict]:
     """Configuration of every stage by name, in order."""
     base, configs, before = running_config(), {}, None
     tasks = ConfigParser.load_config_file(str(Path(config_dir) / "train.json"))["tasks"]
@@ -356,7 +355,7 @@ def _stage_configs(stages: Mapping[str, Mapping], output_dir: str, config_dir: s
             f"tasks: found {base['tasks']}, expected {tasks}, since every stage has tasks of its own; set "
             "stages::NAME::tasks instead"
         )
-    for name, entries in stages.items():
+    for name, entries in base["stages"].items():  # as written: an expression in it is the stage's own
         file = Path(config_dir) / f"{name}.json"
         if not file.is_file():
             raise FileNotFoundError(f"stages: found {name!r}, expected {file}")

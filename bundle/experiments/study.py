@@ -89,7 +89,7 @@ class Study:
         folder = self.output_dir / hashlib.sha256(identity.encode()).hexdigest()[:12]
         places = {**self.entries, "output_dir": str(folder)}
         if experiment.workflow == "training":
-            places["training"] = [f"$bundle.engines.run_curriculum(@stages, @output_dir, {str(self.config_dir)!r})"]
+            places["training"] = [f"$bundle.engines.run_curriculum(@output_dir, {str(self.config_dir)!r})"]
         config = overlay(self._load("train.json"), *changes, places)
         for id in SCALE_IDS:
             if not re.search(rf"@{id}\b", json.dumps(config)):

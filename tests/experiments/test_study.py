@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from monai.bundle import ConfigParser
 
 from bundle.experiments import Experiment, Study, experiment_names, read_results
@@ -87,7 +88,9 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
 def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, phantom_dir):
     study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
     quarter = {"max_epochs": "$@budget // 4"}
-    stages = {"stages": {"stage_segmentation": quarter, "stage_joint": quarter}}
+    # An expression of a stage is evaluated in the stage: here its encoder is not trained.
+    frozen = {**quarter, "optimizer::params": "$[*@network.heads.parameters(), *@loss.to(@device).parameters()]"}
+    stages = {"stages": {"stage_segmentation": frozen, "stage_joint": quarter}}
     study.run(make(workflow="training", arm=[stages]))
     rows = read_results(tmp_path / "results.csv")
     assert [(row["stage"], row["split"], row["steps"]) for row in rows] == [
@@ -97,6 +100,8 @@ def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, pha
     ]
     assert rows[1]["AUROC"] == "" and all(rows[stage][column] != "" for stage in (0, 2) for column in ("AUROC", "Dice"))
     (folder,) = (tmp_path / "runs").iterdir()
+    trained = [len(torch.load(folder / stage / "last.pt", weights_only=True)["optimizer"]["state"]) for stage in stages["stages"]]
+    assert 0 < trained[0] < trained[1], "parameters of the heads, then all of them"
     tasks = json.loads((folder / "test/evaluate.json").read_text())["tasks"]
     assert set(tasks) == set(TASKS)
 
