@@ -51,8 +51,10 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
         without heat do not count.
 
     Raises:
-        ValueError: if no slice is annotated with a class.
+        ValueError: if the network has no classification, or no slice is annotated with a class.
     """
+    if CLASSIFICATION not in network.heads:
+        raise ValueError(f"tasks: found {', '.join(network.heads)}, expected {CLASSIFICATION} among them for Grad-CAM")
     network.eval()
     device = next(network.parameters()).device
     cam = GradCAM(_Classifier(network), "deepest", postprocessing=lambda heat: heat)

@@ -74,6 +74,8 @@ class Mean(torch.nn.Module):
 def test_without_a_class_there_is_nothing_to_draw(network, tmp_path):
     with pytest.raises(ValueError, match="Grad-CAM: found no slice with a class"):
         draw_attention(network, [collate([{IMAGE: make_slice(), "record": {}}])], CLASSES, tmp_path / "cam.png")
+    with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them for Grad-CAM"):
+        draw_attention(MultiTaskNet(["segmentation"], width=0.125, image_size=64), [], CLASSES, tmp_path / "cam.png")
     assert not list(tmp_path.iterdir())
 
 
