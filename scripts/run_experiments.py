@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+from bundle.errors import one_line_errors
 from bundle.experiments import Experiment, Study, experiment_names, read_results, write_report
 
 ROOT = Path(__file__).parents[1]
@@ -19,25 +20,24 @@ def main() -> None:
     parser.add_argument("--scale", default="reduced", help="configs/scale_NAME.json: reduced (default), full or smoke")
     parser.add_argument("--output_dir", default=str(ROOT / "runs"), help="folder of the runs; default: runs")
     parser.add_argument("--results_dir", default=str(ROOT / "docs/results"), help="of results.csv, tables and figures")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads; default: 1")
     parser.add_argument("--report", action="store_true", help="write tables and figures of what there is, and run nothing")
     arguments = parser.parse_args()
+    one_line_errors()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     results = Path(arguments.results_dir) / "results.csv"
     entries = {"bundle_root": str(ROOT)}
     if arguments.dataset_dir:
         entries["dataset_dir"] = os.path.abspath(arguments.dataset_dir)
-    try:
-        scale = CONFIGS / f"scale_{arguments.scale}.json"
-        study = Study(CONFIGS, scale, entries, Path(arguments.output_dir).resolve(), results)
-        experiments = [Experiment.read(name, CONFIGS) for name in (names if arguments.names == ["all"] else arguments.names)]
-        for experiment in experiments:
-            if not arguments.report:
-                study.run(experiment)
-            place = {"experiment": experiment.name, "scale": arguments.scale}
-            rows = [row for row in read_results(results) if place.items() <= row.items()]
-            print(write_report(experiment, rows, arguments.results_dir))
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(1, f"error: {error}\n")
+    scale = CONFIGS / f"scale_{arguments.scale}.json"
+    study = Study(CONFIGS, scale, entries, Path(arguments.output_dir).resolve(), results)
+    experiments = [Experiment.read(name, CONFIGS) for name in (names if arguments.names == ["all"] else arguments.names)]
+    if not arguments.report:
+        study.run(experiments, arguments.jobs)
+    for experiment in experiments:
+        place = {"experiment": experiment.name, "scale": arguments.scale}
+        rows = [row for row in read_results(results) if place.items() <= row.items()]
+        print(write_report(experiment, rows, arguments.results_dir))
 
 
 if __name__ == "__main__":

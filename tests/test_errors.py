@@ -27,15 +27,24 @@ next(iter(DataLoader(Files(), num_workers=1)))
 """
 
 
+POOL = """
+from concurrent.futures import ProcessPoolExecutor
+from bundle.tasks import check_tasks
+with ProcessPoolExecutor(1) as pool:
+    pool.submit(check_tasks, ["x"]).result()
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "shown"),
     [
         (REFUSED, "error: tasks: found 'x', expected one or more of classification, "),
         (WORKER, "error: none.png: no such file"),
+        (POOL, "error: tasks: found 'x', expected one or more of classification, "),
         ("float('x')", "Traceback (most recent call last):"),
         ("from bundle.tasks import check_tasks\ncheck_tasks(1)", "Traceback (most recent call last):"),
     ],
-    ids=["refused by us", "refused by us in another process", "raised by others", "a programming error"],
+    ids=["refused by us", "refused in a data loader", "refused in a pool", "raised by others", "a programming error"],
 )
 def test_only_what_the_package_refuses_is_shown_in_one_line(code, shown):
     program = f"from bundle.errors import one_line_errors\none_line_errors()\none_line_errors()\n{code}"

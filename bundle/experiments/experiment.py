@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -94,18 +94,21 @@ def read_results(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def by_arm(rows: Iterable[Mapping]) -> dict[tuple[str, ...], list[Mapping]]:
+    """Rows of results by the values of `ARM`, in the order of the rows."""
+    arms = {}
+    for row in rows:
+        arms.setdefault(tuple(str(row[name]) for name in ARM), []).append(row)
+    return arms
+
+
 def add_results(path, rows: Sequence[Mapping]) -> None:
-    """Write rows into a results file, in place of those of the same runs (`ARM`); under a temporary name, then renamed."""
-    path, replaced = Path(path), {_arm(row) for row in rows}
-    kept = [row for row in read_results(path) if _arm(row) not in replaced]
+    """Write rows into a results file, each arm (`ARM`) in its old place or at the end; under a temporary name, then renamed."""
+    path, arms = Path(path), {**by_arm(read_results(path)), **by_arm(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*kept, *rows])
+        writer.writerows(row for rows in arms.values() for row in rows)
     os.replace(temporary, path)
-
-
-def _arm(row: Mapping) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in ARM)

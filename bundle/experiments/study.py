@@ -1,8 +1,8 @@
 """Run what an experiment asks for and is not done yet.
 
-A loop is enough of a scheduler: a run knows itself whether it is done or where to go on (`bundle.engines.RunRecorder`), all
-runs share one machine, and a tool for pipelines such as Snakemake or DVC would start Python and its libraries anew for each of
-some hundred short runs.
+A loop over a pool of processes is enough of a scheduler: a run knows itself whether it is done or where to go on
+(`bundle.engines.RunRecorder`), all runs share one machine, and a tool for pipelines such as Snakemake or DVC would start Python
+and its libraries anew for each of some hundred short runs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from datetime import date
 from functools import reduce
+from itertools import chain, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -22,7 +26,7 @@ from monai.bundle import ConfigParser
 
 from bundle.configuration import check_ids
 from bundle.engines import environment, overlay, run_workflow, trained_tasks
-from bundle.experiments.experiment import ARM, FIGURES, Experiment, add_results, read_results
+from bundle.experiments.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
 from bundle.networks import EnsembleNet, MultiTaskNet, load_weights
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,30 @@ SCALE_IDS = ("budget", "shrink")  # of scale_NAME.json, for the expressions of e
 MEMBER_SEED = 1000  # times the number of an ensemble's member is added to the seed
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What is trained and measured for an arm with a seed.
+
+    Args:
+        arm: values of `ARM`.
+        workflow: of the experiment.
+        configs: configuration of each of its networks, one or, of an ensemble, several.
+    """
+
+    arm: tuple[str, ...]
+    workflow: str
+    configs: Sequence[Mapping]
+
+    @property
+    def networks(self) -> list[str]:
+        """Names of the folders of its networks."""
+        return [Path(config["output_dir"]).name for config in self.configs]
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.networks)
+
+
 class Study:
     """Experiments on one data set at one scale.
 
@@ -41,7 +69,7 @@ class Study:
         scale: overlay file with the size and the budget of every run, scale_NAME.json.
         entries: configuration entries of every run, such as dataset_dir.
         output_dir: folder of the runs.
-        results: CSV file of the figures. A run that is in it is not run again, for whatever experiment it was made; a
+        results: CSV file of the figures, written after every run. A run that is in it is not run again, for whatever experiment it was made; a
             run is known by all entries on top of train.json, not by the code and the data.
 
     Raises:
@@ -54,30 +82,58 @@ class Study:
         if not self.scale.is_file():
             raise FileNotFoundError(f"scale: found no {scale}, expected an overlay such as configs/scale_reduced.json")
 
-    def run(self, experiment: Experiment) -> None:
-        """Train and measure every arm with every seed, seed by seed, except what the results have already.
+    def run(self, experiments: Sequence[Experiment], jobs: int = 1) -> None:
+        """Train and measure every arm with every seed, except what the results have already.
 
-        Every configuration is checked before the first run begins.
+        Every configuration is checked before the first run begins. The first seed of all experiments comes before the second
+        of any: after an interruption all arms have the same seeds.
+
+        Args:
+            experiments: what to run.
+            jobs: runs at a time, each in a process with its share of the threads.
 
         Raises:
             FileNotFoundError: for an overlay that is not there.
-            ValueError: for an unknown id: see `bundle.configuration.check_ids`.
+            ValueError: for an unknown id, see `bundle.configuration.check_ids`, or if `jobs` is below 1.
         """
-        plan = [
-            (seed, arm, [self.config(experiment, parts, seed, i) for i, parts in enumerate(experiment.members(arm))])
-            for seed in experiment.seeds
-            for arm in experiment.arms
-        ]
-        for seed, arm, configs in plan:
-            run = "+".join(Path(config["output_dir"]).name for config in configs)
-            rows = [row for row in read_results(self.results) if row["run"] == run]
-            if rows:
-                rows = [row for row in rows if all(row[name] == rows[0][name] for name in ARM)]  # as one experiment has it
-            else:
-                logger.info(f"experiment {experiment.name}: {arm}, seed {seed}: run {run}")
-                rows = self._measure(experiment, configs, run)
-            place = dict(zip(ARM, (experiment.name, self.scale.stem.removeprefix("scale_"), arm, seed)))
-            add_results(self.results, [{**row, **place} for row in rows])
+        if jobs < 1:
+            raise ValueError(f"jobs: found {jobs}, expected at least 1")
+        plan, known, missing = self._plan(experiments), {}, {}
+        for rows in by_arm(read_results(self.results)).values():
+            known.setdefault(rows[0]["run"], rows)
+        for run in plan:
+            if run.name not in known:
+                missing.setdefault(run.name, run)
+        for name, rows in chain(known.items(), self._measured(missing.values(), jobs)):
+            arms = [dict(zip(ARM, run.arm)) for run in plan if run.name == name]
+            add_results(self.results, [{**row, **arm} for arm in arms for row in rows])
+
+    def _plan(self, experiments: Sequence[Experiment]) -> list[_Run]:
+        scale, plan = self.scale.stem.removeprefix("scale_"), []
+        for seeds in zip_longest(*(experiment.seeds for experiment in experiments)):
+            for experiment, seed in zip(experiments, seeds):
+                for arm in experiment.arms if seed is not None else ():
+                    members = enumerate(experiment.members(arm))
+                    configs = [self.config(experiment, parts, seed, member) for member, parts in members]
+                    plan.append(_Run((experiment.name, scale, arm, str(seed)), experiment.workflow, configs))
+        return plan
+
+    def _measured(self, runs: Iterable[_Run], jobs: int) -> Iterator[tuple[str, list[dict]]]:
+        """Name and rows of each run, as they are done."""
+        if jobs == 1:
+            yield from ((run.name, self._measure(run)) for run in runs)
+            return
+        waiting, running = list(runs), {}
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _share_threads, (jobs,)) as pool:
+            while waiting or running:
+                for run in list(waiting):
+                    # An ensemble may share a network with another run: no two train it at a time.
+                    busy = {network for other in running.values() for network in other.networks}
+                    if len(running) < jobs and busy.isdisjoint(run.networks):
+                        waiting.remove(run)
+                        running[pool.submit(self._measure, run)] = run
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future).name, future.result()
 
     def config(self, experiment: Experiment, parts: Sequence, seed: int, member: int = 0) -> dict:
         """Configuration of one network: train.json, scale, settings and arm, merged in this order."""
@@ -103,18 +159,19 @@ class Study:
             raise FileNotFoundError(f"experiment: found no overlay {path}")
         return ConfigParser.load_config_file(str(path))
 
-    def _measure(self, experiment: Experiment, configs: Sequence[Mapping], run: str) -> list[dict]:
+    def _measure(self, run: _Run) -> list[dict]:
+        logger.info(f"experiment {', '.join(run.arm)}: run {run.name}")
         begin, steps = time.perf_counter(), 0
-        for config in configs:
+        for config in run.configs:
             folder = Path(config["output_dir"])
             if not (folder / "model.pt").exists():
-                run_workflow(config, folder / "study.json", str(self.config_dir), experiment.workflow)
+                run_workflow(config, folder / "study.json", str(self.config_dir), run.workflow)
             steps += sum(_steps(file) for file in folder.glob("**/last.pt"))
-        evaluation = self.output_dir / run / "test"
-        self._evaluate(configs, evaluation)
+        evaluation = self.output_dir / run.name / "test"
+        self._evaluate(run.configs, evaluation)
         rows = [{"stage": "end", "split": "test", **_figures(evaluation)}]
-        for stage in configs[0]["stages"] if experiment.workflow == "training" else ():
-            rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run / stage / "evaluation")})
+        for stage in run.configs[0]["stages"] if run.workflow == "training" else ():
+            rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run.name / stage / "evaluation")})
         machine = environment()
         facts = {
             "steps": steps,
@@ -122,7 +179,7 @@ class Study:
             "date": date.today().isoformat(),
             "data": Path(self.entries.get("dataset_dir", "phantom")).name,
             "machine": f"{machine['gpu'] or machine['cpu']}; PyTorch {machine['torch']}, MONAI {machine['monai']}",
-            "run": run,
+            "run": run.name,
         }
         return [{**row, **facts} for row in rows]
 
@@ -137,6 +194,11 @@ class Study:
             entries["run"] = ["$@evaluator.run()"]
         config = overlay(configs[0], self._load("evaluate.json"), entries)
         run_workflow(config, evaluation / "evaluate.json", str(self.config_dir))
+
+
+def _share_threads(jobs: int) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def open_ensemble(folders: Iterable[str]) -> EnsembleNet:

@@ -62,7 +62,7 @@ def test_results_are_replaced_run_by_run(tmp_path):
     add_results(path, [row("one", 0, 0.1), row("one", 0, 0.2)])
     add_results(path, [row("two", 0, 0.3)])
     add_results(path, [row("one", 1, 0.4)])
-    add_results(path, [row("one", 0, 0.5)])  # in place of both its rows
+    add_results(path, [row("one", 0, 0.5)])  # in place of both its rows, where they stood
     rows = read_results(path)
-    assert tuple(rows[0]) == COLUMNS and [float(row["Dice"]) for row in rows] == [0.3, 0.4, 0.5]
+    assert tuple(rows[0]) == COLUMNS and [float(row["Dice"]) for row in rows] == [0.5, 0.3, 0.4]
     assert {row["AUROC"] for row in rows} == {""} and list(path.parent.iterdir()) == [path]

@@ -1,11 +1,15 @@
 """Intervals and fits are those of the library, and a report says what the rows say."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from bundle.experiments.experiment import COLUMNS, Experiment
+from bundle.experiments.experiment import COLUMNS, Experiment, read_results
 from bundle.experiments.report import fit_power_law, mean_with_interval, write_report
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(curve=None, arms=("one", "two")):
@@ -87,3 +91,13 @@ def test_learning_curve_says_how_much_is_needed(tmp_path):
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="experiment x: found no result, expected at least one run; run it first"):
         write_report(make(), [], tmp_path)
+
+
+def test_the_pages_say_what_the_results_say(tmp_path):
+    results = read_results(ROOT / "docs/results/results.csv")
+    names = {row["experiment"] for row in results}
+    assert names and {path.stem for path in (ROOT / "docs/results").glob("*.md")} == names | {"README"}
+    for name in names:
+        rows = [row for row in results if row["experiment"] == name and row["scale"] == "reduced"]
+        page = write_report(Experiment.read(name, ROOT / "configs"), rows, tmp_path)
+        assert page.read_text() == (ROOT / "docs/results" / page.name).read_text(), f"run_experiments.py {name} --report"

@@ -61,7 +61,7 @@ def test_a_run_is_known_by_what_it_computes(tmp_path):
 def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
     study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
     first = make("first", settings=[{"max_epochs": 1}], one=[ONE], both={"members": [[ONE], [TWO]]})
-    study.run(first)
+    study.run([first])
     rows = read_results(tmp_path / "results.csv")
     assert [(row["arm"], row["seed"], row["stage"], row["split"], row["steps"]) for row in rows] == [
         ("one", "0", "end", "test", "2"),
@@ -73,8 +73,8 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
     assert both["Dice"] == one["Dice"] and both["run"].startswith(one["run"] + "+") and float(both["SSIM"]) > -1
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
     assert len(made) == 2
-    study.run(make("second", settings=[{"max_epochs": 1}], again=[ONE]))
-    study.run(first)
+    study.run([make("second", settings=[{"max_epochs": 1}], again=[ONE])])
+    study.run([first])
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
     rows = read_results(tmp_path / "results.csv")
     assert sorted((row["experiment"], row["arm"]) for row in rows) == [
@@ -85,13 +85,38 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
     assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
 
 
+def test_the_first_seed_of_all_experiments_comes_before_the_second_of_any(tmp_path, phantom_dir):
+    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
+    brief = {"settings": [{"max_epochs": 1}]}
+    study.run([make("one", seeds=(0, 1), arm=[ONE], **brief), make("two", seeds=(0,), arm=[TWO], **brief)])
+    assert [(row["experiment"], row["seed"]) for row in read_results(tmp_path / "results.csv")] == [
+        ("one", "0"),
+        ("two", "0"),
+        ("one", "1"),
+    ]
+
+
+def test_two_runs_at_a_time_lead_to_the_same_figures(tmp_path, phantom_dir):
+    figures = {}
+    for jobs in (1, 2):
+        study = make_study(tmp_path / str(jobs), dataset_dir=str(phantom_dir), device="cpu")
+        # The ensemble shares a network with the first arm, which is trained once.
+        study.run([make(settings=[{"max_epochs": 1}], one=[ONE], both={"members": [[ONE], [TWO]]}, two=[TWO])], jobs)
+        rows = read_results(tmp_path / str(jobs) / "results.csv")
+        figures[jobs] = {row["arm"]: [float(row[name] or 0) for name in ("Dice", "SSIM", "steps")] for row in rows}
+        assert len(list((tmp_path / str(jobs) / "runs").rglob("model.pt"))) == 3
+    assert figures[2].keys() == figures[1].keys() == {"one", "both", "two"}
+    for arm, expected in figures[1].items():
+        assert figures[2][arm] == pytest.approx(expected, abs=1e-3), arm  # the number of threads changes the last digits
+
+
 def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, phantom_dir):
     study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
     quarter = {"max_epochs": "$@budget // 4"}
     # An expression of a stage is evaluated in the stage: here its encoder is not trained.
     frozen = {**quarter, "optimizer::params": "$[*@network.heads.parameters(), *@loss.to(@device).parameters()]"}
     stages = {"stages": {"stage_segmentation": frozen, "stage_joint": quarter}}
-    study.run(make(workflow="training", arm=[stages]))
+    study.run([make(workflow="training", arm=[stages])])
     rows = read_results(tmp_path / "results.csv")
     assert [(row["stage"], row["split"], row["steps"]) for row in rows] == [
         ("end", "test", "4"),
@@ -100,7 +125,9 @@ def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, pha
     ]
     assert rows[1]["AUROC"] == "" and all(rows[stage][column] != "" for stage in (0, 2) for column in ("AUROC", "Dice"))
     (folder,) = (tmp_path / "runs").iterdir()
-    trained = [len(torch.load(folder / stage / "last.pt", weights_only=True)["optimizer"]["state"]) for stage in stages["stages"]]
+    trained = [
+        len(torch.load(folder / stage / "last.pt", weights_only=True)["optimizer"]["state"]) for stage in stages["stages"]
+    ]
     assert 0 < trained[0] < trained[1], "parameters of the heads, then all of them"
     tasks = json.loads((folder / "test/evaluate.json").read_text())["tasks"]
     assert set(tasks) == set(TASKS)
@@ -109,9 +136,9 @@ def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, pha
 def test_nothing_is_run_before_every_configuration_was_checked(tmp_path, phantom_dir):
     study = make_study(tmp_path, dataset_dir=str(phantom_dir))
     with pytest.raises(ValueError, match="configuration: found 'learning_rat'.*near matches: learning_rate"):
-        study.run(make(one=[ONE], two=[{"learning_rat": 1}]))
+        study.run([make(one=[ONE], two=[{"learning_rat": 1}])])
     with pytest.raises(FileNotFoundError, match="experiment: found no overlay .*backbone_x.json"):
-        study.run(make(one=[ONE], two=["backbone_x.json"]))
+        study.run([make(one=[ONE], two=["backbone_x.json"])])
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results.csv").exists()
     with pytest.raises(FileNotFoundError, match="scale: found no .*scale_x.json, expected an overlay such as"):
         make_study(tmp_path, "x")

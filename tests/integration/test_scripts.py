@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,3 +41,18 @@ def test_benchmark_says_which_file_is_missing(tmp_path):
     done = script("benchmark.py", "--quick", "--dataset_dir", tmp_path / "nowhere", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}/nowhere/datalist.json: no such datalist")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["order", "x"], "experiment: found 'x', expected one of ablation, "),
+        (["order", "--scale", "x"], "scale: found no "),
+        (["order", "--jobs", "0"], "jobs: found 0, expected at least 1"),
+        (["order", "--report"], "experiment order: found no result, expected at least one run; run it first"),
+    ],
+)
+def test_experiments_are_refused_in_one_line(arguments, message, tmp_path):
+    done = script("run_experiments.py", *arguments, "--results_dir", tmp_path, "--output_dir", tmp_path, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
