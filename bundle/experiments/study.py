@@ -69,8 +69,8 @@ class Study:
         scale: overlay file with the size and the budget of every run, scale_NAME.json.
         entries: configuration entries of every run, such as dataset_dir.
         output_dir: folder of the runs.
-        results: CSV file of the figures, written after every run. A run that is in it is not run again, for whatever experiment it was made; a
-            run is known by all entries on top of train.json, not by the code and the data.
+        results: CSV file of the figures, written after every run. A run that is in it is not run again, for whatever
+            experiment it was made; a run is known by all entries on top of train.json, not by the code and the data.
 
     Raises:
         FileNotFoundError: if there is no such scale.
