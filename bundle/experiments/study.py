@@ -86,7 +86,7 @@ class Study:
         """Train and measure every arm with every seed, except what the results have already.
 
         Every configuration is checked before the first run begins. The first seed of all experiments comes before the second
-        of any: after an interruption all arms have the same seeds.
+        of any: after an interruption no arm is more than one seed ahead.
 
         Args:
             experiments: what to run.
@@ -124,7 +124,7 @@ class Study:
             yield from ((run.name, self._measure(run)) for run in runs)
             return
         waiting, running = list(runs), {}
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _share_threads, (jobs,)) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _start_job, (jobs,)) as pool:
             while waiting or running:
                 for run in list(waiting):
                     # An ensemble may share a network with another run: no two train it at a time.
@@ -196,7 +196,8 @@ class Study:
         run_workflow(config, evaluation / "evaluate.json", str(self.config_dir))
 
 
-def _share_threads(jobs: int) -> None:
+def _start_job(jobs: int) -> None:
+    """Let one of several processes log as the first does, and take its share of the threads."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
