@@ -87,11 +87,12 @@ class RunRecorder:
 
     Every epoch is seeded from (seed, epoch) alone, so an epoch depends on nothing but the state it starts from. After every
     epoch the folder holds `last.pt` (network, optimiser, schedule, loss, gradient scaler, history; state_dicts and plain
-    numbers), `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. A run that
-    finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of `init_checkpoint`
-    that this run did not have, and `metrics.json` the best epoch. All are written under a temporary name, then renamed;
-    `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both. Of several processes
-    (see `bundle.processes`) all keep the history and the first one writes.
+    numbers), `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. The
+    evaluator's network may be an average of the trained one: then it is what `best.pt` and `model.pt` hold, and `last.pt`
+    holds both. A run that finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of
+    `init_checkpoint` that this run did not have, and `metrics.json` the best epoch. All are written under a temporary name,
+    then renamed; `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both. Of
+    several processes (see `bundle.processes`) all keep the history and the first one writes.
 
     Args:
         output_dir: folder of the run.
@@ -127,6 +128,8 @@ class RunRecorder:
     def start(self, trainer) -> None:
         if trainer.scaler is not None and trainer.scaler.is_enabled():
             self.state["scaler"] = trainer.scaler
+        if self.evaluator.network is not self.state["network"]:
+            self.state["average"] = self.evaluator.network
         if self.history:  # federated learning trains on, epoch by epoch, with weights that it sets itself
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,8 @@ class RunRecorder:
             trainer.state.iteration = len(self.history) * trainer.state.epoch_length
             logger.info(f"{self.folder}: resumed after epoch {len(self.history)}")
         elif self.init_checkpoint:
-            loaded = load_weights(self.state["network"], self.init_checkpoint)
+            for network in {self.state["network"], self.evaluator.network}:
+                loaded = load_weights(network, self.init_checkpoint)
             logger.info(f"{self.folder}: started from {self.init_checkpoint} ({', '.join(loaded)})")
 
     def start_epoch(self, trainer) -> None:
@@ -171,7 +175,7 @@ class RunRecorder:
     def write_epoch(self, entry: dict) -> None:
         """Write the checkpoints, history and curves after the epoch of this entry, the last of the history."""
         if self.best() is entry:
-            save_atomically(self.state["network"].state_dict(), self.folder / "best.pt")
+            save_atomically(self.evaluator.network.state_dict(), self.folder / "best.pt")
         states = {name: item.state_dict() for name, item in self.state.items()}
         save_atomically({**states, "history": self.history}, self.folder / "last.pt")
         write_json(self.history, self.folder / "history.json")

@@ -31,9 +31,10 @@ def logging_as_before():
 def run(phantom_dir):
     """Run a config workflow in this process, on the CPU, with an epoch of three steps."""
 
-    def run(out, run_id="run", **entries):
+    def run(out, run_id="run", overlays=(), **entries):
         entries = {"dataset_dir": str(phantom_dir), "batch_size": 2, "device": "cpu", **entries}
-        workflow = ConfigWorkflow(CONFIGS, run_id=run_id, bundle_root=str(ROOT), output_dir=str(out), **entries)
+        files = CONFIGS + [str(ROOT / f"configs/{name}.json") for name in overlays]
+        workflow = ConfigWorkflow(files, run_id=run_id, bundle_root=str(ROOT), output_dir=str(out), **entries)
         workflow.initialize()
         workflow.run()
         workflow.finalize()
@@ -89,6 +90,17 @@ def test_a_run_keeps_what_is_needed_to_read_and_repeat_it(run, tmp_path):
 def test_the_last_epoch_is_validated_whatever_the_interval(run, tmp_path):
     out = run(tmp_path / "run", tasks=FAST, max_epochs=3, val_interval=2)
     assert ["score" in entry for entry in json.loads((out / "history.json").read_text())] == [False, True, True]
+
+
+def test_averaged_weights_start_from_the_checkpoint_and_are_what_is_validated_and_kept(run, finished, tmp_path):
+    entries = {"overlays": ["ema"], "tasks": FAST, "init_checkpoint": str(finished / "model.pt"), "ema_momentum": 0.5}
+    still = run(tmp_path / "still", learning_rate=0.0, **entries)
+    parameters = {key for key in weights(still) if not key.endswith(("mean", "var", "tracked"))}
+    assert all(torch.equal(weights(still)[key], weights(finished)[key]) for key in parameters)
+    moved = run(tmp_path / "moved", **entries)
+    assert equal(weights(moved), weights(moved, "last.pt")["average"])
+    assert not equal(weights(moved), weights(moved, "last.pt")["network"])
+    assert not equal(weights(moved), weights(still))
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stag
 
 
 def start(out: Path, phantom_dir: Path) -> subprocess.Popen:
-    """Train with all that a resumed run could lose: workers, schedule, learned weights; an epoch has three steps."""
+    """Train with all that a resumed run could lose: workers, schedule, learned and averaged weights; an epoch has three steps."""
     entries = {
-        "config_file": "['configs/train.json','configs/preset_smoke.json']",
+        "config_file": "['configs/train.json','configs/preset_smoke.json','configs/ema.json']",
         "output_dir": out,
         "dataset_dir": phantom_dir,
         "max_epochs": 2,
