@@ -51,8 +51,11 @@ class Bright(nn.Module):
 
 
 def predict(source, output_dir, network=None, **knobs):
-    """Run configs/inference.json in this process with a network that stands in; predictions by the name of the scan."""
-    config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", **knobs}
+    """Run configs/inference.json in this process with a network that stands in; predictions by the name of the scan.
+
+    Without flips: the boxes of the network that stands in lie on one another and would be fused.
+    """
+    config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", "flips": False, **knobs}
     files = [str(ROOT / f"configs/{name}.json") for name in ("inference", "preset_smoke")]
     workflow = ConfigWorkflow(files, logging_file=False, **config)
     workflow.parser["run"] = workflow.parser["run"][1:]  # no weights to load
