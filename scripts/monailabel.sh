@@ -62,7 +62,8 @@ start() {
         >/dev/null
     PYTHONPATH=$root "$env/bin/python" -m bundle.monailabel "$app/model" "${options[@]}" >/dev/null
     # Any source but the default: that one is asked over the network even for local bundles.
-    MONAI_ZOO_SOURCE=ngc setsid "$env/bin/python" -m monailabel.main start_server --app "$app" --studies "$studies" \
+    # No scoring unasked: its two threads share one parser, which each of them resets under the other.
+    MONAI_ZOO_SOURCE=ngc MONAI_LABEL_AUTO_UPDATE_SCORING=false setsid "$env/bin/python" -m monailabel.main start_server --app "$app" --studies "$studies" \
         --conf models "$faces" --conf epistemic_model chest_ct_segmentation --conf sam2 false \
         --host 127.0.0.1 --port "$port" >"$dir/server.log" 2>&1 </dev/null &
     echo $! >"$dir/server.pid"

@@ -15,7 +15,7 @@ STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stag
 
 
 def start(out: Path, phantom_dir: Path) -> subprocess.Popen:
-    """Train with all that a resumed run could lose: workers, schedule, learned and averaged weights; an epoch has three steps."""
+    """Train with all that a resumed run could lose: workers, schedule, learned and mean weights; an epoch has three steps."""
     entries = {
         "config_file": "['configs/train.json','configs/preset_smoke.json','configs/ema.json']",
         "output_dir": out,
