@@ -279,3 +279,22 @@ def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypat
 def test_score_threshold_must_be_a_probability():
     with pytest.raises(ValueError, match="score_threshold: found 7"):
         BoxesToFiled("detection", score_threshold=7)
+
+
+def test_a_slice_and_its_mirror_image_get_one_answer_unless_flips_are_off(tmp_path):
+    class Sided(nn.Module):
+        def forward(self, image):
+            return {"classification": 5 * image[..., : image.shape[-1] // 2].mean((1, 2, 3))[:, None] * torch.eye(3)[0]}
+
+    Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))).save(tmp_path / "a.png")
+    Image.open(tmp_path / "a.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
+
+    def probabilities(flips):
+        out, knobs = tmp_path / f"flips {flips}", {"tasks": {"classification": 1.0}, "flips": flips}
+        found = [predict(tmp_path / f"{x}.png", out / x, Sided(), **knobs) for x in "ab"]
+        return [next(iter(one.values()))["classification"]["probabilities"]["other"] for one in found]
+
+    one, mirrored = probabilities(flips=True)
+    assert one == pytest.approx(mirrored, abs=1e-5)
+    one, mirrored = probabilities(flips=False)
+    assert abs(one - mirrored) > 0.1

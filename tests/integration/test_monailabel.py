@@ -82,9 +82,7 @@ class Server:
             for name, value in form.items():
                 data += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
                 data += (
-                    b'; filename="label.nii.gz"\r\n\r\n' + value
-                    if isinstance(value, bytes)
-                    else b"\r\n\r\n" + value.encode()
+                    b'; filename="label.nii.gz"\r\n\r\n' + value if isinstance(value, bytes) else b"\r\n\r\n" + value.encode()
                 )
                 data += b"\r\n"
             data += f"--{boundary}--\r\n".encode()
@@ -186,9 +184,7 @@ def test_all_faces_say_what_chestct_predict_says(server, studies, weights, chest
     boxes = server.infer("detection", "body")
     assert len(boxes["box"]) == len(expected["detection"]) and "score 0." in boxes["description"]
     markups = json.loads(
-        server.ask(
-            "/infer/chest_ct_detection?image=body&output=image", form={"params": json.dumps({"score_threshold": 0.5})}
-        )
+        server.ask("/infer/chest_ct_detection?image=body&output=image", form={"params": json.dumps({"score_threshold": 0.5})})
     )["markups"]
     assert len(markups) == len(expected["detection"])
     for roi, lesion in zip(markups, expected["detection"]):
