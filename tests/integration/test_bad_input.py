@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -141,17 +140,14 @@ def refusal(case, small_data, folder):
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory):
-    """Every case, two at a time: most of the time of each is Python's imports, on one core."""
-    small_data = Path(make_phantom(tmp_path_factory.mktemp("bad") / "data", size=64, groups=(3, 3, 3), slices_per_group=1))
-    folders = {name: tmp_path_factory.mktemp("case") for name in CASES}
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(refusal, case, small_data, folders[name]) for name, case in CASES.items()}
+def small_data(tmp_path_factory):
+    """Phantom data of one slice a patient."""
+    return Path(make_phantom(tmp_path_factory.mktemp("bad") / "data", size=64, groups=(3, 3, 3), slices_per_group=1))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_wrong_input_is_refused_in_one_line(name, refusals):
-    done, data, out = refusals[name].result()
+def test_wrong_input_is_refused_in_one_line(name, small_data, tmp_path):
+    done, data, out = refusal(CASES[name], small_data, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr and " ERROR " not in done.stdout, done.stdout + done.stderr
     lines = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
