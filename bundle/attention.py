@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from monai.visualize import GradCAM
 from torch import nn
 from tqdm import tqdm
 
 from bundle.data.transforms import lung_region
+from bundle.metrics import save_figure
 from bundle.networks import MultiTaskNet
 from bundle.tasks import ANNOTATED, CLASS, CLASSIFICATION, IMAGE
 
@@ -34,7 +33,7 @@ class _Classifier(nn.Module):
 
 
 def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequence[str], path, columns: int = 6) -> dict:
-    """Draw Grad-CAM of the predicted class for the first slices of each class, and measure it on all slices.
+    """Draw Grad-CAM of the predicted class for the first slices of each class, and measure and average it over all slices.
 
     The share of the heat that lies in the lungs (`lung_region`) says little alone: it stands beside the share of the picture
     that is lung, which heat spread evenly would have.
@@ -43,7 +42,9 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
         network: with its weights.
         batches: of `bundle.data.batch.collate`.
         classes: names.
-        path: of the PNG; a row for each class, written under a temporary name, then renamed.
+        path: of the PNG; a row for each class, written under a temporary name, then renamed. Beside it, NAME_mean.png
+            shows the mean heat of the measured slices of each class, and the outline of where at least half of them
+            have lung: no image is in it.
         columns: slices drawn of each class.
 
     Returns:
@@ -58,7 +59,7 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
     network.eval()
     device = next(network.parameters()).device
     cam = GradCAM(_Classifier(network), "deepest", postprocessing=lambda heat: heat)
-    shares, drawn = {name: [] for name in classes}, {name: [] for name in classes}
+    shares, sums, drawn = {name: [] for name in classes}, dict.fromkeys(classes, 0), {name: [] for name in classes}
     for batch in tqdm(batches, "Grad-CAM", disable=None):
         rows = batch[ANNOTATED][CLASSIFICATION]
         for image, label in zip(batch[IMAGE][rows], batch[CLASS][rows].tolist()):
@@ -66,6 +67,7 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
             lung, name = lung_region(image[0].numpy()), classes[label]
             if heat.sum() > 0 and lung.any():
                 shares[name].append((heat[lung].sum() / heat.sum(), lung.sum() / (image[0] > 0).sum().item()))
+                sums[name] = sums[name] + np.stack([heat / heat.sum(), lung])
             if len(drawn[name]) < columns:
                 with torch.no_grad():
                     scores = network.heads[CLASSIFICATION](network.encoder(image[None].to(device)))
@@ -74,6 +76,9 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
     if not any(drawn.values()):
         raise ValueError("Grad-CAM: found no slice with a class, expected some; choose another split")
     _draw(drawn, classes, Path(path), columns)
+    means = {name: total / len(shares[name]) for name, total in sums.items() if shares[name]}
+    if means:
+        _draw_means(means, Path(path))
     found = {
         name: {"slices": len(values), **dict(zip(("heat_in_lung", "lung"), np.mean(values, axis=0).round(4).tolist()))}
         for name, values in shares.items()
@@ -100,7 +105,17 @@ def _draw(drawn: dict, classes: Sequence[str], path: Path, columns: int) -> None
             right = classes[predicted] == name
             title = f"{name}\n→ {classes[predicted]} {probabilities[predicted]:.2f}"
             axis.set_title(title, fontsize=8, color="black" if right else "firebrick")
-    FigureCanvasAgg(figure)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    save_figure(figure, path)
+
+
+def _draw_means(means: dict[str, np.ndarray], path: Path) -> None:
+    """Mean heat of each class, in multiples of heat spread evenly, and the outline of the mean lungs."""
+    figure = Figure(figsize=(3.2 * len(means) + 0.8, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(means), squeeze=False)[0]
+    for axis, (name, (heat, lung)) in zip(axes, means.items()):
+        picture = axis.imshow(heat * heat.size, cmap="magma", vmin=0, vmax=4)
+        axis.contour(lung, [0.5], colors="white", linestyles="dashed", linewidths=1)
+        axis.set_title(name)
+        axis.set_axis_off()
+    figure.colorbar(picture, ax=axes, label="mean heat; 1: spread evenly")
+    save_figure(figure, path.with_name(f"{path.stem}_mean.png"))

@@ -42,16 +42,16 @@ def test_heat_is_measured_against_the_lungs_and_drawn(network, tmp_path):
         assert values["lung"] == pytest.approx(1024 / 4096, abs=0.03) and 0 <= values["heat_in_lung"] <= 1
     with Image.open(tmp_path / "cam.png") as picture:
         assert picture.size[1] > picture.size[0], "three rows of two slices"
-    assert list(tmp_path.iterdir()) == [tmp_path / "cam.png"]
+    with Image.open(tmp_path / "cam_mean.png") as means:
+        assert means.size[0] > means.size[1], "a picture for each class that was measured"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "cam.png", tmp_path / "cam_mean.png"]
 
 
 def test_heat_that_is_even_lies_in_the_lungs_by_their_share(network, tmp_path):
     network.encoder = Even()
     network.heads[CLASSIFICATION] = torch.nn.Sequential(Mean(), torch.nn.Linear(2, 3))
     torch.nn.init.ones_(network.heads[CLASSIFICATION][1].weight)
-    found = draw_attention(
-        network, [collate([{IMAGE: make_slice(), CLASS: 0, "record": {}}])], CLASSES, tmp_path / "cam.png"
-    )
+    found = draw_attention(network, [collate([{IMAGE: make_slice(), CLASS: 0, "record": {}}])], CLASSES, tmp_path / "cam.png")
     assert found["other"]["heat_in_lung"] == pytest.approx(found["other"]["lung"], abs=1e-3)
 
 
@@ -90,7 +90,7 @@ def test_the_overlays_look_and_blacken(phantom_dir, tmp_path):
     looking = open_workflow("grad_cam")
     torch.save(looking.parser.get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     looking.run()
-    assert (tmp_path / "evaluation/grad_cam.png").exists()
+    assert (tmp_path / "evaluation/grad_cam.png").exists() and (tmp_path / "evaluation/grad_cam_mean.png").exists()
     seen = {}
     for name in ("lungs_only", "lungs_removed"):
         workflow = open_workflow(name)

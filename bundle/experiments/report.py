@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 from scipy.optimize import curve_fit
 
 from bundle.experiments.experiment import FIGURES, Experiment
+from bundle.metrics import save_figure
 
 OUT_OF_REACH = 1000  # times the largest amount of data: a fit that asks for more says that the curve is flat
 END = "end"  # stage of the rows that hold what a run has led to
@@ -194,10 +194,7 @@ def _draw(experiment: Experiment, rows: Sequence[Mapping], path: Path) -> None:
     else:
         for axis, column in zip(axes, columns):
             _draw_arms(experiment, rows, axis, column)
-    FigureCanvasAgg(figure)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _draw_arms(experiment: Experiment, rows: Sequence[Mapping], axis, column: str) -> None:

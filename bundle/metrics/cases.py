@@ -16,6 +16,8 @@ from bundle.tasks import CLASS, CLASSIFICATION, DETECTION, MASK, RECONSTRUCTION,
 # COCO's AP, at IoU 0.1 and 0.5 and averaged over 0.5:0.05:0.95; its lowest threshold, 0.1, comes first.
 COCO = COCOMetric(classes=["lesion"], iou_list=(0.1, 0.5), iou_range=(0.5, 0.95, 0.05), max_detection=(100,), verbose=False)
 
+FOUND_SCORE = 0.5  # of detections that are counted as such in per_case.csv and in pictures
+
 
 def classification_cases(pred: torch.Tensor, label: dict) -> list[dict]:
     """Logits (B, K) to annotated class and probabilities."""
@@ -58,7 +60,10 @@ def reconstruction_cases(pred: torch.Tensor, label: dict) -> list[dict]:
 
 
 def detection_cases(pred: list[dict], label: dict) -> list[dict]:
-    """Detections matched once to the annotated boxes, and masks to masks where there are instances."""
+    """Detections matched once to the annotated boxes, and masks to masks where there are instances.
+
+    `true_positives` and `false_positives` count the detections with a score of `FOUND_SCORE` or more, at IoU 0.1.
+    """
     return [_detection_case(detection, target) for detection, target in zip(pred, label[DETECTION])]
 
 
@@ -68,6 +73,9 @@ def _detection_case(detection: dict, target: dict | None) -> dict:
     scores = detection["scores"].cpu().numpy()
     boxes, truth = detection["boxes"].cpu().numpy(), target["boxes"].cpu().numpy()
     case = {"match": _match(box_iou, boxes, scores, truth), "n_boxes": len(truth), "n_detections": len(scores)}
+    found = case["match"].get(0)
+    hits = found["dtMatches"][0][found["dtScores"] >= FOUND_SCORE] if found else np.array([])
+    case |= {"true_positives": int((hits > 0).sum()), "false_positives": int((hits == 0).sum())}
     if "masks" in target:
         masks = (detection["masks"][:, 0] > 0.5).flatten(1).cpu().numpy()
         case["mask_match"] = _match(_mask_iou, masks, scores, target["masks"].flatten(1).bool().cpu().numpy())

@@ -26,6 +26,14 @@ STAGE_COLUMNS = {
 }
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG under a temporary name, then rename."""
+    FigureCanvasAgg(figure)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    os.replace(temporary, path)
+
+
 def stage_table(reports: Mapping[str, Mapping]) -> str:
     """Markdown table "task metric after each stage" from the report of each stage; "-" where there is no figure."""
     lines = ["| after stage (validation split) | " + " | ".join(STAGE_COLUMNS) + " |", "|---|" + "---:|" * len(STAGE_COLUMNS)]
@@ -52,7 +60,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
     for axis in (losses, metrics):
         if axis.lines:
             axis.legend(fontsize=7)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def draw_report(report: Mapping, rows: Sequence[Mapping], folder: Path) -> None:
@@ -89,7 +97,7 @@ def _draw_classification(report: Mapping, cases: Sequence[Mapping], folder: Path
     counts, edges = np.histogram(confidence, CONFIDENCE_BINS, (0, 1))
     last.bar(edges[:-1], counts / len(confidence), 1 / CONFIDENCE_BINS, align="edge", color="0.85", label="share of cases")
     last.legend(loc="upper left")
-    _save(figure, folder / "classification.png")
+    save_figure(figure, folder / "classification.png")
 
 
 def _draw_dice(rows: Sequence[Mapping], folder: Path) -> None:
@@ -99,7 +107,7 @@ def _draw_dice(rows: Sequence[Mapping], folder: Path) -> None:
     axis = figure.subplots()
     axis.boxplot(dice, tick_labels=[f"{source}\nn = {len(d)}" for source, d in zip(sources, dice)])
     axis.set(title="Dice of each case", ylim=(-0.02, 1.02))
-    _save(figure, folder / "segmentation.png")
+    save_figure(figure, folder / "segmentation.png")
 
 
 def _draw_froc(cases: Sequence[Mapping], folder: Path) -> None:
@@ -110,12 +118,4 @@ def _draw_froc(cases: Sequence[Mapping], folder: Path) -> None:
     axis.set(title="FROC, IoU 0.1", xlabel="false positives per image", ylabel="sensitivity", ylim=(0, 1))
     axis.set_xscale("symlog", linthresh=0.125)
     axis.set_xlim(0, 8)
-    _save(figure, folder / "detection.png")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name, then rename."""
-    FigureCanvasAgg(figure)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    save_figure(figure, folder / "detection.png")
