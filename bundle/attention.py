@@ -112,8 +112,9 @@ def _draw_means(means: dict[str, np.ndarray], path: Path) -> None:
     """Mean heat of each class, in multiples of heat spread evenly, and the outline of the mean lungs."""
     figure = Figure(figsize=(3.2 * len(means) + 0.8, 3.4), layout="constrained")
     axes = figure.subplots(1, len(means), squeeze=False)[0]
+    most = max(heat.max() * heat.size for heat, _ in means.values())
     for axis, (name, (heat, lung)) in zip(axes, means.items()):
-        picture = axis.imshow(heat * heat.size, cmap="magma", vmin=0, vmax=4)
+        picture = axis.imshow(heat * heat.size, cmap="magma", vmin=0, vmax=most)
         axis.contour(lung, [0.5], colors="white", linestyles="dashed", linewidths=1)
         axis.set_title(name)
         axis.set_axis_off()
