@@ -59,9 +59,8 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
     known = defaults.keys()
     referred = set(re.findall(r"[@%](\w+)", json.dumps(config, default=str)))
     for id, value in config.items():
-        is_word = isinstance(value, str) and value.lower() in ("true", "false", "null")
-        if is_word and not isinstance(defaults.get(id), str):
-            raise ValueError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")
+        if not (isinstance(value, str) and isinstance(defaults.get(id), str)):
+            _refuse_words(value, id)
     for id in config if known else ():  # a folder without any of the three holds a workflow of its own
         if id not in known | referred | READ_BY_MONAI | set(also):
             near = difflib.get_close_matches(id, known, n=3)
@@ -70,3 +69,15 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
                 f"configuration: found {id!r}, which no workflow has and nothing refers to as @{id}, expected an id of "
                 f"docs/configuration.md{hint}"
             )
+
+
+def _refuse_words(value, id: str) -> None:
+    """Refuse the texts "true", "false" and "null" in a value, however deep."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _refuse_words(part, f"{id}::{key}")
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            _refuse_words(part, f"{id}::{index}")
+    elif isinstance(value, str) and value.lower() in ("true", "false", "null"):
+        raise ValueError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")

@@ -35,7 +35,7 @@ def main() -> None:
     if not arguments.report:
         study.run(experiments, arguments.jobs)
     for experiment in experiments:
-        place = {"experiment": experiment.name, "scale": arguments.scale}
+        place = {"experiment": experiment.name, "scale": arguments.scale, "data": study.data}
         rows = [row for row in read_results(results) if place.items() <= row.items()]
         print(write_report(experiment, rows, arguments.results_dir))
 

@@ -160,14 +160,10 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("entries", "near"), UNKNOWN, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
-)
+@pytest.mark.parametrize(("entries", "near"), UNKNOWN, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_an_id_that_means_nothing_is_refused(entries, near):
     unknown = list(entries)[-1]
-    message = (
-        f"configuration: found '{unknown}', which no workflow has and nothing refers to as @{unknown}, expected an id of"
-    )
+    message = f"configuration: found '{unknown}', which no workflow has and nothing refers to as @{unknown}, expected an id of"
     with pytest.raises(ValueError, match=message) as caught:
         check_ids({**read("train.json"), **entries}, CONFIGS)
     assert (f"; near matches: {near}" in str(caught.value)) if near else ("near matches" not in str(caught.value))
@@ -221,3 +217,10 @@ def test_outside_of_a_workflow_there_is_none_running():
 def test_words_that_would_count_as_true_are_refused(id, word):
     with pytest.raises(ValueError, match=f"{id}: found the text '{word}', expected True, False or None"):
         check_ids({**read("train.json"), id: word}, CONFIGS)
+
+
+def test_such_words_are_refused_however_deep():
+    config = read("train.json")
+    config["train"]["handlers"] = [{"_target_": "ValidationHandler", "interval": "null"}]
+    with pytest.raises(ValueError, match="train::handlers::0::interval: found the text 'null', expected True, False or None"):
+        check_ids(config, CONFIGS)

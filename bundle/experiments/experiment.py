@@ -13,8 +13,8 @@ from bundle.metrics import STAGE_COLUMNS
 
 # Figures of the tables: column -> where the report of an evaluation has it.
 FIGURES = {**STAGE_COLUMNS, "sensitivity at 1 FP": ("detection", "froc", "1")}
-ARM = ("experiment", "scale", "arm", "seed")  # columns of the results that name a run
-COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "data", "machine", "run")
+ARM = ("experiment", "scale", "data", "arm", "seed")  # columns of the results that name a run
+COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "machine", "run")
 
 
 @dataclass(frozen=True)

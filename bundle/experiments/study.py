@@ -68,9 +68,10 @@ class Study:
         config_dir: folder of train.json, evaluate.json, the experiments and the overlays they name.
         scale: overlay file with the size and the budget of every run, scale_NAME.json.
         entries: configuration entries of every run, such as dataset_dir.
-        output_dir: folder of the runs.
+        output_dir: folder of the runs, those of a data set in a folder of its name.
         results: CSV file of the figures, written after every run. A run that is in it is not run again, for whatever
-            experiment it was made; a run is known by all entries on top of train.json, not by the code and the data.
+            experiment it was made; a run is known by all entries on top of train.json and the name of the data set's
+            folder, not by the code and what lies in that folder.
 
     Raises:
         FileNotFoundError: if there is no such scale.
@@ -78,7 +79,9 @@ class Study:
 
     def __init__(self, config_dir, scale, entries: Mapping, output_dir, results) -> None:
         self.config_dir, self.scale = Path(config_dir), Path(scale)
-        self.entries, self.output_dir, self.results = dict(entries), Path(output_dir), Path(results)
+        self.entries, self.results = dict(entries), Path(results)
+        self.data = Path(self.entries.get("dataset_dir", "phantom")).name
+        self.output_dir = Path(output_dir) / self.data
         if not self.scale.is_file():
             raise FileNotFoundError(f"scale: found no {scale}, expected an overlay such as configs/scale_reduced.json")
 
@@ -100,7 +103,8 @@ class Study:
             raise ValueError(f"jobs: found {jobs}, expected at least 1")
         plan, known, missing = self._plan(experiments), {}, {}
         for rows in by_arm(read_results(self.results)).values():
-            known.setdefault(rows[0]["run"], rows)
+            if rows[0]["data"] == self.data:
+                known.setdefault(rows[0]["run"], rows)
         for run in plan:
             if run.name not in known:
                 missing.setdefault(run.name, run)
@@ -115,7 +119,7 @@ class Study:
                 for arm in experiment.arms if seed is not None else ():
                     members = enumerate(experiment.members(arm))
                     configs = [self.config(experiment, parts, seed, member) for member, parts in members]
-                    plan.append(_Run((experiment.name, scale, arm, str(seed)), experiment.workflow, configs))
+                    plan.append(_Run((experiment.name, scale, self.data, arm, str(seed)), experiment.workflow, configs))
         return plan
 
     def _measured(self, runs: Iterable[_Run], jobs: int) -> Iterator[tuple[str, list[dict]]]:
@@ -177,7 +181,6 @@ class Study:
             "steps": steps,
             "seconds": round(time.perf_counter() - begin),
             "date": date.today().isoformat(),
-            "data": Path(self.entries.get("dataset_dir", "phantom")).name,
             "machine": f"{machine['gpu'] or machine['cpu']}; PyTorch {machine['torch']}, MONAI {machine['monai']}",
             "run": run.name,
         }

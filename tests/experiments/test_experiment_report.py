@@ -13,9 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make(curve=None, arms=("one", "two")):
-    return Experiment(
-        "x", "Title", "Question?", "run", [], dict.fromkeys(arms, []), [0, 1, 2], ["Dice", "AUROC"], curve or {}
-    )
+    return Experiment("x", "Title", "Question?", "run", [], dict.fromkeys(arms, []), [0, 1, 2], ["Dice", "AUROC"], curve or {})
 
 
 def row(arm, seed, dice, stage="end", **more):
@@ -34,9 +32,7 @@ def test_interval_is_students():
 
 
 def test_report_compares_arms_seed_by_seed(tmp_path):
-    rows = [row("one", seed, 0.2 + 0.1 * seed) for seed in range(3)] + [
-        row("two", seed, 0.3 + 0.1 * seed) for seed in range(3)
-    ]
+    rows = [row("one", seed, 0.2 + 0.1 * seed) for seed in range(3)] + [row("two", seed, 0.3 + 0.1 * seed) for seed in range(3)]
     path = write_report(make(), rows, tmp_path / "results")
     text = path.read_text()
     command = "    python scripts/run_experiments.py x --dataset_dir merged --scale smoke\n"
@@ -78,9 +74,10 @@ def test_learning_curve_says_how_much_is_needed(tmp_path):
     assert "reaches 0.8 at n = 2,154 (fitted seed by seed: 2,154 to 2,154), 5.4 times the largest n" in text
     assert "Difference" not in text
     flat = [row("one", 0, 0.1081), row("two", 0, 0.1082)]
-    assert "More than 1000 times the largest n would be needed for 0.8: flat" in write_report(
-        make(curve), flat, tmp_path
-    ).read_text()
+    assert (
+        "More than 1000 times the largest n would be needed for 0.8: flat"
+        in write_report(make(curve), flat, tmp_path).read_text()
+    )
     falling = [row("one", 0, 0.5), row("two", 0, 0.3)]
     assert (
         "No falling power law fits 1 - Dice over the number of images."
@@ -98,6 +95,6 @@ def test_the_pages_say_what_the_results_say(tmp_path):
     names = {row["experiment"] for row in results}
     assert names and {path.stem for path in (ROOT / "docs/results").glob("*.md")} == names | {"README"}
     for name in names:
-        rows = [row for row in results if row["experiment"] == name and row["scale"] == "reduced"]
+        rows = [row for row in results if row["experiment"] == name and (row["scale"], row["data"]) == ("reduced", "merged")]
         page = write_report(Experiment.read(name, ROOT / "configs"), rows, tmp_path)
         assert page.read_text() == (ROOT / "docs/results" / page.name).read_text(), f"run_experiments.py {name} --report"

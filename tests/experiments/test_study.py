@@ -46,7 +46,7 @@ def test_the_arms_of_an_experiment_make_the_same_number_of_steps(tmp_path, name,
 
 def test_a_run_is_known_by_what_it_computes(tmp_path):
     study = make_study(tmp_path, dataset_dir="/a", device="cpu")
-    elsewhere = make_study(tmp_path, dataset_dir="/b", num_workers=2)
+    elsewhere = make_study(tmp_path, dataset_dir="/b/a", num_workers=2)
     folder = lambda study, experiment, seed=0, member=0: study.config(  # noqa: E731
         experiment, experiment.members("arm")[0], seed, member
     )["output_dir"]
@@ -55,7 +55,8 @@ def test_a_run_is_known_by_what_it_computes(tmp_path):
     different = [make(arm=[TWO]), make(arm=[ONE, {"dropout": 0.1}]), make(workflow="training", arm=[ONE])]
     others = [folder(study, experiment) for experiment in different]
     others += [folder(study, make(arm=[ONE]), seed=1), folder(study, make(arm=[ONE]), member=1)]
-    assert len({one, *others}) == 6
+    others += [folder(make_study(tmp_path, dataset_dir="/b"), make(arm=[ONE]))]
+    assert len({one, *others}) == 7
 
 
 def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
@@ -83,6 +84,16 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
         ("second", "again"),
     ]
     assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
+
+
+def test_what_another_data_set_has_led_to_counts_for_nothing(tmp_path, phantom_dir):
+    experiment = make(settings=[{"max_epochs": 1}], arm=[ONE])
+    make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu").run([experiment])
+    (tmp_path / "other").symlink_to(phantom_dir)
+    make_study(tmp_path, dataset_dir=str(tmp_path / "other"), device="cpu").run([experiment])
+    rows = read_results(tmp_path / "results.csv")
+    assert [(row["data"], row["seed"]) for row in rows] == [("phantom", "0"), ("other", "0")]
+    assert len(list((tmp_path / "runs").rglob("model.pt"))) == 2
 
 
 def test_the_first_seed_of_all_experiments_comes_before_the_second_of_any(tmp_path, phantom_dir):
@@ -124,7 +135,7 @@ def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, pha
         ("stage_joint", "validation", "4"),
     ]
     assert rows[1]["AUROC"] == "" and all(rows[stage][column] != "" for stage in (0, 2) for column in ("AUROC", "Dice"))
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = (tmp_path / "runs/phantom").iterdir()
     trained = [
         len(torch.load(folder / stage / "last.pt", weights_only=True)["optimizer"]["state"]) for stage in stages["stages"]
     ]
