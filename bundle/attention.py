@@ -66,7 +66,7 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
             heat = cam(image[None].to(device))[0, 0].detach().cpu().numpy()
             lung, name = lung_region(image[0].numpy()), classes[label]
             if heat.sum() > 0 and lung.any():
-                shares[name].append((heat[lung].sum() / heat.sum(), lung.sum() / (image[0] > 0).sum().item()))
+                shares[name].append((heat[lung].sum() / heat.sum(), lung.mean()))
                 sums[name] = sums[name] + np.stack([heat / heat.sum(), lung])
             if len(drawn[name]) < columns:
                 with torch.no_grad():

@@ -90,7 +90,8 @@ class MultiTaskLoss(nn.Module):
         uncertainty: learn the balance: w_t exp(-s_t) L_t + s_t / 2 with one trainable s_t = log(sigma_t^2) for each task
             (Kendall et al., CVPR 2018, arXiv 1705.07115; the factor 1/2 of the regression terms is left to w_t).
 
-    Of several processes every term is the mean over the samples of all, as it would be in one process with all of them.
+    Of several processes every term is the mean over the samples of all, as it would be in one process with all of them (but for
+    the detection's, which Mask R-CNN averages over the regions drawn in each process).
 
     After a call `terms` holds the unweighted value of every term, by task, as floats, and the parts of the detection's in
     this process as detection_classifier, detection_box_reg, detection_mask, detection_objectness and detection_rpn_box_reg.

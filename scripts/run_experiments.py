@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads; default: 1")
     parser.add_argument("--report", action="store_true", help="write tables and figures of what there is, and run nothing")
     arguments = parser.parse_args()
-    one_line_errors()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    one_line_errors()
     results = Path(arguments.results_dir) / "results.csv"
     entries = {"bundle_root": str(ROOT)}
     if arguments.dataset_dir:

@@ -64,7 +64,7 @@ class ScanWriter:
         self.names = {"tasks": check_tasks(tasks), "classes": classes, "segmentation_classes": segmentation_classes}
         self.link_iou, self.keep_identifiers = link_iou, keep_identifiers
         self.results: ScanResults | None = None
-        self.failed: Scan | None = None
+        self.failed: str | None = None
 
     def attach(self, engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
@@ -72,18 +72,18 @@ class ScanWriter:
     def __call__(self, engine) -> None:
         for sample, answer in zip(engine.state.batch, engine.state.output):
             scan = sample[SCAN]
-            if scan is self.failed:
+            if scan.name == self.failed:  # by name: a worker of the data loader sends another object with each batch
                 continue
             try:
                 self._take(scan, sample, answer)
             except ValueError as error:
-                self.failed = scan
+                self.failed = scan.name
                 self.worklist.fail(scan.name, str(error))
 
     def _take(self, scan: Scan, sample: Mapping, answer: Mapping) -> None:
         if FAILURE in sample:
             raise ValueError(sample[FAILURE])
-        if self.results is None or self.results.scan is not scan:
+        if self.results is None or self.results.scan.name != scan.name:
             self.results = ScanResults(scan, self.worklist.begin(scan.name), **self.names)
         self.results.add(sample, answer, self.novelty)
         if sample[INDEX] == len(scan) - 1:
@@ -213,9 +213,7 @@ class ScanResults:
         if SEGMENTATION in self.tasks:
             sums[SEGMENTATION] = {name: self._lesion_sum(name, sums["lung"]) for name in self.segmentation_classes}
         if DETECTION in self.tasks:
-            boxes = [
-                [{**box, "area": area} for box, area in zip(row["boxes"], areas)] for row, areas in zip(rows, self.areas)
-            ]
+            boxes = [[{**box, "area": area} for box, area in zip(row["boxes"], areas)] for row, areas in zip(rows, self.areas)]
             sums[DETECTION] = link_boxes(boxes, scan, link_iou)
         if RECONSTRUCTION in self.tasks:
             sums[RECONSTRUCTION] = {"mean_error": round(float(np.mean([row["reconstruction_error"] for row in rows])), 6)}

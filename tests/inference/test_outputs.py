@@ -124,6 +124,20 @@ def test_nifti_of_any_orientation_gets_its_own_pixels_back(tmp_path):
         assert sum(prediction["classification"]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_scan_of_several_batches_is_one_with_workers_too(tmp_path):
+    """A worker sends another Scan with each batch."""
+    volume = np.repeat(drawn()[..., None], 6, 2)
+    volume[..., [0, 1, 5]] = -1000
+    nib.save(as_nifti(volume, "ras"), tmp_path / "scan.nii.gz")
+    alone, workers = (
+        predict(tmp_path / "scan.nii.gz", tmp_path / str(number), batch_size=2, num_workers=number) for number in (0, 1)
+    )
+    (expected,), (found,) = alone.values(), workers.values()
+    assert len(found["slices"]) == 6 and found["detection"][0]["slices"] == [2, 4]
+    for name in ("slices", "classification", "segmentation", "detection", "reconstruction"):
+        assert found[name] == expected[name], name
+
+
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_lesion_of_an_oblique_anisotropic_volume_comes_back_on_its_voxels(tmp_path, orientation):
     volume = np.repeat(drawn()[..., None], 6, 2)
