@@ -25,7 +25,7 @@ class Source(NamedTuple):
     """A layout: `read(folder, export)` yields (split or None, record); `marks` are glob patterns that tell it apart.
 
     `source` is the name that records carry and groups begin with: layouts of one data set share it, so that they count as
-    one. Where it is empty, the folder or file gives its name.
+    one, and a merge takes one of them. Where it is empty, the folder or file gives its name.
     """
 
     read: Callable
@@ -119,6 +119,7 @@ def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES
         ValueError, FileNotFoundError: in one line, before anything but exported slices is written.
     """
     layouts = find_layouts(arguments)
+    _refuse_two_layouts_of_one(layouts)
     output = Path(output_dir).resolve()  # a relative path through a link would lead elsewhere
     output.mkdir(parents=True, exist_ok=True)
     sources: dict[str, list[tuple[str | None, dict]]] = {}
@@ -138,6 +139,17 @@ def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES
     validate(datalist, output)
     write_datalist(datalist, output / "datalist.json")
     return datalist
+
+
+def _refuse_two_layouts_of_one(layouts: Sequence[tuple[str, Path]]) -> None:
+    """Refuse a data set in two layouts: they name groups differently, so that a slice could lie in two splits unseen."""
+    first: dict[str, tuple[str, Path]] = {}
+    for layout, path in layouts:
+        source = SOURCES[layout].source
+        if source and first.setdefault(source, (layout, path))[0] != layout:
+            raise ValueError(
+                f"{path}: found {source} as {layout}, and as {first[source][0]} in {first[source][1]}, expected it in one layout"
+            )
 
 
 def _finished(record: dict, source: str, output: Path, classes: Sequence[str]) -> dict:

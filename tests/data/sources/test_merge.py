@@ -42,6 +42,16 @@ def test_layouts_are_told_apart(tmp_path, layout, files):
     assert detect_layout(tmp_path if files else tmp_path / "a.csv") == layout
 
 
+def test_a_data_set_in_two_layouts_is_refused(tmp_path):
+    for file in ("a/labels.csv", "a/masks_multiclass/1.png", "b/TrainingSet/LungInfection-Train/1", "b/TestingSet/1"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    message = "b: found medseg_covid19 as inf_net, and as medseg_covid19 in .*a, expected it in one layout"
+    with pytest.raises(ValueError, match=message):
+        merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_layout_is_recognised_but_the_one_to_be_named():
     assert [name for name, source in SOURCES.items() if not source.marks] == ["medseg_covid19_official", "csv"]
 
