@@ -143,8 +143,8 @@ def lung_region(image: np.ndarray) -> np.ndarray:
 
     The body is the largest bright component (Otsu's threshold), filled. Dark parts in it, or cut by the edge of a picture that
     was cropped to the lungs, are lung if they have 0.5 % of the picture; what holds a corner of the picture is air. They are
-    closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed, bowel gas and the trachea
-    are taken in. For measured volumes of lung in HU there is `bundle.inference.lungs`.
+    closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed, bowel gas
+    and the trachea are taken in. For measured volumes of lung in HU there is `bundle.inference.lungs`.
 
     Args:
         image: (rows, columns), air darker than tissue; rows and columns of zeros around the picture are passed over.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import numpy as np
-import torch
 from ignite.engine import Events
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
