@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.utils import merge_kv
 from monai.data.utils import set_rnd
 from monai.engines import SupervisedTrainer
 from monai.utils import set_determinism
@@ -163,6 +165,7 @@ class RunRecorder:
         entry = {"epoch": epoch, "learning_rate": self.learning_rate}
         entry |= {name if name == "loss" else f"loss_{name}": float(np.mean(v)) for name, v in self.terms.items()}
         if epoch % self.val_interval == 0 or epoch == epochs:
+            self._share_statistics()
             self.evaluator.run(epoch)
             entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
         self.history.append(entry)
@@ -171,6 +174,12 @@ class RunRecorder:
             self.write_epoch(entry)
             figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name.startswith(("loss", "score")))
             logger.info(f"{self.folder}: epoch {epoch} of {epochs}: {figures}")
+
+    def _share_statistics(self) -> None:
+        """Give all processes the running statistics of the first, whose network is the one that is kept."""
+        if idist.get_world_size() > 1:
+            for buffer in self.evaluator.network.buffers():
+                buffer.copy_(idist.broadcast(buffer))
 
     def write_epoch(self, entry: dict) -> None:
         """Write the checkpoints, history and curves after the epoch of this entry, the last of the history."""
@@ -384,10 +393,13 @@ def _tracking(base: Mapping, folder: Path) -> dict:
 
 
 def overlay(base: Mapping, *changes: Mapping) -> dict:
-    """A configuration with entries (ids, nested ones too, to values) changed or added, later ones over earlier ones."""
+    """A configuration with entries (ids, nested ones too, to values) changed or added, later ones over earlier ones.
+
+    As in a list of configuration files, `+id` adds to the mapping or the list of that id.
+    """
     parser = ConfigParser(deepcopy(dict(base)))
-    for entries in changes:
-        parser.update(deepcopy(dict(entries)))
+    for id, value in chain.from_iterable(entries.items() for entries in changes):
+        merge_kv(parser, id, deepcopy(value))
     return _without_metadata(parser.get())
 
 

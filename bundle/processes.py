@@ -11,8 +11,9 @@ from itertools import islice
 
 import ignite.distributed as idist
 import torch
+from monai.data.utils import set_rnd
 from torch import distributed
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 
 
 def local_device() -> torch.device:
@@ -60,6 +61,18 @@ def shard(records: Sequence) -> list:
     if len(records) < processes:
         raise ValueError(f"torchrun: found {len(records)} records for {processes} processes, expected at least one for each")
     return list(records)[idist.get_rank() :: processes]
+
+
+def seed_worker(worker: int) -> None:
+    """Seed the random transforms in a worker of a data loader, differently in every worker of every process.
+
+    MONAI's own seeds are those of PyTorch's workers, which are the same in processes that draw the same order of samples.
+
+    Args:
+        worker: number of the worker, which PyTorch passes as `worker_init_fn`; what it seeds, it asks PyTorch for.
+    """
+    info = get_worker_info()
+    set_rnd(info.dataset, seed=info.seed + info.num_workers * int(os.environ.get("RANK", 0)))
 
 
 class ShardedSampler(Sampler):

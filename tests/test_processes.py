@@ -2,9 +2,11 @@ import os
 
 import pytest
 import torch
+from monai.data import DataLoader
+from monai.transforms import Randomizable
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler
 
 from bundle import processes
 from bundle.data.batch import collate
@@ -88,6 +90,28 @@ def test_a_sampler_is_dealt_out_in_turn(monkeypatch):
         assert list(sharded) == list(sharded) == expected and len(sharded) == 3
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert processes.shard("abcde") == ["b", "d"]
+
+
+class Drawn(Dataset, Randomizable):
+    """A random number for each sample, as a random transform draws it."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return self.R.randint(1 << 30)
+
+
+def test_workers_of_two_processes_draw_different_random_numbers(monkeypatch):
+    def drawn(rank: int) -> list[int]:
+        monkeypatch.setenv("RANK", str(rank))
+        torch.manual_seed(0)
+        loader = DataLoader(Drawn(), num_workers=2, collate_fn=lambda item: item[0], worker_init_fn=processes.seed_worker)
+        return list(map(int, loader))
+
+    first, second = drawn(0), drawn(1)
+    assert len({*first, *second}) == 16
+    assert drawn(1) == second
 
 
 def test_one_process_evaluates_everything():

@@ -31,8 +31,8 @@ from bundle.networks import EnsembleNet, MultiTaskNet, load_weights
 
 logger = logging.getLogger(__name__)
 
-# What says where things lie and how fast it is computed, not what the result is.
-PLACES = {"bundle_root", "dataset_dir", "datalist", "output_dir", "device", "num_workers", "cache_rate"}
+PLACES = {"bundle_root", "dataset_dir", "output_dir"}  # the command line says where things lie
+SPEED = {"device", "num_workers", "cache_rate"}  # how fast it is computed, not what the result is
 SCALE_IDS = ("budget", "shrink")  # of scale_NAME.json, for the expressions of experiments
 MEMBER_SEED = 1000  # times the number of an ensemble's member is added to the seed
 
@@ -140,12 +140,23 @@ class Study:
                     yield running.pop(future).name, future.result()
 
     def config(self, experiment: Experiment, parts: Sequence, seed: int, member: int = 0) -> dict:
-        """Configuration of one network: train.json, scale, settings and arm, merged in this order."""
+        """Configuration of one network: train.json, scale, settings and arm, merged in this order.
+
+        Raises:
+            ValueError: for an unknown id, and for one of `PLACES` in the scale, the settings or the arm.
+        """
         parts = [self.scale, *experiment.settings, *parts, {"seed": seed + MEMBER_SEED * member}]
         changes = [part if isinstance(part, Mapping) else self._load(part) for part in parts]
-        merged = reduce(lambda before, change: {**before, **change}, changes, {"workflow": experiment.workflow})
+        merged = {"workflow": experiment.workflow}
+        for id, value in chain.from_iterable(change.items() for change in changes):
+            merged[id] = [*merged.get(id, []), value] if id.startswith("+") else value
+        if places := sorted(PLACES & merged.keys()):
+            raise ValueError(
+                f"experiment {experiment.name}: found {', '.join(places)} in its arms, settings or scale, expected it from the "
+                "command line, the same for every run; an arm with other data sets datalist or train::data"
+            )
         # Sorted by id alone: within an entry the order may count, as that of the stages does.
-        identity = json.dumps(sorted(item for item in merged.items() if item[0] not in PLACES))
+        identity = json.dumps(sorted(item for item in merged.items() if item[0] not in SPEED))
         folder = self.output_dir / hashlib.sha256(identity.encode()).hexdigest()[:12]
         places = {**self.entries, "output_dir": str(folder)}
         if experiment.workflow == "training":

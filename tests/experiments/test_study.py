@@ -56,7 +56,23 @@ def test_a_run_is_known_by_what_it_computes(tmp_path):
     others = [folder(study, experiment) for experiment in different]
     others += [folder(study, make(arm=[ONE]), seed=1), folder(study, make(arm=[ONE]), member=1)]
     others += [folder(make_study(tmp_path, dataset_dir="/b"), make(arm=[ONE]))]
-    assert len({one, *others}) == 7
+    others += [folder(study, make(arm=[ONE, {"datalist": "half.json"}])), folder(study, make(arm=[ONE, "ema.json"]))]
+    added = [{"+train#handlers": [{"_target_": f"ignite.handlers.{name}"}]} for name in ("Timer", "TerminateOnNan")]
+    others += [folder(study, make(arm=[ONE, *added])), folder(study, make(arm=[ONE, added[1]]))]
+    assert len({one, *others}) == 11
+
+
+def test_overlays_of_an_arm_add_to_what_is_there_as_on_the_command_line(tmp_path):
+    experiment = make(plain=[ONE], averaged=[ONE, "ema.json"])
+    plain, averaged = (make_study(tmp_path).config(experiment, experiment.members(arm)[0], 0) for arm in experiment.arms)
+    assert averaged["train"]["handlers"] == [*plain["train"]["handlers"], "@ema"]
+    assert averaged["validate"]["evaluator"]["network"] == "$@ema.ema_model"
+
+
+def test_where_things_lie_is_not_for_an_arm_to_say(tmp_path):
+    experiment = make(arm=[ONE, {"dataset_dir": "elsewhere"}])
+    with pytest.raises(ValueError, match="experiment x: found dataset_dir in its arms, settings or scale, expected it from"):
+        make_study(tmp_path).run([experiment])
 
 
 def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):

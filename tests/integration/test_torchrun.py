@@ -95,6 +95,12 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, phantom_dir):
     names = [[line.split(",")[0] for line in (tmp_path / name / "per_case.csv").open()] for name in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 7
 
+    run(ALONE, log=tmp_path / "validation.log", **evaluation(tmp_path, phantom_dir, "validation"), split="validation")
+    again = json.loads((tmp_path / "validation/metrics.json").read_text())["reconstruction"]
+    chosen_by = json.loads((tmp_path / "unbroken/metrics.json").read_text())
+    for name in ("mse", "ssim"):  # both processes have validated the network that is kept, with its running statistics
+        assert chosen_by[f"reconstruction_{name}"] == pytest.approx(again[name]["value"], rel=1e-6), name
+
 
 def evaluation(folder: Path, phantom_dir: Path, name: str, *configs: str) -> dict:
     entries = {
