@@ -61,8 +61,9 @@ class LoadSliced(MapTransform):
         segmentation_classes: number of lesion channels.
 
     Raises:
-        ValueError: naming the files, if the mask or the instances have another size than the image, a mask of several classes
-            other values than theirs, or a box no instance.
+        ValueError: naming the files, if the mask or the instances have another size than the image, or a header that turns
+            them otherwise and lays them elsewhere; if a mask of several classes has other values than theirs, or a box no
+            instance.
     """
 
     def __init__(self, segmentation_classes: int = 1) -> None:
@@ -102,13 +103,28 @@ class LoadSliced(MapTransform):
         return sample
 
     def _labels(self, record, key: str, image: MetaTensor) -> torch.Tensor:
-        labels = self.load(record[key]).as_tensor()
+        labels = self.load(record[key])
         if labels.shape != image.shape:
             found, expected = tuple(labels.shape[1:]), tuple(image.shape[1:])
             raise ValueError(
                 f"{record[key]}: found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
             )
-        return labels
+        turned_otherwise = all(item.meta["spacing"] for item in (labels, image)) and not torch.equal(labels.affine, image.affine)
+        if turned_otherwise and not torch.allclose(_place(labels), _place(image), rtol=0, atol=max(image.meta["spacing"])):
+            raise ValueError(
+                f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
+                "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
+            )
+        return labels.as_tensor()
+
+
+def _place(slice_: MetaTensor) -> torch.Tensor:
+    """Where the first and the last pixel of what `LoadSlice` returned for a volume lie: (x, y) of RAS in mm, one a row."""
+    last = [size - 1 for size in slice_.shape[1:]]
+    y, x, one = slice_.affine.double() @ torch.tensor([[0, 0, 1], [*last, 1]], dtype=torch.float64).T
+    voxels = [x, y, one]
+    voxels.insert(slice_.meta["file_shape"].index(1), torch.zeros_like(one))
+    return (slice_.meta["file_affine"].double() @ torch.stack(voxels))[:2].T
 
 
 class ScaleIntensityd(MapTransform):

@@ -145,6 +145,30 @@ def test_mask_of_several_classes_with_other_values_is_refused(record):
         LoadSliced(2)({"image": record["image"], "mask": record["mask"]})
 
 
+@pytest.mark.parametrize("axis", [2, 1])
+def test_a_mask_that_its_header_turns_must_lie_where_the_image_lies(tmp_path, axis):
+    """The image in LPS, stacked along an axis; its mask in RAS at the same place, and then with a header of no meaning."""
+    pixels = np.zeros((COLUMNS, ROWS), np.int16)
+    pixels[5:20, 3:9] = 1
+    lps = np.array([[-0.7, 0, 0, 30], [0, -0.8, 0, 20], [0, 0, 5, 10], [0, 0, 0, 1]])
+    turned = np.diag([-1.0, -1, 1, 1])
+    turned[:2, 3] = COLUMNS - 1, ROWS - 1
+
+    def save(name: str, stored, affine) -> str:
+        affine = affine if axis == 2 else affine[:, [0, 2, 1, 3]]
+        nib.save(nib.Nifti1Image(np.expand_dims(stored, axis), affine), tmp_path / name)
+        return str(tmp_path / name)
+
+    record = {"image": save("image.nii.gz", pixels, lps), "mask": save("ras.nii.gz", pixels[::-1, ::-1], lps @ turned)}
+    sample = LoadSliced()(record)
+    np.testing.assert_array_equal(sample["mask"], sample["image"])
+    np.testing.assert_array_equal(sample["image"][0], pixels.T)
+    moved = lps + 500 * np.eye(4, k=3)  # the same array is no less the same for another origin
+    np.testing.assert_array_equal(LoadSliced()({**record, "mask": save("moved.nii.gz", pixels, moved)})["mask"][0], pixels.T)
+    with pytest.raises(ValueError, match=r"none.nii.gz: found a header that turns the mask otherwise than .*image.nii.gz and"):
+        LoadSliced()({**record, "mask": save("none.nii.gz", pixels, np.eye(4))})
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA", "I;16"])
 def test_pictures_of_any_mode_become_one_channel(tmp_path, mode):
     pixels = np.zeros((8, 12), np.uint16 if mode == "I;16" else np.uint8)

@@ -11,9 +11,13 @@ import SimpleITK as sitk
 from bundle.data.sources.common import Records, lesions, read_rows, write_picture
 from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
+STORED_AS = "orientation"
+
 
 def read_volume(path: Path) -> tuple[np.ndarray, sitk.Image]:
     """Pixels (slices, rows, columns) and image of a volume of any format of SimpleITK, turned to LPS.
+
+    The image's metadata keep the orientation of the file, such as RAS, under `STORED_AS`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -27,8 +31,28 @@ def read_volume(path: Path) -> tuple[np.ndarray, sitk.Image]:
         raise ValueError(f"{path}: cannot be read ({str(error).strip().splitlines()[-1]})") from None
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"{path}: found {image.GetDimension()} dimensions, expected a volume of one channel")
+    stored_as = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     image = sitk.DICOMOrient(image, "LPS")
+    image.SetMetaData(STORED_AS, stored_as)
     return sitk.GetArrayFromImage(image), image
+
+
+def read_annotated(path: Path, mask_path: Path) -> tuple[np.ndarray, sitk.Image, np.ndarray]:
+    """What `read_volume` returns for an image, and the pixels of its mask.
+
+    Raises:
+        ValueError: if their sizes differ, or their headers turn them differently and lay them to different places.
+    """
+    (pixels, image), (masks, mask) = read_volume(path), read_volume(mask_path)
+    if masks.shape != pixels.shape:
+        raise ValueError(f"{mask_path}: found shape {masks.shape}, expected {pixels.shape} as in {path}")
+    turned_alike = mask.GetMetaData(STORED_AS) == image.GetMetaData(STORED_AS)
+    if not turned_alike and not np.allclose(mask.GetOrigin(), image.GetOrigin(), rtol=0, atol=max(image.GetSpacing())):
+        raise ValueError(
+            f"{mask_path}: found a header that turns the mask otherwise than {path} and lays it elsewhere, expected the same "
+            "place in space; if their arrays agree as stored, give it the affine of the image"
+        )
+    return pixels, image, masks
 
 
 def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> str:
@@ -51,10 +75,7 @@ def medseg_nifti(folder: Path, export: Path) -> Records:
 
     Value 3, pleural effusion, is no infection and becomes background. Patients are not named: every slice is a group.
     """
-    pixels, image = read_volume(folder / "tr_im.nii.gz")
-    masks, _ = read_volume(folder / "tr_mask.nii.gz")
-    if masks.shape != pixels.shape:
-        raise ValueError(f"{folder}/tr_mask.nii.gz: found shape {masks.shape}, expected {pixels.shape} as in tr_im.nii.gz")
+    pixels, image, masks = read_annotated(folder / "tr_im.nii.gz", folder / "tr_mask.nii.gz")
     masks = np.where(masks == 3, 0, masks)
     for index, (slice_, mask) in enumerate(zip(pixels, masks)):
         name = f"{index:03d}"
@@ -72,10 +93,7 @@ def msd_lung(folder: Path, export: Path) -> Records:
     labels = sorted(path for path in (folder / "labelsTr").glob("*.nii.gz") if not path.name.startswith("."))
     for label in labels:
         name = label.name.removesuffix(".nii.gz")
-        pixels, image = read_volume(folder / "imagesTr" / label.name)
-        masks, _ = read_volume(label)
-        if masks.shape != pixels.shape:
-            raise ValueError(f"{label}: found shape {masks.shape}, expected {pixels.shape} as in imagesTr/{label.name}")
+        pixels, image, masks = read_annotated(folder / "imagesTr" / label.name, label)
         found = {index: lesions(mask) for index, mask in enumerate(masks) if mask.any()}
         free = [index for index in range(len(masks)) if index not in found]
         for index in with_as_many_free([index for index, (_, boxes) in found.items() if boxes], free):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from bundle.data.sources.volumes import read_volume, with_as_many_free
+from bundle.data.sources.volumes import read_annotated, read_volume, with_as_many_free
 
 COLUMNS, ROWS, SLICES = 60, 40, 6
 
@@ -78,6 +78,22 @@ def test_medseg_nifti_of_two_shapes_is_refused(tmp_path, chest, merged):
     save_ras(tmp_path / "medseg/tr_mask.nii.gz", chest[1][:, :, 1:])
     with pytest.raises(ValueError, match=r"tr_mask.nii.gz: found shape \(6, 40, 59\), expected \(6, 40, 60\)"):
         merged(tmp_path / "medseg")
+
+
+def test_a_mask_that_its_header_turns_must_lie_where_the_image_lies(tmp_path, chest):
+    hu, mask = chest
+    save_ras(tmp_path / "image.nii.gz", hu)
+    lps = np.diag([-0.7, -0.9, 2.5, 1])
+    lps[:2, 3] = 0.7 * (COLUMNS - 1), 0.9 * (ROWS - 1)
+    stored = mask.transpose(2, 1, 0).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(stored, lps), tmp_path / "mask.nii.gz")
+    pixels, _, masks = read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(pixels, hu)
+    np.testing.assert_array_equal(masks, mask)
+    lps[:2, 3] = 0
+    nibabel.save(nibabel.Nifti1Image(stored, lps), tmp_path / "mask.nii.gz")
+    with pytest.raises(ValueError, match=r"mask.nii.gz: found a header that turns the mask otherwise than .*image.nii.gz and"):
+        read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
 
 
 def test_msd_lung(tmp_path, chest, samples):
