@@ -7,6 +7,7 @@
 # MONAILABEL_PORT (8000) is the port on 127.0.0.1.
 set -euo pipefail
 called_from=$PWD
+script=$(realpath "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 dir=$(realpath -m "${MONAILABEL_DIR:-.monailabel}")
@@ -63,8 +64,8 @@ start() {
     PYTHONPATH=$root "$env/bin/python" -m bundle.monailabel "$app/model" "${options[@]}" >/dev/null
     # Any source but the default: that one is asked over the network even for local bundles.
     # No scoring unasked: its two threads share one parser, which each of them resets under the other.
-    MONAI_ZOO_SOURCE=ngc MONAI_LABEL_AUTO_UPDATE_SCORING=false setsid "$env/bin/python" -m monailabel.main start_server --app "$app" --studies "$studies" \
-        --conf models "$faces" --conf epistemic_model chest_ct_segmentation --conf sam2 false \
+    MONAI_ZOO_SOURCE=ngc MONAI_LABEL_AUTO_UPDATE_SCORING=false setsid "$env/bin/python" -m monailabel.main start_server \
+        --app "$app" --studies "$studies" --conf models "$faces" --conf epistemic_model chest_ct_segmentation --conf sam2 false \
         --host 127.0.0.1 --port "$port" >"$dir/server.log" 2>&1 </dev/null &
     echo $! >"$dir/server.pid"
     for _ in $(seq 120); do
@@ -93,5 +94,5 @@ case "${1:-} ${2:+studies}" in
 "install ") install ;;
 "start studies") start "${@:2}" ;;
 "stop ") stop ;;
-*) sed -n '3,5s/^#   /usage: /p' "$0" >&2 && exit 2 ;;
+*) sed -n '3,5s/^#   /usage: /p' "$script" >&2 && exit 2 ;;
 esac

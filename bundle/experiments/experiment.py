@@ -72,8 +72,24 @@ class Experiment:
                 yield f"{name}: found none, expected one or more"
         if unknown := set(self.figures) - set(FIGURES):
             yield f"figures: found {', '.join(sorted(unknown))}, expected some of {', '.join(FIGURES)}"
-        if self.curve and set(self.curve["x"]) != set(self.arms):
+        for arm, content in self.arms.items():
+            if isinstance(content, Mapping) and (content.keys() != {"members"} or not content["members"]):
+                yield f"arms::{arm}: found {', '.join(content) or 'nothing'}, expected a list, or one or more members"
+        if self.curve:
+            yield from self._complaints_of_curve()
+
+    def _complaints_of_curve(self):
+        keys = {"x", "label", "figure", "target"}
+        if self.curve.keys() != keys:
+            yield f"curve: found {', '.join(sorted(self.curve))}, expected {', '.join(sorted(keys))}"
+        elif set(self.curve["x"]) != set(self.arms):
             yield f"curve::x: found {', '.join(self.curve['x'])}, expected the arms {', '.join(self.arms)}"
+        elif min(self.curve["x"].values()) <= 0:
+            yield f"curve::x: found {min(self.curve['x'].values())}, expected amounts above 0"
+        elif self.curve["figure"] not in FIGURES:
+            yield f"curve::figure: found {self.curve['figure']!r}, expected one of {', '.join(FIGURES)}"
+        elif not 0 < self.curve["target"] < 1:
+            yield f"curve::target: found {self.curve['target']}, expected a figure between 0 and 1"
 
     def members(self, arm: str) -> list[Sequence]:
         """The networks of an arm, each as a list of overlay files and entries; one for all but ensembles."""

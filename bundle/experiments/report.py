@@ -33,6 +33,7 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
     Raises:
         ValueError: if there is no row.
     """
+    rows = [row for row in rows if row["arm"] in experiment.arms]  # an arm that was renamed leaves its rows behind
     if not rows:
         raise ValueError(f"experiment {experiment.name}: found no result, expected at least one run; run it first")
     folder = Path(folder)
@@ -172,9 +173,10 @@ def _curve(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
     line += f" It reaches {target} at n = {needed:,.0f}"
     seeds = sorted({row["seed"] for row in rows})
     single = [fit_power_law(*_points(experiment, [row for row in rows if row["seed"] == seed])) for seed in seeds]
-    needs = sorted(_needed(fit, target) for fit in filter(None, single))
+    needs = sorted(_needed(fit, target) if fit else np.inf for fit in single)
     if len(needs) > 1:
-        line += f" (fitted seed by seed: {needs[0]:,.0f} to {needs[-1]:,.0f})"
+        reached = f"{needs[-1]:,.0f}" if needs[-1] <= OUT_OF_REACH * max(x) else f"more than {OUT_OF_REACH} times the largest n"
+        line += f" (fitted seed by seed: {needs[0]:,.0f} to {reached})"
     return [f"{line}, {needed / max(x):,.1f} times the largest n that was tried: an extrapolation.", ""]
 
 

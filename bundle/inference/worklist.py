@@ -92,9 +92,9 @@ class Worklist:
         os.replace(self.unfinished(name), folder)
 
     def finish(self) -> None:
-        """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything in the folder.
+        """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything else in the folder.
 
-        Where there are several processes, one writes, when all are ready.
+        Older results of a scan that failed now stay in its folder and are not in the tables. Where there are several processes, one writes, when all are ready.
 
         Raises:
             ValueError: if nothing at all could be predicted.
@@ -108,7 +108,9 @@ class Worklist:
             if self.rank:
                 return
             failures = [failure for part in gathered for failure in part]
-        predictions = [json.loads(path.read_text()) for path in sorted(self.folder.glob(f"**/[!.]*/{PREDICTIONS}"))]
+        failed = {self.folder / failure["file"] / PREDICTIONS for failure in failures}
+        found = sorted(set(self.folder.glob(f"**/[!.]*/{PREDICTIONS}")) - failed)
+        predictions = [json.loads(path.read_text()) for path in found]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_table(self.folder / "failures.csv", failures, ("file", "reason"))
         if not predictions:

@@ -8,6 +8,7 @@ import pytest
 from bundle.experiments.experiment import COLUMNS, Experiment, add_results, experiment_names, read_results
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+CURVE = {"x": {"one": 1, "two": 2}, "label": "n", "figure": "Dice", "target": 0.8}
 ENTRIES = {"title": "A", "question": "b?", "arms": {"one": [], "two": [{"seed": 1}]}, "seeds": [0], "figures": ["Dice"]}
 
 
@@ -22,6 +23,7 @@ def test_an_experiment_is_read_with_its_defaults(tmp_path):
     assert experiment.members("two") == [[{"seed": 1}]]
     ensemble = Experiment.read("x", write(tmp_path, arms={"both": {"members": [["a.json"], []]}}))
     assert ensemble.members("both") == [["a.json"], []]
+    assert Experiment.read("x", write(tmp_path, curve=CURVE)).curve == CURVE
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,13 @@ def test_an_experiment_is_read_with_its_defaults(tmp_path):
         ({"figures": []}, "figures: found none, expected one or more"),
         ({"figures": ["dice"]}, "figures: found dice, expected some of accuracy, AUROC, Dice"),
         ({"workflow": "train"}, "workflow: found 'train', expected run or training"),
-        ({"curve": {"x": {"one": 1}}}, "curve::x: found one, expected the arms one, two"),
+        ({"arms": {"one": {}}}, "arms::one: found nothing, expected a list, or one or more members"),
+        ({"arms": {"one": {"members": []}}}, "arms::one: found members, expected a list, or one or more members"),
+        ({"curve": {"x": {"one": 1}}}, "curve: found x, expected figure, label, target, x"),
+        ({"curve": {**CURVE, "x": {"one": 1}}}, "curve::x: found one, expected the arms one, two"),
+        ({"curve": {**CURVE, "x": {"one": 0, "two": 1}}}, "curve::x: found 0, expected amounts above 0"),
+        ({"curve": {**CURVE, "figure": "dice"}}, "curve::figure: found 'dice', expected one of accuracy"),
+        ({"curve": {**CURVE, "target": 80}}, "curve::target: found 80, expected a figure between 0 and 1"),
         ({"seed": 0}, "found arms, curve, figures, question, seed, seeds, settings, title, workflow, expected arms, curve"),
     ],
 )
