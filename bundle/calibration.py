@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 
-from bundle.engines import prepare_batch, save_atomically
+from bundle.engines import prepare_batch
+from bundle.files import write_checkpoint
 from bundle.metrics import calibration_error
 from bundle.networks import MultiTaskNet
 from bundle.tasks import ANNOTATED, CLASS, CLASSIFICATION
@@ -54,7 +54,7 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], path) -> float:
     with torch.no_grad():
         last.weight /= temperature
         last.bias /= temperature
-    save_atomically(network.state_dict(), Path(path))
+    write_checkpoint(network.state_dict(), path)
     errors = [calibration_error(*_confidence(logits / t, labels)) for t in (1, temperature)]
     logger.info(
         f"{path}: temperature {temperature:.3f} from {len(labels)} slices: cross-entropy {loss(0):.3f} before, {found.fun:.3f} "

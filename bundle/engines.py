@@ -26,6 +26,7 @@ from monai.utils import set_determinism
 from monai.utils.enums import CommonKeys
 
 from bundle.configuration import check_ids, running_workflow
+from bundle.files import write_checkpoint, write_json, write_text
 from bundle.metrics import log_artifacts, plot_curves, stage_table
 from bundle.networks import load_weights, read_weights
 from bundle.tasks import ANNOTATED, DETECTION, IMAGE, RECORD, check_tasks
@@ -184,9 +185,9 @@ class RunRecorder:
     def write_epoch(self, entry: dict) -> None:
         """Write the checkpoints, history and curves after the epoch of this entry, the last of the history."""
         if self.best() is entry:
-            save_atomically(self.evaluator.network.state_dict(), self.folder / "best.pt")
+            write_checkpoint(self.evaluator.network.state_dict(), self.folder / "best.pt")
         states = {name: item.state_dict() for name, item in self.state.items()}
-        save_atomically({**states, "history": self.history}, self.folder / "last.pt")
+        write_checkpoint({**states, "history": self.history}, self.folder / "last.pt")
         write_json(self.history, self.folder / "history.json")
         plot_curves(self.history, self.folder / "curves.png")
 
@@ -207,23 +208,9 @@ class RunRecorder:
                 before = read_weights(self.init_checkpoint)
                 weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
             write_json(self.best(), self.folder / "metrics.json")
-            save_atomically(weights, self.folder / "model.pt")
+            write_checkpoint(weights, self.folder / "model.pt")
             log_artifacts(trainer, [self.folder / "config.json", self.folder / "curves.png"])
         idist.barrier()  # what comes next, in any process, finds them written
-
-
-def save_atomically(content, path: Path) -> None:
-    """torch.save under a temporary name, then rename, so that a killed run leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def write_json(content, path: Path) -> None:
-    """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def running_config() -> dict:
@@ -342,9 +329,9 @@ def run_curriculum(output_dir: str, config_dir: str) -> None:
         idist.barrier()
         if idist.get_rank() == 0:
             reports[name] = json.loads(report.read_text())
-            (folder / "stage_table.md").write_text(stage_table(reports))
+            write_text(stage_table(reports), folder / "stage_table.md")
     if idist.get_rank() == 0:
-        save_atomically(torch.load(stage / "model.pt", map_location="cpu", weights_only=True), folder / "model.pt")
+        write_checkpoint(torch.load(stage / "model.pt", map_location="cpu", weights_only=True), folder / "model.pt")
         print(stage_table(reports))
 
 

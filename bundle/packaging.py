@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
 from bundle.cli import ROOT, TRAINED_WITH
+from bundle.files import replacing
 from bundle.networks import load_weights
 
 NAME = "chest_ct_multitask"
@@ -77,9 +77,7 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
 def bundle_files(root: Path) -> list[str]:
     """Paths below the root that belong into an archive: what git tracks, or without git everything but caches."""
     if (root / ".git").exists():
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--", *PARTS], cwd=root, capture_output=True, text=True, check=True
-        )
+        listed = subprocess.run(["git", "ls-files", "-z", "--", *PARTS], cwd=root, capture_output=True, text=True, check=True)
         return sorted(filter(None, listed.stdout.split("\0")))
     found = [path for part in PARTS for path in (root / part, *(root / part).rglob("*")) if path.is_file()]
     paths = sorted(path.relative_to(root) for path in found)
@@ -117,17 +115,12 @@ def large_files(contents: Mapping[str, bytes], url: str) -> bytes:
 
 
 def write_zip(archive: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files in the order of their names, without their times, under a temporary name; then rename."""
-    temporary = archive.with_name(archive.name + ".tmp")
-    try:
-        with ZipFile(temporary, "w") as file:
-            for path in sorted(contents):
-                entry = ZipInfo(path)  # of 1980
-                entry.compress_type, entry.create_system, entry.external_attr = ZIP_DEFLATED, 3, 0o100644 << 16
-                file.writestr(entry, contents[path])
-        os.replace(temporary, archive)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write files in the order of their names, without their times."""
+    with replacing(archive) as temporary, ZipFile(temporary, "w") as file:
+        for path in sorted(contents):
+            entry = ZipInfo(path)  # of 1980
+            entry.compress_type, entry.create_system, entry.external_attr = ZIP_DEFLATED, 3, 0o100644 << 16
+            file.writestr(entry, contents[path])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="overlay with the network of the weights, merged into inference.json and train.json of the archive; default: "
         f"that of {WEIGHTS} without --checkpoint, none with it",
     )
-    parser.add_argument(
-        "--url", metavar="BASE", help="files over 25 MB stay out and will be found at BASE/models/model.pt …"
-    )
+    parser.add_argument("--url", metavar="BASE", help="files over 25 MB stay out and will be found at BASE/models/model.pt …")
     known = parser.parse_args(arguments)
     overlays = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
     try:

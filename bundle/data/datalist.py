@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bundle.data.headers import slice_size
+from bundle.files import write_json
 from bundle.tasks import (
     ANNOTATION,
     BOXES,
@@ -59,12 +60,9 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
 
 
 def write_datalist(datalist: Mapping, path) -> None:
-    """Write a datalist under a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(datalist, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write a datalist, and the folders it lies in."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(datalist, path)
 
 
 def validate(datalist: Mapping, dataset_dir=None) -> None:

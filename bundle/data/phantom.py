@@ -177,7 +177,7 @@ def _union(*distances, k: float = 6) -> np.ndarray:
 
 def _draw_chest(canvas: _Canvas, patient: dict, level: float) -> np.ndarray:
     """Draw a normal chest; returns the share of each pixel that is lung."""
-    rng, ellipse, x, y = canvas.rng, canvas.ellipse, canvas.x, canvas.y
+    rng, ellipse, y = canvas.rng, canvas.ellipse, canvas.y
     wide, deep = patient["wide"] + 16 * (1 - level), patient["deep"]
     half_width = (patient["wide"] - patient["fat"] - 13) * (0.88 + 0.12 * level)  # of the rib cage inside
     half_depth = deep - patient["fat"] - 10

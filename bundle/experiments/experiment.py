@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 
+from bundle.files import write_table
 from bundle.metrics import STAGE_COLUMNS
 
 # Figures of the tables: column -> where the report of an evaluation has it.
@@ -119,12 +120,7 @@ def by_arm(rows: Iterable[Mapping]) -> dict[tuple[str, ...], list[Mapping]]:
 
 
 def add_results(path, rows: Sequence[Mapping]) -> None:
-    """Write rows into a results file, each arm (`ARM`) in its old place or at the end; under a temporary name, then renamed."""
+    """Write rows into a results file, each arm (`ARM`) in its old place or at the end."""
     path, arms = Path(path), {**by_arm(read_results(path)), **by_arm(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for rows in arms.values() for row in rows)
-    os.replace(temporary, path)
+    write_table(chain.from_iterable(arms.values()), path, COLUMNS)

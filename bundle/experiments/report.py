@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 from scipy.optimize import curve_fit
 
-from bundle.experiments.experiment import FIGURES, Experiment
+from bundle.experiments.experiment import Experiment
+from bundle.files import write_text
 from bundle.metrics import save_figure
 
 OUT_OF_REACH = 1000  # times the largest amount of data: a fit that asks for more says that the curve is flat
@@ -52,9 +52,7 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
     lines += [f"![{experiment.title}]({experiment.name}.png)"]
     _draw(experiment, end, folder / f"{experiment.name}.png")
     path = folder / f"{experiment.name}.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, path)
+    write_text("\n".join(lines) + "\n", path)
     return path
 
 

@@ -1,7 +1,5 @@
 """From scans to predictions, files and a report."""
 
-from pathlib import Path
-
 import bundle
 from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from monai.data import MetaTensor
 from sklearn.covariance import LedoitWolf
 from tqdm import tqdm
 
+from bundle.files import write_checkpoint
 from bundle.inference.worklist import file_hash
 from bundle.networks import MultiTaskNet
 from bundle.tasks import IMAGE
@@ -108,7 +108,7 @@ def make_reference(
         training, validation: give lists of samples with a preprocessed "image" (1, S, S).
         window: lowest and highest HU that are shown.
         checkpoint: file of the weights, whose hash is kept.
-        path: of the file, written under a temporary name, then renamed.
+        path: of the file.
     """
     known, unseen = (embed(network, slices, window) for slices in (training, validation))
     mean, scale = known.mean(0), known.std(0).clamp(min=1e-6)
@@ -116,9 +116,7 @@ def make_reference(
     distances = Novelty(mean, scale, precision).distance(unseen)
     saved = {"mean": mean, "scale": scale, "precision": precision}
     saved["threshold"] = float(np.quantile(distances, VALIDATION_SHARE, method="higher"))
-    temporary = Path(path).with_name(f".tmp.{Path(path).name}")
-    torch.save({**saved, "checkpoint": file_hash(checkpoint)}, temporary)
-    os.replace(temporary, path)
+    write_checkpoint({**saved, "checkpoint": file_hash(checkpoint)}, path)
 
 
 @torch.no_grad()

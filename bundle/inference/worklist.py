@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ import torch.distributed as dist
 import bundle
 from bundle.configuration import running_workflow
 from bundle.data.scans import Scan, find_scans
+from bundle.files import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +113,12 @@ class Worklist:
         found = sorted(set(self.folder.glob(f"**/[!.]*/{PREDICTIONS}")) - failed)
         predictions = [json.loads(path.read_text()) for path in found]
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_table(self.folder / "failures.csv", failures, ("file", "reason"))
+        write_table(failures, self.folder / "failures.csv", ("file", "reason"))
         if not predictions:
             raise ValueError(f"input: nothing could be read; {failures[0]['reason']}")
-        write_table(self.folder / "scans.csv", map(scan_row, predictions))
-        write_table(self.folder / "slices.csv", (row for prediction in predictions for row in slice_rows(prediction)))
-        write_table(self.folder / "lesions.csv", (row for prediction in predictions for row in lesion_rows(prediction)))
+        write_table(map(scan_row, predictions), self.folder / "scans.csv")
+        write_table(chain.from_iterable(map(slice_rows, predictions)), self.folder / "slices.csv", ("scan",))
+        write_table(chain.from_iterable(map(lesion_rows, predictions)), self.folder / "lesions.csv", ("scan",))
         logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv and failures.csv")
 
 
@@ -177,15 +178,3 @@ def lesion_rows(prediction: Mapping) -> Iterable[dict]:
         row |= {f"center {axis} LPS mm": value for axis, value in zip("xyz", lesion["center_mm"] or [None] * 3)}
         row |= {f"size {axis} mm": value for axis, value in zip("xyz", lesion["size_mm"] or [None] * 3)}
         yield row | {"volume_ml": lesion["volume_ml"]}
-
-
-def write_table(path: Path, rows: Iterable[Mapping], columns: Sequence[str] = ("scan",)) -> None:
-    """Write rows as CSV under a temporary name, then rename; columns that only some rows have are empty in the others."""
-    rows = list(rows)
-    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
-    temporary = path.with_name(f".tmp.{path.name}")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)

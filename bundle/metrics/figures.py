@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay
 
+from bundle.files import replacing
 from bundle.metrics.statistics import CONFIDENCE_BINS, froc_curve
 from bundle.tasks import CLASSIFICATION, DETECTION, RECORD, SEGMENTATION, SOURCE
 
@@ -27,11 +27,10 @@ STAGE_COLUMNS = {
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name, then rename."""
+    """Write a PNG."""
     FigureCanvasAgg(figure)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def stage_table(reports: Mapping[str, Mapping]) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +13,7 @@ from ignite.engine import Events
 from monai.handlers import MLFlowHandler
 from monai.utils.enums import CommonKeys
 
+from bundle.files import write_json, write_table
 from bundle.metrics import figures
 from bundle.metrics.cases import cases_of
 from bundle.metrics.statistics import confusion, with_intervals
@@ -146,18 +144,9 @@ class MultiTaskMetrics:
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        table = [self._csv_row(row) for row in self.rows]
-        names = list(dict.fromkeys(name for row in table for name in row))
-        temporary = self.folder / "per_case.csv.tmp"
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(table)
-        os.replace(temporary, self.folder / "per_case.csv")
+        write_table(map(self._csv_row, self.rows), self.folder / "per_case.csv")
         figures.draw_report(self.report, self.rows, self.folder)
-        temporary = self.folder / "metrics.json.tmp"
-        temporary.write_text(json.dumps(self.report, indent=1) + "\n")
-        os.replace(temporary, self.folder / "metrics.json")
+        write_json(self.report, self.folder / "metrics.json")
         flat, names = self._flat(), [f"{task}_{PRIMARY[task][0]}" for task in self.report]
         chosen = ", ".join(f"{name} {flat[name]:.3f}" for name in names if name in flat)
         logger.info(f"{self.folder / 'metrics.json'}: {chosen}")

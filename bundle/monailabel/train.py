@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -13,6 +12,7 @@ from monai.data import CacheDataset
 
 from bundle.data.scans import open_scan
 from bundle.data.transforms import LoadSliced
+from bundle.files import replacing
 from bundle.networks import MultiTaskNet
 from bundle.tasks import EMPTY_MASK, GROUP, IMAGE, MASK, SOURCE
 
@@ -106,12 +106,11 @@ def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
 
 
 def publish(weights, model) -> None:
-    """Copy a weights file over the model that is served, under a temporary name that is then renamed.
+    """Copy a weights file over the model that is served.
 
     Args:
         weights: path of the new weights.
         model: path of the model.
     """
-    temporary = f"{model}.tmp"  # not *.pt, which MONAI Label would offer as a model
-    shutil.copyfile(weights, temporary)
-    os.replace(temporary, model)
+    with replacing(model) as temporary:  # not *.pt, which MONAI Label would offer as a model
+        shutil.copyfile(weights, temporary)

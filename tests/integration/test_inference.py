@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow

@@ -1,0 +1,60 @@
+"""Files that are there as a whole or not at all: written under another name beside their place, then renamed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def replacing(path) -> Iterator[Path]:
+    """Path to write to instead, PATH.tmp: it is renamed to `path` when the block ends, and removed where the block fails.
+
+    Whatever kills the process, the file of that name is the old one or the new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path) -> None:
+    """Write a text in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(content, path) -> None:
+    """Write JSON, indented by one."""
+    write_text(json.dumps(content, indent=1) + "\n", path)
+
+
+def write_table(rows: Iterable[Mapping], path, columns: Sequence[str] = ()) -> None:
+    """Write rows as CSV; columns that only some rows have are empty in the others.
+
+    Args:
+        rows: column -> value.
+        path: of the file.
+        columns: that come first, whether or not a row has them.
+    """
+    rows = list(rows)
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_checkpoint(content, path) -> None:
+    """Write what torch.save takes."""
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
