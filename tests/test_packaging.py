@@ -1,6 +1,8 @@
 """The archive holds the bundle and nothing else, the same every time, and weights that fit."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -66,6 +68,16 @@ def test_of_a_git_checkout_only_what_git_tracks(tmp_path):
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run(["git", "add", "LICENSE", "bundle/a.py", "docs", "tests"], cwd=tmp_path, check=True)
     assert bundle_files(tmp_path) == ["LICENSE", "bundle/a.py", "docs/ü.md"]
+
+
+def test_links_of_the_documents_lead_into_the_archive():
+    inside = set(bundle_files(ROOT))
+    documents = [path for path in inside if path.endswith(".md")]
+    links = [(path, link) for path in documents for link in re.findall(r"\]\(([^):#]+)[)#]", (ROOT / path).read_text())]
+    assert len(links) > 50
+    targets = {(path, os.path.normpath(os.path.join(os.path.dirname(path), link))) for path, link in links}
+    folders = {str(parent) for path in inside for parent in Path(path).parents}
+    assert [pair for pair in sorted(targets) if pair[1] not in inside | folders] == []
 
 
 def test_weights_that_lack_or_do_not_fit_are_refused_in_one_line(source, tmp_path, monkeypatch, capsys):
