@@ -71,14 +71,19 @@ class FailureGallery:
 
     def reset(self, engine) -> None:
         self.worst = {task: [] for task in self.tasks}
+        self.seen = 0  # cases so far
 
     def update(self, engine) -> None:
         label, pred = engine.state.output[CommonKeys.LABEL], engine.state.output[CommonKeys.PRED]
         for task in filter(pred.__contains__, self.tasks):
             cases = cases_of(task, pred[task], label, with_distance=False)
             for index in label[ANNOTATED][task].nonzero().flatten().tolist():
-                self.worst[task].append(self._item(task, cases[index], pred[task][index], label, index))
+                item = self._item(task, cases[index], pred[task][index], label, index)
+                # Of every n-th record, as `bundle.processes.shard` deals them out.
+                item["place"] = (self.seen + index) * idist.get_world_size() + idist.get_rank()
+                self.worst[task].append(item)
             self._keep_worst(task)
+        self.seen += len(label[RECORD])
 
     def draw(self, engine) -> None:
         if idist.get_world_size() > 1:
@@ -95,7 +100,7 @@ class FailureGallery:
         logger.info(f"{self.path}: the worst cases of {', '.join(rows)}")
 
     def _keep_worst(self, task: str) -> None:
-        self.worst[task] = sorted(self.worst[task], key=lambda item: item["goodness"])[: self.columns]
+        self.worst[task] = sorted(self.worst[task], key=lambda item: (item["goodness"], item["place"]))[: self.columns]
 
     def _item(self, task: str, case: dict, answer, label: dict, index: int) -> dict:
         """What is drawn of a case; `goodness` puts the worst first."""

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2"]
@@ -94,12 +96,14 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, phantom_dir):
     assert numbers_of_two == pytest.approx(numbers, abs=1e-6, nan_ok=True)
     names = [[line.split(",")[0] for line in (tmp_path / name / "per_case.csv").open()] for name in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 7
+    galleries = [np.asarray(Image.open(tmp_path / name / "failures.png"), int) for name in ("one", "two")]
+    assert galleries[0].shape == galleries[1].shape and np.ptp(galleries[0]) > 200
+    assert (abs(galleries[0] - galleries[1]) > 8).mean() < 0.001, "the same cases in the same order"
 
-    run(ALONE, log=tmp_path / "validation.log", **evaluation(tmp_path, phantom_dir, "validation"), split="validation")
-    again = json.loads((tmp_path / "validation/metrics.json").read_text())["reconstruction"]
     chosen_by = json.loads((tmp_path / "unbroken/metrics.json").read_text())
     for name in ("mse", "ssim"):  # both processes have validated the network that is kept, with its running statistics
-        assert chosen_by[f"reconstruction_{name}"] == pytest.approx(again[name]["value"], rel=1e-6), name
+        again = reports[0]["reconstruction"][name]["value"]
+        assert chosen_by[f"reconstruction_{name}"] == pytest.approx(again, rel=1e-6), name
 
 
 def evaluation(folder: Path, phantom_dir: Path, name: str, *configs: str) -> dict:
@@ -107,9 +111,10 @@ def evaluation(folder: Path, phantom_dir: Path, name: str, *configs: str) -> dic
         "dataset_dir": phantom_dir,
         "output_dir": folder / "unbroken",
         "evaluation_dir": folder / name,
+        "split": "validation",
         "bootstrap": 20,
     }
-    return {**entries, "configs": ("train", "preset_smoke", "evaluate", *configs)}
+    return {**entries, "configs": ("train", "preset_smoke", "evaluate", "failures", *configs)}
 
 
 def leaves(item, path: str = ""):
