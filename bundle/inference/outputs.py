@@ -95,6 +95,22 @@ class ScanWriter:
             self.results = None
 
 
+def classify_scan(probabilities: Sequence[Sequence[float]], bearing: Sequence[bool], classes: Sequence[str]) -> dict:
+    """Class of a scan, by the mean over its slices with lung, over all where none has.
+
+    Args:
+        probabilities: of the classes, for each slice.
+        bearing: whether a slice has lung.
+        classes: their names.
+
+    Returns:
+        The entry "classification" of predictions.json: predicted, probabilities, and slices, how many were counted.
+    """
+    counted = [row for row, has_lung in zip(probabilities, bearing) if has_lung] or list(probabilities)
+    mean = dict(zip(classes, np.mean(counted, axis=0).round(6).tolist()))
+    return {"predicted": max(mean, key=mean.get), "probabilities": mean, "slices": len(counted)}
+
+
 class ScanResults:
     """The results of one scan on their way into its folder. Nothing of a slice stays in memory but its numbers.
 
@@ -207,9 +223,8 @@ class ScanResults:
             with_lung = [row["index"] for row, has_lung in zip(rows, bearing) if has_lung]
             sums["lung"] = {"volume_ml": self._volume(self.lung_areas), "slices": [with_lung[0], with_lung[-1]]}
         if CLASSIFICATION in self.tasks:
-            counted = [row for row, has_lung in zip(rows, bearing) if has_lung] or rows
-            mean = {name: round(float(np.mean([row["probabilities"][name] for row in counted])), 6) for name in self.classes}
-            sums[CLASSIFICATION] = {"predicted": max(mean, key=mean.get), "probabilities": mean, "slices": len(counted)}
+            probabilities = [[row["probabilities"][name] for name in self.classes] for row in rows]
+            sums[CLASSIFICATION] = classify_scan(probabilities, bearing, self.classes)
         if SEGMENTATION in self.tasks:
             sums[SEGMENTATION] = {name: self._lesion_sum(name, sums["lung"]) for name in self.segmentation_classes}
         if DETECTION in self.tasks:

@@ -17,7 +17,7 @@ from bundle.data.transforms import to_file_grid
 from bundle.inference.lesions import link_boxes
 from bundle.inference.lungs import lung_bearing, lung_mask
 from bundle.inference.markups import lesion_axes
-from bundle.inference.outputs import to_labels
+from bundle.inference.outputs import classify_scan, to_labels
 from bundle.inference.slices import INDEX, SCAN, SLICE, collate
 from bundle.networks import MultiTaskNet
 from bundle.tasks import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
@@ -102,13 +102,10 @@ class VolumeInferer(Inferer):
                 answer = {task: _to_cpu(output[task][row]) for task in tasks if task in output}
                 yield self.postprocessing({**sample, **answer})
 
-    def classify(self, scan: Scan, slices: Sequence[Mapping]) -> dict:
-        """Class probabilities of the scan: the mean of the slices with lung, of all where none has."""
-        counted = [row for row, has_lung in zip(slices, lung_bearing([row["lung_mm2"] for row in slices])) if has_lung]
-        mean = np.mean([row[CLASSIFICATION] for row in counted or slices], axis=0).round(6).tolist()
-        probabilities = dict(zip(self.classes, mean))
-        predicted = max(probabilities, key=probabilities.get)
-        return {"predicted": predicted, "probabilities": probabilities, "slices": len(counted or slices)}
+    def classify(self, slices: Sequence[Mapping]) -> dict:
+        """Class of the scan, of `classify_scan`."""
+        bearing = lung_bearing([row["lung_mm2"] for row in slices])
+        return classify_scan([row[CLASSIFICATION] for row in slices], bearing, self.classes)
 
     def lesions(self, scan: Scan, slices: Sequence[Mapping]) -> list[dict]:
         """Lesions in space, of `link_boxes`."""
@@ -173,7 +170,7 @@ class SegmentationInferer(VolumeInferer):
         return [{"pred": mask, "result": result}]
 
     def _result(self, scan: Scan, slices: Sequence[Mapping], planes: np.ndarray) -> dict:
-        result = {CLASSIFICATION: self.classify(scan, slices)} if CLASSIFICATION in slices[0] else {}
+        result = {CLASSIFICATION: self.classify(slices)} if CLASSIFICATION in slices[0] else {}
         result[SEGMENTATION] = {}
         for value, name in enumerate(self.segmentation_classes, start=1):
             pixels = (planes == value).sum((1, 2))
@@ -191,7 +188,7 @@ class ClassificationInferer(VolumeInferer):
         """Args: of `SegmentationInferer`. Returns: one tensor, probabilities (number of classes,)."""
         scan = VolumeScan(inputs)
         slices = [numbers_of(answer, scan) for answer in self.answers(scan, network, self.tasks)]
-        return [MetaTensor(torch.tensor(list(self.classify(scan, slices)["probabilities"].values())))]
+        return [MetaTensor(torch.tensor(list(self.classify(slices)["probabilities"].values())))]
 
 
 class LesionDetector(VolumeInferer):
