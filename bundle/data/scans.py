@@ -235,7 +235,7 @@ class DicomScan(Scan):
 
     Args:
         name, path: see `Scan`.
-        frames: of the series, of the same size and orientation, in any order.
+        frames: of the series, of the same size, spacing and orientation, in any order.
     """
 
     kind = "dicom"
@@ -439,10 +439,10 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
     """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches.
 
     Images are files with an extension of `EXTENSIONS`, and DICOM files of any name (DICM after 128 bytes). DICOM files
-    become a scan for each series, or several where a series mixes sizes or orientations. Localizers, derived images other
-    than axial ones (beside original images of the same study) and objects without pixels are left out, which the warnings
-    of the other scans of the study tell. Hidden files, DICOMDIR and links to folders are not looked at. Only headers are
-    read.
+    become a scan for each series, or several where a series mixes sizes, spacings or orientations. Localizers, derived
+    images other than axial ones (beside original images of the same study) and objects without pixels are left out, which
+    the warnings of the other scans of the study tell. Hidden files, DICOMDIR and links to folders are not looked at. Only
+    headers are read.
 
     Args:
         source: file, folder or pattern with * ? or [.
@@ -542,7 +542,8 @@ def _series(headers: Sequence[tuple[Path, str, pydicom.Dataset]], root: Path) ->
         try:
             for frame in frames_of(str(path), header):
                 turn = None if frame.orientation is None else tuple(np.round(frame.orientation, 2).tolist())
-                key = (_text(header, "SeriesInstanceUID"), frame.size, turn)
+                spacing = None if frame.spacing is None else tuple(np.round(frame.spacing, 3).tolist())
+                key = (_text(header, "SeriesInstanceUID"), frame.size, turn, spacing)
                 groups[(path.parent, key)].append((frame, study))
         except Exception as error:  # of tags that are not what they should be
             failures.append({"file": name, "reason": str(unreadable(path, error))})

@@ -66,12 +66,16 @@ def test_gaps_and_duplicates_are_reported(tmp_path, write_series, heights, words
 def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path, write_series, write_dicom):
     folder = tmp_path / "in"
     write_series(folder, [0, 5], ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
-    write_series(folder, [0, 2, 4], series="1.2.3.5", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series(folder, [0, 2, 4, 6], series="1.2.3.5", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    coarse = pydicom.dcmread(folder / "1.2.3.5-3")
+    coarse.PixelSpacing = [3, 3]
+    coarse.save_as(folder / "1.2.3.5-3")
     write_series(folder, [0], series="1.2.3.6", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     write_series(folder, [0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY", "REFORMATTED"])
     write_series(folder, [0], series="1.2.3.8", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
     scans, failures = find_scans(folder, tmp_path / "out")
-    assert sorted(map(len, scans)) == [2, 3] and len({scan.name for scan in scans}) == 2
+    assert sorted(map(len, scans)) == [1, 2, 3] and len({scan.name for scan in scans}) == 3
+    assert next(scan.spacing for scan in scans if len(scan) == 1) == (3, 3)
     assert {"left out 1 localizers", "left out 1 derived images"} <= {line for scan in scans for line in scan.warnings}
     (failure,) = failures
     assert "not axial" in failure["reason"] and not any("1.2.3" in scan.name for scan in scans)
