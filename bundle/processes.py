@@ -69,7 +69,7 @@ def seed_worker(worker: int) -> None:
     MONAI's own seeds are those of PyTorch's workers, which are the same in processes that draw the same order of samples.
 
     Args:
-        worker: number of the worker, which PyTorch passes as `worker_init_fn`; what it seeds, it asks PyTorch for.
+        worker: unused: PyTorch passes its number, but tells dataset and seed only where it is asked.
     """
     info = get_worker_info()
     set_rnd(info.dataset, seed=info.seed + info.num_workers * int(os.environ.get("RANK", 0)))

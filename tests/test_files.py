@@ -14,6 +14,7 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError, match="in between"), replacing(path) as temporary:
         temporary.write_text("new")
         raise RuntimeError("in between")
+    assert list(tmp_path.iterdir()) == [path]
     assert path.read_text(encoding="utf-8") == "old – ü"
     with replacing(path) as temporary:
         temporary.write_text("new")

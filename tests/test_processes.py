@@ -1,7 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Randomizable
 from torch import distributed, multiprocessing
@@ -14,6 +16,7 @@ from bundle.losses import MultiTaskLoss
 from bundle.networks import MultiTaskNet
 from bundle.tasks import ANNOTATED, DETECTION, TASKS
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 SIZE = 64
 # Without batch normalisation, whose statistics are those of the images of one process.
 NETWORK = {"tasks": TASKS, "backbone": "vgg13", "width": 0.125, "image_size": SIZE, "decoder_channels": (8,), "dropout": 0.0}
@@ -112,6 +115,13 @@ def test_workers_of_two_processes_draw_different_random_numbers(monkeypatch):
     first, second = drawn(0), drawn(1)
     assert len({*first, *second}) == 16
     assert drawn(1) == second
+
+
+def test_the_overlay_of_several_processes_seeds_the_workers_by_process():
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json"])
+    parser.get_parsed_content("imports")
+    assert parser.get_parsed_content("train#dataloader#worker_init_fn") is processes.seed_worker
 
 
 def test_one_process_evaluates_everything():

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -547,9 +547,10 @@ def _series(headers: Sequence[tuple[Path, str, pydicom.Dataset]], root: Path) ->
                 groups[(path.parent, key)].append((frame, study))
         except Exception as error:  # of tags that are not what they should be
             failures.append({"file": name, "reason": str(unreadable(path, error))})
-    scans = []
+    scans, alike = [], Counter((folder, key[:-1]) for folder, key in groups)
     for (folder, key), members in groups.items():
-        name = (folder.relative_to(root) / f"series_{hashlib.sha256(str(key).encode()).hexdigest()[:8]}").as_posix()
+        told_apart_by = key if alike[folder, key[:-1]] > 1 else key[:-1]
+        name = (folder.relative_to(root) / f"series_{hashlib.sha256(str(told_apart_by).encode()).hexdigest()[:8]}").as_posix()
         try:
             scan = DicomScan(name, folder, [frame for frame, _ in members])
         except Exception as error:

@@ -74,23 +74,24 @@ class Experiment:
         if unknown := set(self.figures) - set(FIGURES):
             yield f"figures: found {', '.join(sorted(unknown))}, expected some of {', '.join(FIGURES)}"
         for arm, content in self.arms.items():
-            if isinstance(content, Mapping) and (content.keys() != {"members"} or not content["members"]):
-                yield f"arms::{arm}: found {', '.join(content) or 'nothing'}, expected a list, or one or more members"
+            members = content.get("members") if isinstance(content, Mapping) and len(content) == 1 else [content]
+            if not members or not all(isinstance(member, list) for member in members):
+                yield f"arms::{arm}: found {content!r}, expected a list of overlays, or {{'members': one or more such lists}}"
         if self.curve:
             yield from self._complaints_of_curve()
 
     def _complaints_of_curve(self):
         keys = {"x", "label", "figure", "target"}
-        if self.curve.keys() != keys:
-            yield f"curve: found {', '.join(sorted(self.curve))}, expected {', '.join(sorted(keys))}"
-        elif set(self.curve["x"]) != set(self.arms):
-            yield f"curve::x: found {', '.join(self.curve['x'])}, expected the arms {', '.join(self.arms)}"
-        elif min(self.curve["x"].values()) <= 0:
-            yield f"curve::x: found {min(self.curve['x'].values())}, expected amounts above 0"
+        if not isinstance(self.curve, Mapping) or self.curve.keys() != keys:
+            yield f"curve: found {', '.join(sorted(map(str, self.curve)))}, expected {', '.join(sorted(keys))}"
+        elif not isinstance(self.curve["x"], Mapping) or set(self.curve["x"]) != set(self.arms):
+            yield f"curve::x: found {', '.join(map(str, self.curve['x']))}, expected the arms {', '.join(self.arms)}"
+        elif not all(isinstance(amount, (int, float)) and amount > 0 for amount in self.curve["x"].values()):
+            yield f"curve::x: found {list(self.curve['x'].values())}, expected amounts above 0"
         elif self.curve["figure"] not in FIGURES:
             yield f"curve::figure: found {self.curve['figure']!r}, expected one of {', '.join(FIGURES)}"
-        elif not 0 < self.curve["target"] < 1:
-            yield f"curve::target: found {self.curve['target']}, expected a figure between 0 and 1"
+        elif not isinstance(self.curve["target"], float) or not 0 < self.curve["target"] < 1:
+            yield f"curve::target: found {self.curve['target']!r}, expected a figure between 0 and 1"
 
     def members(self, arm: str) -> list[Sequence]:
         """The networks of an arm, each as a list of overlay files and entries; one for all but ensembles."""
@@ -107,7 +108,7 @@ def read_results(path) -> list[dict[str, str]]:
     """Rows of a results file, a cell without a figure empty; no row if there is no file."""
     if not Path(path).is_file():
         return []
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -169,13 +169,23 @@ def _curve(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
     if needed > OUT_OF_REACH * max(x):
         return [f"{line} More than {OUT_OF_REACH} times the largest n would be needed for {target}: flat at this budget.", ""]
     line += f" It reaches {target} at n = {needed:,.0f}"
-    seeds = sorted({row["seed"] for row in rows})
-    single = [fit_power_law(*_points(experiment, [row for row in rows if row["seed"] == seed])) for seed in seeds]
-    needs = sorted(_needed(fit, target) if fit else np.inf for fit in single)
+    needs = _needs_of_seeds(experiment, rows)
     if len(needs) > 1:
-        reached = f"{needs[-1]:,.0f}" if needs[-1] <= OUT_OF_REACH * max(x) else f"more than {OUT_OF_REACH} times the largest n"
-        line += f" (fitted seed by seed: {needs[0]:,.0f} to {reached})"
+        far = f"more than {OUT_OF_REACH} times the largest n"
+        least, most = (f"{need:,.0f}" if need <= OUT_OF_REACH * max(x) else far for need in (needs[0], needs[-1]))
+        line += f" (fitted seed by seed: {least} to {most})"
     return [f"{line}, {needed / max(x):,.1f} times the largest n that was tried: an extrapolation.", ""]
+
+
+def _needs_of_seeds(experiment: Experiment, rows: Sequence[Mapping]) -> list[float]:
+    """n at which the fit of each seed with all arms reaches the target, sorted; infinite where no falling curve fits."""
+    needs = []
+    for seed in {row["seed"] for row in rows}:
+        x, y = _points(experiment, [row for row in rows if row["seed"] == seed])
+        if len(x) == len(experiment.arms):
+            fit = fit_power_law(x, y)
+            needs.append(_needed(fit, experiment.curve["target"]) if fit else np.inf)
+    return sorted(needs)
 
 
 def _needed(fit: tuple[float, float], target: float) -> float:

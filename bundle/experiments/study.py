@@ -150,10 +150,11 @@ class Study:
         merged = {"workflow": experiment.workflow}
         for id, value in chain.from_iterable(change.items() for change in changes):
             merged[id] = [*merged.get(id, []), value] if id.startswith("+") else value
+            merged.pop(f"+{id}", None)  # what was added before is overwritten
         if found := sorted(PLACES & merged.keys()):
             raise ValueError(
                 f"experiment {experiment.name}: found {', '.join(found)} in its arms, settings or scale, expected it from the "
-                "command line, the same for every run; an arm with other data sets datalist or train::data"
+                "command line, the same for every run; to use other data in an arm, set datalist or train::data"
             )
         # Sorted by id alone: within an entry the order may count, as that of the stages does.
         identity = json.dumps(sorted(item for item in merged.items() if item[0] not in SPEED))

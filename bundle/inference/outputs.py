@@ -107,7 +107,7 @@ def classify_scan(probabilities: Sequence[Sequence[float]], bearing: Sequence[bo
         The entry "classification" of predictions.json: predicted, probabilities, and slices, how many were counted.
     """
     counted = [row for row, has_lung in zip(probabilities, bearing) if has_lung] or list(probabilities)
-    mean = dict(zip(classes, np.mean(counted, axis=0).round(6).tolist()))
+    mean = dict(zip(classes, np.mean(counted, axis=0, dtype=float).round(6).tolist()))
     return {"predicted": max(mean, key=mean.get), "probabilities": mean, "slices": len(counted)}
 
 

@@ -95,7 +95,9 @@ class Worklist:
     def finish(self) -> None:
         """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything else in the folder.
 
-        Older results of a scan that failed now stay in its folder and are not in the tables. Where there are several processes, one writes, when all are ready.
+        Older results of a scan that failed now stay in its folder and are not in the tables; those of a DICOM series whose
+        files cannot be read any more are, since nothing tells which series they were of. Where there are several processes,
+        one writes, when all are ready.
 
         Raises:
             ValueError: if nothing at all could be predicted.
@@ -114,11 +116,17 @@ class Worklist:
         predictions = [json.loads(path.read_text()) for path in found]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_table(failures, self.folder / "failures.csv", ("file", "reason"))
+        rows = {"scans": map(scan_row, predictions)}
+        rows["slices"] = chain.from_iterable(map(slice_rows, predictions))
+        rows["lesions"] = chain.from_iterable(map(lesion_rows, predictions))
+        for name, table in rows.items():
+            path = self.folder / f"{name}.csv"
+            if predictions:
+                write_table(table, path, ("scan",))
+            else:
+                path.unlink(missing_ok=True)  # of an earlier run
         if not predictions:
             raise ValueError(f"input: nothing could be read; {failures[0]['reason']}")
-        write_table(map(scan_row, predictions), self.folder / "scans.csv")
-        write_table(chain.from_iterable(map(slice_rows, predictions)), self.folder / "slices.csv", ("scan",))
-        write_table(chain.from_iterable(map(lesion_rows, predictions)), self.folder / "lesions.csv", ("scan",))
         logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv and failures.csv")
 
 

@@ -79,7 +79,7 @@ class FailureGallery:
             cases = cases_of(task, pred[task], label, with_distance=False)
             for index in label[ANNOTATED][task].nonzero().flatten().tolist():
                 item = self._item(task, cases[index], pred[task][index], label, index)
-                # Of every n-th record, as `bundle.processes.shard` deals them out.
+                # In the whole data set: rank r of n evaluates the records r, r + n, … (`bundle.processes.shard`).
                 item["place"] = (self.seen + index) * idist.get_world_size() + idist.get_rank()
                 self.worst[task].append(item)
             self._keep_worst(task)

@@ -76,6 +76,8 @@ def test_learning_curve_says_how_much_is_needed(tmp_path):
     never = [row("one", 2, 0.5), row("two", 2, 0.45), row("renamed", 2, 0.9)]
     text = write_report(make(curve), rows + never, tmp_path).read_text()
     assert "(fitted seed by seed: 2,154 to more than 1000 times the largest n)" in text and "\n- 6 runs" in text
+    text = write_report(make(curve), [*rows, row("one", 2, 0.4976)], tmp_path).read_text()
+    assert "(fitted seed by seed: 2,154 to 2,154)" in text, "a seed without all arms has no curve of its own"
     flat = [row("one", 0, 0.1081), row("two", 0, 0.1082)]
     assert (
         "More than 1000 times the largest n would be needed for 0.8: flat"

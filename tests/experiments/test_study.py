@@ -59,7 +59,9 @@ def test_a_run_is_known_by_what_it_computes(tmp_path):
     others += [folder(study, make(arm=[ONE, {"datalist": "half.json"}])), folder(study, make(arm=[ONE, "ema.json"]))]
     added = [{"+train#handlers": [{"_target_": f"ignite.handlers.{name}"}]} for name in ("Timer", "TerminateOnNan")]
     others += [folder(study, make(arm=[ONE, *added])), folder(study, make(arm=[ONE, added[1]]))]
-    assert len({one, *others}) == 11
+    overwritten = [added[0], {"train#handlers": added[1]["+train#handlers"]}]
+    others += [folder(study, make(arm=[ONE, *overwritten])), folder(study, make(arm=[ONE, *overwritten[::-1]]))]
+    assert len({one, *others}) == 13
 
 
 def test_overlays_of_an_arm_add_to_what_is_there_as_on_the_command_line(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from bundle.inference.worklist import Worklist
@@ -46,3 +47,7 @@ def test_older_results_of_a_scan_that_fails_now_are_in_no_table(tmp_path):
     assert [line.split(",")[0] for line in tables["scans"]] == ["a.png"]
     assert sorted(line.split(",")[0] for line in tables["failures"]) == ["b.png", "c.png"]
     assert (tmp_path / "out/c.png/predictions.json").exists()
+    later.fail("a.png", "a.png: found nothing")
+    with pytest.raises(ValueError, match="input: nothing could be read"):
+        later.finish()
+    assert [path.name for path in (tmp_path / "out").glob("*.csv")] == ["failures.csv"]

@@ -139,7 +139,7 @@ def model(environment):
     return Path(environment["MONAILABEL_DIR"]) / "apps/monaibundle/model/chest_ct_segmentation/models/model.pt"
 
 
-@pytest.mark.timeout(900)  # with an installation
+@pytest.mark.timeout(1500)  # with an installation
 def test_info_names_the_faces_and_their_limits(server):
     info = server.json("/info/")
     kinds = {name: (item["type"], item["labels"]) for name, item in info["models"].items()}

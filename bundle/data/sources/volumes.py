@@ -47,12 +47,18 @@ def read_annotated(path: Path, mask_path: Path) -> tuple[np.ndarray, sitk.Image,
     if masks.shape != pixels.shape:
         raise ValueError(f"{mask_path}: found shape {masks.shape}, expected {pixels.shape} as in {path}")
     turned_alike = mask.GetMetaData(STORED_AS) == image.GetMetaData(STORED_AS)
-    if not turned_alike and not np.allclose(mask.GetOrigin(), image.GetOrigin(), rtol=0, atol=max(image.GetSpacing())):
+    if not turned_alike and (np.abs(_ends(mask) - _ends(image)) > image.GetSpacing()).any():
         raise ValueError(
             f"{mask_path}: found a header that turns the mask otherwise than {path} and lays it elsewhere, expected the same "
             "place in space; if their arrays agree as stored, give it the affine of the image"
         )
     return pixels, image, masks
+
+
+def _ends(image: sitk.Image) -> np.ndarray:
+    """Where the first and the last voxel lie, in mm of LPS, one a row."""
+    last = [size - 1 for size in image.GetSize()]
+    return np.array([image.TransformIndexToPhysicalPoint(index) for index in ((0, 0, 0), last)])
 
 
 def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> str:

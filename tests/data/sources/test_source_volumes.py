@@ -90,7 +90,7 @@ def test_a_mask_that_its_header_turns_must_lie_where_the_image_lies(tmp_path, ch
     pixels, _, masks = read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
     np.testing.assert_array_equal(pixels, hu)
     np.testing.assert_array_equal(masks, mask)
-    lps[:2, 3] = 0
+    lps[0, 3] -= 2  # by more than a column, and less than the distance of the slices
     nibabel.save(nibabel.Nifti1Image(stored, lps), tmp_path / "mask.nii.gz")
     with pytest.raises(ValueError, match=r"mask.nii.gz: found a header that turns the mask otherwise than .*image.nii.gz and"):
         read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
