@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -120,17 +121,31 @@ def _facts(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
     (scale,), data = {row["scale"] for row in rows}, sorted({row["data"] for row in rows})
     configs = [f"[{name}.json](../../configs/{name}.json)" for name in (f"experiment_{experiment.name}", f"scale_{scale}")]
     dates, steps = sorted({row["date"] for row in rows}), sorted({int(row["steps"]) for row in rows})
-    seeds, seconds = sorted({int(row["seed"]) for row in rows}), sum(int(row["seconds"]) for row in rows)
+    seconds = sum(int(row["seconds"]) for row in rows)
     times = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     number = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     return [
         f"    python scripts/run_experiments.py {experiment.name} --dataset_dir {' and '.join(data)} --scale {scale}",
         "",
         f"- {' with '.join(configs)}",
-        f"- {len(rows)} runs of {number} optimiser steps, seeds {', '.join(map(str, seeds))}, {seconds / 3600:.1f} hours of "
-        f"wall time, other work beside it included, {times}",
+        f"- {len(rows)} runs of {number} optimiser steps, {_seeds(rows)}, {seconds / 3600:.1f} hours of wall time, other work "
+        f"beside it included, {times}",
         *(f"- {machine}" for machine in sorted({row["machine"] for row in rows})),
     ]
+
+
+def _seeds(rows: Sequence[Mapping]) -> str:
+    """Seeds of the runs, and of each arm that lacks some: a mean over others is not to be compared without a word."""
+
+    def listed(seeds: set[int]) -> str:
+        return ", ".join(map(str, sorted(seeds)))
+
+    of_arms = defaultdict(set)
+    for row in rows:
+        of_arms[row["arm"]].add(int(row["seed"]))
+    every = set().union(*of_arms.values())
+    fewer = "; ".join(f"{arm}: {listed(seeds)}" for arm, seeds in of_arms.items() if seeds != every)
+    return f"seeds {listed(every)}" + (f" ({fewer})" if fewer else "")
 
 
 def _stages(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:

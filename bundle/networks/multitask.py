@@ -150,13 +150,15 @@ def read_weights(path) -> Mapping[str, torch.Tensor]:
 def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:
     """Load a state_dict file into the encoder and those heads that both the file and the network have.
 
+    A head that was made for another number of classes is loaded but for its output layer, which stays as it is.
+
     Args:
         network: the network, changed in place.
         path: of `read_weights`.
-        strict: every head of the network must be in the file.
+        strict: every head of the network must be in the file, for the same classes.
 
     Returns:
-        Names of the parts that were loaded: "encoder" and tasks.
+        Names of the parts that were loaded: "encoder" and tasks; "but its output layer" after a task says what was not.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -170,11 +172,22 @@ def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]
         prefix = prefixes[name]
         found = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
         if found or name == "encoder" or strict:
-            _check_fit(path, prefix, found, module.state_dict())
-            loaded[name] = found
-    for name, found in loaded.items():
-        parts[name].load_state_dict(found)
+            expected = module.state_dict()
+            output = {} if strict else _output_of_other_classes(found, expected)
+            _check_fit(path, prefix, {**found, **output}, expected)
+            loaded[f"{name} but its output layer" if output else name] = module, {**found, **output}
+    for module, values in loaded.values():
+        module.load_state_dict(values)
     return list(loaded)
+
+
+def _output_of_other_classes(found: Mapping, expected: Mapping) -> Mapping:
+    """Output layer of a head, where the head in a file differs from it in the number of outputs alone; otherwise nothing."""
+    weight, bias = output = list(expected)[-2:]
+    differ = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
+    if differ == output and found.keys() == expected.keys() and found[weight].shape[1:] == expected[weight].shape[1:]:
+        return {weight: expected[weight], bias: expected[bias]}
+    return {}
 
 
 def _check_fit(path, prefix: str, found: Mapping, expected: Mapping) -> None:
@@ -183,5 +196,5 @@ def _check_fit(path, prefix: str, found: Mapping, expected: Mapping) -> None:
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"{path}: found {prefix}{key} {shapes[0]}, expected {shapes[1]}; it was made with another network: set the "
-                "tasks, backbone, width and decoder_channels it was trained with"
+                "tasks, classes, backbone, width and decoder_channels it was trained with"
             )

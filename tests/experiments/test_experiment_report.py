@@ -49,6 +49,7 @@ def test_report_compares_arms_seed_by_seed(tmp_path):
 def test_a_difference_needs_the_same_seed_in_both(tmp_path):
     text = write_report(make(), [row("one", 0, 0.2), row("two", 1, 0.9)], tmp_path).read_text()
     assert "| two | - | - |" in text.split("Difference from “one”")[1]
+    assert "seeds 0, 1 (one: 0; two: 1), " in text
     assert "a single one" in write_report(make(), [row("one", 0, 0.2)], tmp_path).read_text()
 
 
