@@ -25,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Predict a scan, or every scan of a folder: DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, BMP or TIFF. Any "
         "knob of configs/inference.json may follow, as --knob VALUE: docs/configuration.md has them all.",
     )
-    predict.add_argument(
-        "input", metavar="INPUT", help="file, folder (searched with all folders in it) or quoted glob pattern"
-    )
+    predict.add_argument("input", metavar="INPUT", help="file, folder (searched with all folders in it) or quoted glob pattern")
     predict.add_argument("-o", "--output_dir", metavar="OUT", required=True, help="folder of the results; not inside INPUT")
     predict.add_argument(
         "--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json"
@@ -38,5 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"found no {config}, expected the bundle around its package: install it with pip install -e FOLDER")
     files = str([str(config), *known.config])
     sys.argv = ["monai.bundle", "run", "--config_file", files, "--bundle_root", str(ROOT)]
-    sys.argv += ["--input", known.input, "--output_dir", known.output_dir, *knobs]
+    # The runner reads values as Python: what is no literal may change on the way ("scan#1" ends before a comment).
+    sys.argv += ["--input", repr(known.input), "--output_dir", repr(known.output_dir), *knobs]
     runpy.run_module("monai.bundle", run_name="__main__")

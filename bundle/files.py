@@ -28,9 +28,9 @@ def replacing(path) -> Iterator[Path]:
 
 
 def write_text(text: str, path) -> None:
-    """Write a text in UTF-8."""
+    """Write a text in UTF-8; bytes of a file's name that are none stand as escapes."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(content, path) -> None:
@@ -39,7 +39,9 @@ def write_json(content, path) -> None:
 
 
 def write_table(rows: Iterable[Mapping], path, columns: Sequence[str] = ()) -> None:
-    """Write rows as CSV; columns that only some rows have are empty in the others.
+    """Write rows as CSV in UTF-8; columns that only some rows have are empty in the others.
+
+    Bytes of a file's name that are no UTF-8 stand as escapes.
 
     Args:
         rows: column -> value.
@@ -48,7 +50,8 @@ def write_table(rows: Iterable[Mapping], path, columns: Sequence[str] = ()) -> N
     """
     rows = list(rows)
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with replacing(path) as temporary, temporary.open("w", **how) as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

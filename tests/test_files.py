@@ -1,6 +1,7 @@
 """A file is the old one or the new one, never half of one."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def test_a_table_has_the_columns_of_all_rows(tmp_path):
     assert (tmp_path / "x.csv").read_bytes() == b'first,b,a\n,1,\n,,"x,y"\n'
     write_table([], tmp_path / "x.csv", ["first"])
     assert (tmp_path / "x.csv").read_bytes() == b"first\n"
+
+
+def test_a_name_that_is_no_utf_8_is_written_as_an_escape(tmp_path):
+    name = os.fsdecode(b"M\xfcller.png")
+    write_table([{"file": name}], tmp_path / "x.csv")
+    write_text(name, tmp_path / "x.txt")
+    assert (tmp_path / "x.csv").read_text() == "file\nM\\udcfcller.png\n"
+    assert (tmp_path / "x.txt").read_text() == "M\\udcfcller.png"
 
 
 def test_a_checkpoint_is_what_torch_reads(tmp_path):

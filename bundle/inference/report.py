@@ -100,7 +100,7 @@ class Report:
         # What a picture says is base64: its JSON needs no escaping.
         looks = {"colors": colors, "box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE}
         stream = template.stream(p=prediction, viewer=viewer, pictures=self.pictures, **looks)
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             stream.dump(file)
 
     def _viewer(self, prediction: Mapping, colors: Mapping[str, str]) -> dict:

@@ -38,11 +38,20 @@ def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
         Records as in a datalist, with a `VolumeSlice` for a path, and the mask "empty" where there is no lesion.
 
     Raises:
-        ValueError: naming the files, if they cannot be read or differ in size.
+        ValueError: naming the files, if they cannot be read, or differ in size or in the places of their slices.
     """
     image, label = open_scan(volume["image"]), open_scan(volume["label"])
     if image.shape != label.shape:
         raise ValueError(f"{label.path}: found a label of size {label.shape}, expected {image.shape} as in {image.path}")
+    if (
+        image.positions
+        and label.positions
+        and not np.allclose(image.positions, label.positions, rtol=0, atol=image.thickness[0] / 2)
+    ):
+        raise ValueError(
+            f"{label.path}: found slices from {label.positions[0]:.1f} to {label.positions[-1]:.1f} mm, expected "
+            f"{image.positions[0]:.1f} to {image.positions[-1]:.1f} mm as in {image.path}; write the label on the image's grid"
+        )
     has_lesion = [bool((label.read(index) > 0).any()) for index in range(len(label))]
     records = []
     for wanted in (True, False):

@@ -14,6 +14,8 @@ import pydicom
 import pytest
 from PIL import Image
 
+from fire.parser import DefaultParseValue
+
 from bundle.cli import main
 
 SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "AccessionNumber": "ACC0815", "PatientBirthDate": "19500102"}
@@ -134,9 +136,7 @@ def test_two_processes_share_the_work_and_give_the_same_results(first, studies, 
 
 def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chestct, chestct_command, tmp_path):
     knobs = ("--score_threshold", 0.06, "--batch_size", 3)
-    process = subprocess.Popen(
-        chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob(".tmp.volume*/overlays/0001.png")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -148,6 +148,15 @@ def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chest
     assert names(tmp_path) == names(first) and not list(tmp_path.rglob(".tmp*"))
     for name in ("scans.csv", "slices.csv", "lesions.csv", "failures.csv"):
         assert table(tmp_path / name) == table(first / name)
+
+
+@pytest.mark.parametrize("name", ["scan", "scan#1", "1001", "1_2", "DOE,JOHN", "[CT]", "it's", 'a "b"', "None"])
+def test_the_runner_reads_the_names_of_folders_as_they_are_typed(monkeypatch, name):
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("bundle.cli.runpy.run_module", lambda *_, **__: None)
+    main(["predict", name, "-o", name])
+    for knob in ("--input", "--output_dir"):
+        assert DefaultParseValue(sys.argv[sys.argv.index(knob) + 1]) == name
 
 
 def test_a_command_without_a_bundle_around_it_says_so(monkeypatch, tmp_path, capsys):

@@ -32,6 +32,16 @@ def test_a_label_of_another_size_is_refused(volume, write_volume, tmp_path):
         slices_of({**volume, "label": str(other)}, 64)
 
 
+def test_a_label_whose_slices_lie_elsewhere_is_refused(volume, tmp_path):
+    label = nibabel.load(volume["label"])
+    flipped, affine = np.asanyarray(label.dataobj)[..., ::-1], label.affine.copy()
+    affine[:3, 3] += affine[:3, 2] * (label.shape[2] - 1)
+    affine[:3, 2] *= -1  # the same places, stored the other way round
+    nibabel.save(nibabel.Nifti1Image(flipped, affine), tmp_path / "turned.nii.gz")
+    with pytest.raises(ValueError, match=r"turned.nii.gz: found slices from .* mm, expected .* as in .*a.nii.gz; write the"):
+        slices_of({**volume, "label": str(tmp_path / "turned.nii.gz")}, 64)
+
+
 def test_samples_are_image_and_mask_of_the_slice(volume):
     dataset = VolumeDataset([volume], LoadVolumeSliced())
     assert len(dataset) == 12
