@@ -12,9 +12,8 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image
-
 from fire.parser import DefaultParseValue
+from PIL import Image
 
 from bundle.cli import main
 
