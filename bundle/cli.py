@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = ROOT / "configs/inference.json"
     if not config.is_file():
         parser.error(f"found no {config}, expected the bundle around its package: install it with pip install -e FOLDER")
+    for overlay in known.config:
+        if not Path(overlay).is_file():
+            parser.error(f"--config: found no file {overlay}, expected an overlay such as {ROOT / TRAINED_WITH}")
     files = str([str(config), *known.config])
     sys.argv = ["monai.bundle", "run", "--config_file", files, "--bundle_root", str(ROOT)]
     # The runner reads values as Python: what is no literal may change on the way ("scan#1" ends before a comment).

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from itertools import chain
@@ -26,6 +26,7 @@ from monai.utils import set_determinism
 from monai.utils.enums import CommonKeys
 
 from bundle.configuration import check_ids, running_workflow
+from bundle.data.datalist import annotated_tasks
 from bundle.files import write_checkpoint, write_json, write_text
 from bundle.metrics import log_artifacts, plot_curves, stage_table
 from bundle.networks import load_weights, read_weights
@@ -257,6 +258,26 @@ def start_run(output_dir: str, resume: bool = True) -> None:
     idist.barrier()
 
 
+def check_annotated(records: Iterable[Mapping], tasks: Iterable[str], init_checkpoint=None) -> None:
+    """Refuse a training after which a head would still be as it was drawn at random.
+
+    Args:
+        records: of the training, see `bundle.data.datalist.select`.
+        tasks: of the network.
+        init_checkpoint: weights that the run starts from; a head that they hold needs no record.
+
+    Raises:
+        ValueError: naming the tasks.
+    """
+    weights = read_weights(init_checkpoint) if init_checkpoint else ()
+    known = {key.split(".")[1] for key in weights if key.startswith("heads.")}.union(*map(annotated_tasks, records))
+    if missing := [task for task in check_tasks(tasks) if task not in known]:
+        raise ValueError(
+            f"split training: found no record annotated for {', '.join(missing)}, expected one for each of tasks; leave it out "
+            "of them, or set init_checkpoint to weights that have its head"
+        )
+
+
 def check_resumable(folder: Path, config: Mapping) -> None:
     """Refuse to go on with a run under another configuration; `CHANGEABLE` may differ.
 
@@ -287,9 +308,11 @@ def _leaves(config, id: str = ""):
 def remove_run(folder: Path) -> None:
     """Remove what a run left in its folder, so that nothing old passes for a result of the next one."""
     results = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png")
-    for path in [*(folder / name for name in results), *folder.glob("events.out.tfevents.*")]:
+    made_of_model = ("calibrated.pt", "reference.pt")  # by configs/calibrate.json and configs/reference.json
+    for path in [*(folder / name for name in (*results, *made_of_model)), *folder.glob("events.out.tfevents.*")]:
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "evaluation", ignore_errors=True)
+    for evaluation in ("evaluation", "lungs_only", "lungs_removed"):
+        shutil.rmtree(folder / evaluation, ignore_errors=True)
 
 
 def run_curriculum(output_dir: str, config_dir: str) -> None:

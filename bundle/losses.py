@@ -10,7 +10,7 @@ from monai.losses import DiceCELoss, DiceLoss, FocalLoss, GeneralizedDiceLoss, T
 from torch import nn
 from torch.nn import functional as F
 
-from bundle.tasks import ANNOTATED, CLASS, DETECTION, MASK, TARGET, check_tasks
+from bundle.tasks import ANNOTATED, CLASS, DETECTION, MASK, SEGMENTATION, TARGET, check_tasks
 
 
 class _WithFocal(nn.Module):
@@ -105,6 +105,8 @@ class MultiTaskLoss(nn.Module):
         uncertainty: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(tasks, Mapping):
+            raise ValueError(f"tasks: found {tasks!r}, expected the weight of each, such as {{'{SEGMENTATION}': 1.0}}")
         self.weights = {task: float(tasks[task]) for task in check_tasks(tasks)}
         self.segmentation = LesionAndComplementLoss(segmentation_loss)
         self.label_smoothing = label_smoothing
@@ -123,9 +125,9 @@ class MultiTaskLoss(nn.Module):
             terms = self._over_processes(terms, label)
         self.terms = {task: term.item() for task, term in terms.items()}
         self.terms |= {f"{DETECTION}_{name.removeprefix('loss_')}": part.item() for name, part in parts.items()}
-        if not terms:
-            return torch.zeros((), device=label[CLASS].device, requires_grad=True)  # so that backward works
-        return sum(self._weighted(task, term) for task, term in terms.items())
+        # Backward works without a term too, and where all terms are those of other processes.
+        nothing = torch.zeros((), device=label[CLASS].device, requires_grad=True)
+        return sum((self._weighted(task, term) for task, term in terms.items()), nothing)
 
     def _over_processes(self, terms: Mapping[str, torch.Tensor], label: dict) -> dict[str, torch.Tensor]:
         """Terms whose value is the mean over the samples of all processes, and whose gradient is the share of this one.
@@ -133,9 +135,7 @@ class MultiTaskLoss(nn.Module):
         DistributedDataParallel takes the mean of the gradients of the processes, so that a share counts their number times.
         """
         counts = torch.stack([label[ANNOTATED][task].sum() for task in self.weights]).to(torch.float32)
-        sums = (
-            torch.stack([terms[task].detach() if task in terms else counts.new_zeros(()) for task in self.weights]) * counts
-        )
+        sums = torch.stack([terms[task].detach() if task in terms else counts.new_zeros(()) for task in self.weights]) * counts
         (all_counts, all_sums), shared = idist.all_reduce(torch.stack([counts, sums])), {}
         for task, count, all_count, total in zip(self.weights, counts, all_counts, all_sums):
             if all_count:

@@ -16,6 +16,7 @@ from monai.bundle.utils import merge_kv
 
 from bundle.cli import ROOT, TRAINED_WITH
 from bundle.files import replacing
+from bundle.inference import read_novelty
 from bundle.networks import load_weights
 
 NAME = "chest_ct_multitask"
@@ -43,7 +44,8 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
 
     Raises:
         FileNotFoundError: without weights.
-        ValueError: if they do not fit inference.json, or a file is too large and there is no `url`.
+        ValueError: if they do not fit inference.json, a reference.pt beside them was made for others, or a file is too large
+            and there is no `url`.
     """
     root, files = Path(root), bundle_files(Path(root))
     if not checkpoint and WEIGHTS not in files:
@@ -51,11 +53,13 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
             f"{root / WEIGHTS}: found no such file that belongs to the bundle, expected weights that git tracks; train, or "
             "name a checkpoint"
         )
-    check_weights(checkpoint or root / WEIGHTS, [root / "configs/inference.json", *overlays])
+    weights = Path(checkpoint or root / WEIGHTS)
+    reference = weights.with_name("reference.pt")
+    check_weights(weights, [root / "configs/inference.json", *overlays])
+    read_novelty(reference, weights)
     contents = {path: (root / path).read_bytes() for path in files if not (checkpoint and path.startswith("models/"))}
     if checkpoint:
-        contents[WEIGHTS] = Path(checkpoint).read_bytes()
-        reference = Path(checkpoint).with_name("reference.pt")
+        contents[WEIGHTS] = weights.read_bytes()
         contents |= {"models/reference.pt": reference.read_bytes()} if reference.is_file() else {}
     for path in WITH_NETWORK if overlays else ():
         contents[path] = json.dumps(merge(json.loads(contents[path]), overlays), indent=4).encode() + b"\n"

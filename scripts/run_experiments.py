@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from bundle.errors import one_line_errors
-from bundle.experiments import Experiment, Study, experiment_names, read_results, write_report
+from bundle.experiments import Experiment, Study, experiment_names, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -35,9 +35,7 @@ def main() -> None:
     if not arguments.report:
         study.run(experiments, arguments.jobs)
     for experiment in experiments:
-        place = {"experiment": experiment.name, "scale": arguments.scale, "data": study.data}
-        rows = [row for row in read_results(results) if place.items() <= row.items()]
-        print(write_report(experiment, rows, arguments.results_dir))
+        print(write_report(experiment, study.rows(experiment), arguments.results_dir))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,7 @@ from bundle.data.phantom import make_phantom
 
 @pytest.fixture(autouse=True)
 def leave_no_signal_handler():
-    """Put the handler of SIGCHLD back: a data loader with workers leaves PyTorch's own, which later tests run commands under.
-
-    pytest was ended by the kernel (SIGSEGV, si_code SI_KERNEL, nothing printed) where it waited for such a command; for the
-    same reason setup.cfg leaves out faulthandler, on whose small stack such a handler would run.
-    """
+    """Put the handler of SIGCHLD back: a data loader with workers leaves PyTorch's own, which later tests run commands under."""
     handler = signal.getsignal(signal.SIGCHLD)
     yield
     signal.signal(signal.SIGCHLD, handler)

@@ -154,8 +154,26 @@ def test_resume_false_starts_anew_and_leaves_nothing_old(run, tmp_path):
     run(out, tasks=FAST, seed=1, resume=False)
     assert json.loads((out / "config.json").read_text())["seed"] == 1
     assert not events & set(out.glob("events.out.tfevents.*"))
+    for name in ("calibrated.pt", "reference.pt", "evaluation/metrics.json", "lungs_only/cases.csv", "mine.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
     remove_run(out)
-    assert not list(out.glob("*.pt")) and not (out / "metrics.json").exists()
+    assert {path.name for path in out.iterdir()} == {"config.json", "environment.json", "mine.txt"}
+
+
+def test_a_task_that_no_record_is_annotated_for_is_refused_unless_the_checkpoint_answers_it(run, finished, tmp_path):
+    select = "bundle.data.datalist.select(@records, 'training', @tasks, @dataset_dir)"
+
+    def without_classes(**entries):
+        data = f"$[{{key: value for key, value in record.items() if key != 'class'}} for record in {select}]"
+        return run(tmp_path / "run", tasks=FAST, **{"train::data": data, **entries})
+
+    with pytest.raises(RuntimeError) as error:
+        without_classes()
+    assert refusal(error).startswith("split training: found no record annotated for classification, expected one for each")
+    assert not (tmp_path / "run").exists()
+    out = without_classes(init_checkpoint=str(finished / "model.pt"))
+    assert trained_tasks(out / "model.pt") == ("classification", "reconstruction")
 
 
 def test_fewer_records_than_a_batch_are_one_smaller_batch(run, tmp_path):

@@ -1,5 +1,6 @@
 import math
 
+import ignite.distributed as idist
 import pytest
 import torch
 
@@ -53,7 +54,8 @@ def test_tversky_punishes_a_missed_lesion_more_than_a_false_one():
     missed, false = mask.clone(), mask.clone()
     missed[..., 4:8], false[..., 8:12] = 0, 1
     tversky, dice = (
-        [LesionAndComplementLoss(name)(wrong * 40 - 20, mask).item() for wrong in (missed, false)] for name in ("tversky", "dice")
+        [LesionAndComplementLoss(name)(wrong * 40 - 20, mask).item() for wrong in (missed, false)]
+        for name in ("tversky", "dice")
     )
     assert tversky[0] > tversky[1] + 0.02
     assert dice[0] == pytest.approx(dice[1], abs=1e-4)
@@ -103,6 +105,20 @@ def test_a_batch_without_any_annotation_gives_zero_and_no_nan():
     total.backward()
     assert total.item() == 0 and loss.terms == {}
     assert pred["segmentation"].grad is None and pred["classification"].grad is None
+
+
+def test_where_only_other_processes_have_annotated_samples_backward_works(monkeypatch):
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    others = torch.tensor([[3.0], [6.0]])  # of another process: three samples, the sum of their losses
+    monkeypatch.setattr(idist, "all_reduce", lambda mine: mine + others)
+    total = MultiTaskLoss({"classification": 1.0})(prediction(), batch())
+    total.backward()
+    assert total.item() == 2
+
+
+def test_tasks_without_weights_are_refused():
+    with pytest.raises(ValueError, match=r"tasks: found \['segmentation'\], expected the weight of each, such as"):
+        MultiTaskLoss(["segmentation"])
 
 
 def test_uncertainty_weights_are_trained_and_follow_the_formula():

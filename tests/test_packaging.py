@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser, download_large_files
 
 import bundle
 from bundle import packaging
+from bundle.inference.worklist import file_hash
 from bundle.packaging import NAME, PARTS, WEIGHTS, bundle_files, main, merge, package_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,8 @@ def test_other_weights_bring_their_network_and_their_reference(source, tmp_path)
     parser = ConfigParser()
     parser.read_config([source / "configs/inference.json", overlay])
     torch.save(parser.get_parsed_content("multitask_net").state_dict(), folder / "model.pt")
-    (folder / "reference.pt").write_bytes(b"of these weights")
+    reference = {"mean": torch.zeros(2), "scale": torch.ones(2), "precision": torch.eye(2), "threshold": 3.5}
+    torch.save({**reference, "checkpoint": file_hash(folder / "model.pt")}, folder / "reference.pt")
     (folder / "last.pt").write_bytes(b"of the run")
     with zipfile.ZipFile(package_bundle(tmp_path / "out", source, folder / "model.pt", [overlay])) as file:
         models = {name for name in file.namelist() if "/models/" in name}
@@ -121,6 +123,10 @@ def test_other_weights_bring_their_network_and_their_reference(source, tmp_path)
     assert train["max_epochs"] == 7 and "max_epochs" not in inference
     before = json.loads((source / "configs/inference.json").read_text())
     assert list(inference) == list(before) and inference["run"] == before["run"]
+    torch.save({**reference, "checkpoint": "of others"}, folder / "reference.pt")
+    with pytest.raises(ValueError, match="reference.pt: found the reference of other weights than"):
+        package_bundle(tmp_path / "again", source, folder / "model.pt", [overlay])
+    assert not (tmp_path / "again").exists()
 
 
 def test_large_files_stay_out_and_monai_finds_them(source, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import stat
 import warnings
 from collections import Counter, defaultdict
@@ -218,13 +219,21 @@ class ItkScan(Scan):
         direction = np.reshape(reader.GetDirection(), (dimensions, dimensions))
         affine[:dimensions, :dimensions] = direction * reader.GetSpacing()
         affine[:dimensions, 3] = reader.GetOrigin()
-        super().__init__(name, path, reader.GetSize(), np.diag([-1.0, -1, 1, 1]) @ affine)
+        super().__init__(name, path, reader.GetSize(), np.diag([-1.0, -1, 1, 1]) @ affine, [path, *_pixel_file(Path(path))])
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
             self._voxels = sitk.ReadImage(self.path)
         voxels = sitk.GetArrayViewFromImage(self._voxels).T.reshape(self.shape, order="F")
         return np.moveaxis(voxels, self.axis, 0)[index]
+
+
+def _pixel_file(header: Path) -> list[Path]:
+    """The file that the pixels lie in, where the header of a MetaImage or an NRRD names another one."""
+    with header.open("rb") as file:
+        named = re.search(rb"^(?:ElementDataFile *=|data ?file:) *(.*?)\s*$", file.read(2**16), re.MULTILINE)
+    path = header.parent / os.fsdecode(named[1]) if named else header
+    return [path] if path != header and path.is_file() else []
 
 
 class DicomScan(Scan):
@@ -243,8 +252,12 @@ class DicomScan(Scan):
     def __init__(self, name: str, path, frames: Sequence[Frame]) -> None:
         first = frames[0]
         self.hounsfield = first.modality == "CT"
-        placed = first.position is not None and first.spacing is not None and first.orientation is not None
         notes: list[str] = []
+        with_position = [frame for frame in frames if frame.position is not None]
+        placed = bool(with_position) and first.spacing is not None and first.orientation is not None
+        if placed and len(with_position) < len(frames):
+            notes.append(f"left out {len(frames) - len(with_position)} images without a position")
+            frames = with_position
         order = sorted(frames, key=lambda frame: (frame.height if placed else 0.0, frame.number, frame.path, frame.index))
         if placed:
             kept = [
@@ -455,18 +468,19 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
         FileNotFoundError: if nothing is there.
         ValueError: if there is no image among the files, or the source holds output_dir.
     """
-    root, files = _list_files(str(source))
+    root, files, failures = _list_files(str(source))
     output = Path(output_dir).resolve()
     holds_output = Path(source).is_dir() and Path(source).resolve() in (output, *output.parents)
     if holds_output or any(output in path.resolve().parents for path in files):
         raise ValueError(f"output_dir: found {output_dir} inside the input {source}, expected a folder outside of it")
     images = [path for path in files if len(files) == 1 or _is_image(path)]
     if not images:
+        unlisted = f"; {failures[0]['reason']}" if failures else ""
         raise ValueError(
-            f"input: {source}: found no image among {len(files)} files, expected some of {', '.join(EXTENSIONS)}"
+            f"input: {source}: found no image among {len(files)} files, expected some of {', '.join(EXTENSIONS)}{unlisted}"
         )
     logger.info(f"{source}: {len(images)} images, {len(files) - len(images)} other files")
-    scans, failures, headers = [], [], []
+    scans, headers = [], []
     for path in tqdm(images, "headers", disable=None if len(images) > 200 else True):
         name = path.relative_to(root).as_posix()
         try:
@@ -484,13 +498,13 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
     )
 
 
-def _list_files(source: str) -> tuple[Path, list[Path]]:
-    """The folder that names start from, and the files in sorted order."""
+def _list_files(source: str) -> tuple[Path, list[Path], list[dict]]:
+    """The folder that names start from, the files in sorted order, and the folders that cannot be listed."""
     path = Path(source)
     if path.is_dir():
         found, root = [path], path
     elif path.exists():
-        return path.parent, [path]
+        return path.parent, [path], []
     elif glob.has_magic(source):
         found = [Path(match) for match in sorted(glob.glob(source, recursive=True))]
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
@@ -498,12 +512,17 @@ def _list_files(source: str) -> tuple[Path, list[Path]]:
         found = []
     if not found:
         raise FileNotFoundError(f"input: {source}: no such file or folder")
-    files = {file for match in found for file in (_walk(match) if match.is_dir() else [match])}
-    return root, sorted(files)
+    errors: list[OSError] = []
+    files = {file for match in found for file in (_walk(match, errors.append) if match.is_dir() else [match])}
+    unlisted = {Path(error.filename).relative_to(root).as_posix(): error for error in errors}
+    failures = [
+        {"file": name, "reason": f"{error.filename}: cannot be listed ({error.strerror})"} for name, error in unlisted.items()
+    ]
+    return root, sorted(files), failures
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-    for parent, folders, names in os.walk(folder):
+def _walk(folder: Path, onerror: Callable[[OSError], None]) -> Iterable[Path]:
+    for parent, folders, names in os.walk(folder, onerror=onerror):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith(".") and name != "DICOMDIR")
 

@@ -25,7 +25,7 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
 
     Args:
         experiment: whose runs are reported.
-        rows: of `bundle.experiments.read_results`, of this experiment at one scale.
+        rows: of `bundle.experiments.Study.rows`.
         folder: where to write.
 
     Returns:
@@ -34,7 +34,6 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
     Raises:
         ValueError: if there is no row.
     """
-    rows = [row for row in rows if row["arm"] in experiment.arms]  # an arm that was renamed leaves its rows behind
     if not rows:
         raise ValueError(f"experiment {experiment.name}: found no result, expected at least one run; run it first")
     folder = Path(folder)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import reduce
 from itertools import chain, zip_longest
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -80,6 +82,7 @@ class Study:
     def __init__(self, config_dir, scale, entries: Mapping, output_dir, results) -> None:
         self.config_dir, self.scale = Path(config_dir), Path(scale)
         self.entries, self.results = dict(entries), Path(results)
+        self.scale_name = self.scale.stem.removeprefix("scale_")
         self.data = Path(self.entries.get("dataset_dir", "phantom")).name
         self.output_dir = Path(output_dir) / self.data
         if not self.scale.is_file():
@@ -112,14 +115,28 @@ class Study:
             arms = [dict(zip(ARM, run.arm)) for run in plan if run.name == name]
             add_results(self.results, [{**row, **arm} for arm in arms for row in rows])
 
+    def rows(self, experiment: Experiment) -> list[dict[str, str]]:
+        """Results of an experiment as it is planned now; those of what its arms once were are left out, and logged."""
+        plan = {run.arm: run.name for run in self._plan([experiment])}
+        place, kept, others = (experiment.name, self.scale_name, self.data), [], set()
+        for arm, rows in by_arm(read_results(self.results)).items():
+            if plan.get(arm) == rows[0]["run"]:
+                kept += rows
+            elif arm[:3] == place:
+                others.add(f"{arm[3]} with seed {arm[4]}")
+        if others:
+            logger.warning(f"{self.results}: left out {', '.join(sorted(others))}: not what {experiment.name} would run now")
+        return kept
+
     def _plan(self, experiments: Sequence[Experiment]) -> list[_Run]:
-        scale, plan = self.scale.stem.removeprefix("scale_"), []
+        plan = []
         for seeds in zip_longest(*(experiment.seeds for experiment in experiments)):
             for experiment, seed in zip(experiments, seeds):
                 for arm in experiment.arms if seed is not None else ():
                     members = enumerate(experiment.members(arm))
                     configs = [self.config(experiment, parts, seed, member) for member, parts in members]
-                    plan.append(_Run((experiment.name, scale, self.data, arm, str(seed)), experiment.workflow, configs))
+                    id = (experiment.name, self.scale_name, self.data, arm, str(seed))
+                    plan.append(_Run(id, experiment.workflow, configs))
         return plan
 
     def _measured(self, runs: Iterable[_Run], jobs: int) -> Iterator[tuple[str, list[dict]]]:
@@ -212,9 +229,16 @@ class Study:
 
 
 def _start_job(jobs: int) -> None:
-    """Let one of several processes log as the first does, and take its share of the threads."""
+    """Let one of several processes log as the first does, take its share of the threads, and end when the first does."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A job that outlived a killed study would train what the next one trains, in the same folder."""
+    parent_process().join()
+    os._exit(1)
 
 
 def open_ensemble(folders: Iterable[str]) -> EnsembleNet:

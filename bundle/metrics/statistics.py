@@ -178,13 +178,14 @@ def with_intervals(task: str, cases: Sequence[dict], groups: Sequence[str], boot
         seed: of the draws.
 
     Returns:
-        name -> {"value", "ci95": [low, high] or None, "n": number of cases the figure is defined for}.
+        name -> {"value", "ci95": [low, high], "n": number of cases the figure is defined for}. The interval is None without
+        draws, and where there are no two groups: every draw would be the same.
     """
     figures, rng = FIGURES.get(task, mean_figures)(cases), np.random.default_rng(seed)
     values = figures(np.ones(len(cases)))
     members = np.unique(groups, return_inverse=True)[1]
     draws = {name: [] for name in values}
-    for _ in range(bootstrap):
+    for _ in range(bootstrap if members.max() else 0):
         chosen = rng.integers(members.max() + 1, size=members.max() + 1)
         for name, value in figures(np.bincount(chosen, minlength=members.max() + 1)[members]).items():
             draws[name].append(value)

@@ -84,7 +84,7 @@ class VolumeDataset(CacheDataset):
         if not volumes:
             raise ValueError("training: found no labelled volume, expected at least one; submit a label first")
         records = [record for volume in volumes for record in slices_of(volume, slices_per_volume)]
-        super().__init__(records, transform, num_workers=None, progress=False)
+        super().__init__(records, transform, num_workers=1, progress=False)
 
 
 class LoadVolumeSliced(LoadSliced):

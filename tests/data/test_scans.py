@@ -1,7 +1,10 @@
 """Files and folders become scans whose slices are where the scanner put them."""
 
+import errno
+import os
 import pickle
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -61,6 +64,25 @@ def test_gaps_and_duplicates_are_reported(tmp_path, write_series, heights, words
     (scan,), _ = find_scans(tmp_path / "in", tmp_path / "out")
     assert words in scan.warnings and len(scan) == count
     assert sum(scan.thickness) == pytest.approx((heights[-1] - heights[0]) * count / (count - 1), rel=0.2)
+
+
+def test_images_without_a_position_are_left_out_of_a_series_that_has_them(tmp_path, write_series):
+    write_series(tmp_path / "in", [0, 5, 10])
+    lost = pydicom.dcmread(tmp_path / f"in/{SERIES}-2")
+    del lost.ImagePositionPatient
+    lost.save_as(tmp_path / f"in/{SERIES}-2")
+    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and scan.warnings == ["left out 1 images without a position"] and scan.positions == [0, 5]
+
+
+@pytest.mark.parametrize("name", ["x.mhd", "x.nhdr"])
+def test_other_pixels_are_another_scan_where_they_lie_beside_the_header(tmp_path, name):
+    header = tmp_path / name
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 5, 4), np.int16)), str(header))
+    (pixels,) = set(tmp_path.iterdir()) - {header}
+    before = open_scan(header).stamp
+    os.utime(pixels, (4e9, 4e9))
+    assert open_scan(header).stamp != before
 
 
 def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path, write_series, write_dicom):
@@ -165,6 +187,24 @@ def test_patterns_and_folders_without_images(tmp_path):
         find_scans(tmp_path / "*.gif", tmp_path / "out")
     with pytest.raises(ValueError, match="^output_dir: .* expected a folder outside of it"):
         find_scans(tmp_path / "in", tmp_path / "in/out")
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
+    closed, scandir = tmp_path / "in/closed", os.scandir
+    closed.mkdir(parents=True)
+    Image.new("L", (9, 7)).save(tmp_path / "in/a.png")
+
+    def refuse(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the administrator, who may run this test, can list every folder
+    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert scan.name == "a.png"
+    assert failures == [{"file": "closed", "reason": f"{closed}: cannot be listed (Permission denied)"}]
+    with pytest.raises(ValueError, match=r"found no image among 0 files, .*closed: cannot be listed"):
+        find_scans(closed, tmp_path / "out")
 
 
 def test_the_real_series_is_what_simpleitk_reads(real_data, tmp_path):

@@ -69,7 +69,16 @@ def test_every_experiment_of_the_study_can_be_read():
 
 def test_results_are_replaced_run_by_run(tmp_path):
     def row(arm, seed, dice):
-        return {"experiment": "x", "scale": "smoke", "data": "d", "arm": arm, "seed": seed, "stage": "end", "Dice": dice, "run": arm}
+        return {
+            "experiment": "x",
+            "scale": "smoke",
+            "data": "d",
+            "arm": arm,
+            "seed": seed,
+            "stage": "end",
+            "Dice": dice,
+            "run": arm,
+        }
 
     path = tmp_path / "new/results.csv"
     assert read_results(path) == []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bundle.experiments import Study
 from bundle.experiments.experiment import COLUMNS, Experiment, read_results
 from bundle.experiments.report import fit_power_law, mean_with_interval, write_report
 
@@ -74,7 +75,7 @@ def test_learning_curve_says_how_much_is_needed(tmp_path):
     # 2 n^-0.3 = 0.2: n = 10^(1 / 0.3) = 2154
     assert "reaches 0.8 at n = 2,154 (fitted seed by seed: 2,154 to 2,154), 5.4 times the largest n" in text
     assert "Difference" not in text
-    never = [row("one", 2, 0.5), row("two", 2, 0.45), row("renamed", 2, 0.9)]
+    never = [row("one", 2, 0.5), row("two", 2, 0.45)]
     text = write_report(make(curve), rows + never, tmp_path).read_text()
     assert "(fitted seed by seed: 2,154 to more than 1000 times the largest n)" in text and "\n- 6 runs" in text
     text = write_report(make(curve), [*rows, row("one", 2, 0.4976)], tmp_path).read_text()
@@ -97,10 +98,15 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 
 
 def test_the_pages_say_what_the_results_say(tmp_path):
-    results = read_results(ROOT / "docs/results/results.csv")
+    path, configs = ROOT / "docs/results/results.csv", ROOT / "configs"
+    results, study = read_results(path), Study(
+        configs, configs / "scale_reduced.json", {"dataset_dir": "merged"}, tmp_path, path
+    )
     names = {row["experiment"] for row in results}
     assert names and {path.stem for path in (ROOT / "docs/results").glob("*.md")} == names | {"README"}
     for name in names:
-        rows = [row for row in results if row["experiment"] == name and (row["scale"], row["data"]) == ("reduced", "merged")]
-        page = write_report(Experiment.read(name, ROOT / "configs"), rows, tmp_path)
+        experiment = Experiment.read(name, configs)
+        rows = study.rows(experiment)
+        assert rows == [row for row in results if row["experiment"] == name], "made by what the configs say now"
+        page = write_report(experiment, rows, tmp_path)
         assert page.read_text() == (ROOT / "docs/results" / page.name).read_text(), f"run_experiments.py {name} --report"

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from bundle.experiments import Experiment, Study, experiment_names, read_results
+from bundle.experiments.experiment import COLUMNS, add_results
 from bundle.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -90,6 +94,7 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
     assert 0 <= float(one["Dice"]) <= 1 and one["SSIM"] == "" and one["AUROC"] == ""
     # The ensemble's members answer each its own task; its first member is the arm "one" itself.
     assert both["Dice"] == one["Dice"] and both["run"].startswith(one["run"] + "+") and float(both["SSIM"]) > -1
+    assert study.rows(first) == rows
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
     assert len(made) == 2
     study.run([make("second", settings=[{"max_epochs": 1}], again=[ONE])])
@@ -102,6 +107,19 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
         ("second", "again"),
     ]
     assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
+
+
+def test_what_an_arm_once_was_is_not_reported(tmp_path, caplog):
+    study, before = make_study(tmp_path), make(one=[ONE], two=[TWO], renamed=[TWO])
+    runs = {arm: Path(study.config(before, parts, 0)["output_dir"]).name for arm, parts in before.arms.items()}
+    row = {**dict.fromkeys(COLUMNS, ""), "experiment": "x", "scale": "smoke", "data": "phantom", "seed": "0"}
+    add_results(study.results, [{**row, "arm": arm, "run": run} for arm, run in runs.items()])
+    add_results(study.results, [{**row, "arm": "one", "scale": "full", "run": runs["one"]}])
+    assert [row["arm"] for row in study.rows(before)] == ["one", "two", "renamed"] and not caplog.records
+    assert [(row["arm"], row["scale"]) for row in study.rows(make(one=[ONE], two=[TWO, {"dropout": 0.1}]))] == [
+        ("one", "smoke")
+    ]
+    assert "results.csv: left out renamed with seed 0, two with seed 0: not what x would run now" in caplog.text
 
 
 def test_what_another_data_set_has_led_to_counts_for_nothing(tmp_path, phantom_dir):
@@ -137,6 +155,25 @@ def test_two_runs_at_a_time_lead_to_the_same_figures(tmp_path, phantom_dir):
     assert figures[2].keys() == figures[1].keys() == {"one", "both", "two"}
     for arm, expected in figures[1].items():
         assert figures[2][arm] == pytest.approx(expected, abs=1e-3), arm  # the number of threads changes the last digits
+
+
+KILLED = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from bundle.experiments.study import _start_job
+
+pool = ProcessPoolExecutor(1, get_context("spawn"), _start_job, (1,))
+print("job", pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 600)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_no_job_outlives_a_killed_study():
+    # The job has the same standard output, which is read to its end: until the last of them is gone.
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent, timeout=120)
+    assert done.returncode == -signal.SIGKILL and done.stdout.startswith("job ")
 
 
 def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, phantom_dir):
