@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
+from filelock import FileLock
+
 from bundle.files import write_table
 from bundle.metrics import STAGE_COLUMNS
 
@@ -121,7 +123,9 @@ def by_arm(rows: Iterable[Mapping]) -> dict[tuple[str, ...], list[Mapping]]:
 
 
 def add_results(path, rows: Sequence[Mapping]) -> None:
-    """Write rows into a results file, each arm (`ARM`) in its old place or at the end."""
-    path, arms = Path(path), {**by_arm(read_results(path)), **by_arm(rows)}
+    """Write rows into a results file, each arm (`ARM`) in its old place or at the end; others may do so at the same time."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(chain.from_iterable(arms.values()), path, COLUMNS)
+    with FileLock(f"{path}.lock"):
+        arms = {**by_arm(read_results(path)), **by_arm(rows)}
+        write_table(chain.from_iterable(arms.values()), path, COLUMNS)

@@ -15,7 +15,8 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from functools import reduce
@@ -24,6 +25,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from monai.bundle import ConfigParser
 
 from bundle.configuration import check_ids
@@ -54,13 +56,9 @@ class _Run:
     configs: Sequence[Mapping]
 
     @property
-    def networks(self) -> list[str]:
-        """Names of the folders of its networks."""
-        return [Path(config["output_dir"]).name for config in self.configs]
-
-    @property
     def name(self) -> str:
-        return "+".join(self.networks)
+        """Names of the folders of its networks."""
+        return "+".join(Path(config["output_dir"]).name for config in self.configs)
 
 
 class Study:
@@ -144,17 +142,12 @@ class Study:
         if jobs == 1:
             yield from ((run.name, self._measure(run)) for run in runs)
             return
-        waiting, running = list(runs), {}
         with ProcessPoolExecutor(jobs, get_context("spawn"), _start_job, (jobs,)) as pool:
-            while waiting or running:
-                for run in list(waiting):
-                    # An ensemble may share a network with another run: no two train it at a time.
-                    busy = {network for other in running.values() for network in other.networks}
-                    if len(running) < jobs and busy.isdisjoint(run.networks):
-                        waiting.remove(run)
-                        running[pool.submit(self._measure, run)] = run
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future).name, future.result()
+            names = {pool.submit(self._measure, run): run.name for run in runs}
+            try:
+                yield from ((names[future], future.result()) for future in as_completed(names))
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def config(self, experiment: Experiment, parts: Sequence, seed: int, member: int = 0) -> dict:
         """Configuration of one network: train.json, scale, settings and arm, merged in this order.
@@ -193,7 +186,15 @@ class Study:
         return ConfigParser.load_config_file(str(path))
 
     def _measure(self, run: _Run) -> list[dict]:
+        """Rows of a run, trained and measured; waits where another run or command trains a network of it."""
         logger.info(f"experiment {', '.join(run.arm)}: run {run.name}")
+        with ExitStack() as locks:
+            for folder in sorted({Path(config["output_dir"]) for config in run.configs}):  # in one order: none waits for ever
+                folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(folder / ".lock"))
+            return self._measure_alone(run)
+
+    def _measure_alone(self, run: _Run) -> list[dict]:
         begin, steps = time.perf_counter(), 0
         for config in run.configs:
             folder = Path(config["output_dir"])
@@ -236,7 +237,7 @@ def _start_job(jobs: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A job that outlived a killed study would train what the next one trains, in the same folder."""
+    """A job that outlived a killed study would hold up the next one, which waits for its network."""
     parent_process().join()
     os._exit(1)
 

@@ -1,6 +1,7 @@
 """What an experiment may say, and the file that keeps the figures of runs."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,4 +89,12 @@ def test_results_are_replaced_run_by_run(tmp_path):
     add_results(path, [row("one", 0, 0.5)])  # in place of both its rows, where they stood
     rows = read_results(path)
     assert tuple(rows[0]) == COLUMNS and [float(row["Dice"]) for row in rows] == [0.5, 0.3, 0.4]
-    assert {row["AUROC"] for row in rows} == {""} and list(path.parent.iterdir()) == [path]
+    assert {row["AUROC"] for row in rows} == {""}
+    assert {file.name for file in path.parent.iterdir()} == {"results.csv", "results.csv.lock"}
+
+
+def test_what_several_commands_add_at_a_time_is_all_there(tmp_path):
+    rows = [{"experiment": "x", "scale": "smoke", "data": "d", "arm": str(arm), "seed": 0} for arm in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: add_results(tmp_path / "results.csv", [row]), rows))
+    assert {row["arm"] for row in read_results(tmp_path / "results.csv")} == {row["arm"] for row in rows}

@@ -5,10 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from monai.bundle import ConfigParser
 
 from bundle.experiments import Experiment, Study, experiment_names, read_results
@@ -147,7 +149,7 @@ def test_two_runs_at_a_time_lead_to_the_same_figures(tmp_path, phantom_dir):
     figures = {}
     for jobs in (1, 2):
         study = make_study(tmp_path / str(jobs), dataset_dir=str(phantom_dir), device="cpu")
-        # The ensemble shares a network with the first arm, which is trained once.
+        # The ensemble shares a network with the first arm: one waits for the other, which trains it.
         study.run([make(settings=[{"max_epochs": 1}], one=[ONE], both={"members": [[ONE], [TWO]]}, two=[TWO])], jobs)
         rows = read_results(tmp_path / str(jobs) / "results.csv")
         figures[jobs] = {row["arm"]: [float(row[name] or 0) for name in ("Dice", "SSIM", "steps")] for row in rows}
@@ -155,6 +157,21 @@ def test_two_runs_at_a_time_lead_to_the_same_figures(tmp_path, phantom_dir):
     assert figures[2].keys() == figures[1].keys() == {"one", "both", "two"}
     for arm, expected in figures[1].items():
         assert figures[2][arm] == pytest.approx(expected, abs=1e-3), arm  # the number of threads changes the last digits
+
+
+def test_a_run_waits_where_another_command_trains_its_network(tmp_path, phantom_dir):
+    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
+    experiment = make(settings=[{"max_epochs": 1}], arm=[ONE])
+    folder = Path(study.config(experiment, [ONE], 0)["output_dir"])
+    folder.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(folder / ".lock"):
+            done = pool.submit(study.run, [experiment])
+            with pytest.raises(TimeoutError):
+                done.result(timeout=1)
+            assert {path.name for path in folder.iterdir()} == {".lock"}
+        done.result(timeout=300)
+    assert len(read_results(tmp_path / "results.csv")) == 1
 
 
 KILLED = """
