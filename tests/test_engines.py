@@ -103,6 +103,14 @@ def test_averaged_weights_start_from_the_checkpoint_and_are_what_is_validated_an
     assert not equal(weights(moved), weights(still))
 
 
+def test_with_a_frozen_encoder_the_heads_of_the_tasks_are_trained_alone(run, finished, tmp_path):
+    entries = {"tasks": {"reconstruction": 1.0}, "init_checkpoint": str(finished / "model.pt")}
+    out = run(tmp_path / "run", overlays=["frozen_encoder"], **entries)
+    before, after = weights(finished), weights(out)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert before.keys() == after.keys() and changed and all(key.startswith("heads.reconstruction.") for key in changed)
+
+
 @pytest.mark.parametrize(
     "scores, expected",
     [([0.1, 0.3, 0.3], 2), ([0.3, 0.1], 1), ([np.nan, 0.2, np.nan], 2), ([None, 0.2], 2), ([None, np.nan], None)],

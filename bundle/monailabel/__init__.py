@@ -5,7 +5,7 @@ It runs in an environment of its own, with pydicom 2: see docs/monailabel.md.
 
 from bundle.monailabel.faces import FACES, make_faces
 from bundle.monailabel.infer import ClassificationInferer, LesionDetector, SegmentationInferer, TakeAnswerd, VolumeScan
-from bundle.monailabel.train import LoadVolumeSliced, VolumeDataset, freeze_encoder, publish
+from bundle.monailabel.train import LoadVolumeSliced, VolumeDataset, publish
 
 __all__ = [
     "FACES",
@@ -16,7 +16,6 @@ __all__ = [
     "TakeAnswerd",
     "VolumeDataset",
     "VolumeScan",
-    "freeze_encoder",
     "make_faces",
     "publish",
 ]

@@ -13,7 +13,6 @@ from monai.data import CacheDataset
 from bundle.data.scans import open_scan
 from bundle.data.transforms import LoadSliced
 from bundle.files import replacing
-from bundle.networks import MultiTaskNet
 from bundle.tasks import EMPTY_MASK, GROUP, IMAGE, MASK, SOURCE
 
 
@@ -94,24 +93,6 @@ class LoadVolumeSliced(LoadSliced):
         super().__init__(segmentation_classes)
         self.open = lru_cache(maxsize=2)(open_scan)
         self.load = lambda place: self.open(place.path).read(place.index)
-
-
-def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
-    """Keep the encoder as it is in training, batch statistics included, so that heads that are not trained still fit it.
-
-    Args:
-        network: changed in place.
-
-    Returns:
-        The same.
-    """
-    network.encoder.requires_grad_(False)
-
-    def keep_statistics(network, _) -> None:  # engines set the whole network to training mode in every iteration
-        network.encoder.eval()
-
-    network.register_forward_pre_hook(keep_statistics)
-    return network
 
 
 def publish(weights, model) -> None:

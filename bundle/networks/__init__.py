@@ -2,7 +2,16 @@
 
 from bundle.networks.encoders import build_encoder
 from bundle.networks.ensemble import EnsembleNet
-from bundle.networks.multitask import MultiTaskNet, load_weights, read_weights
+from bundle.networks.multitask import MultiTaskNet, freeze_encoder, load_weights, read_weights
 from bundle.networks.views import TaskView, TensorView
 
-__all__ = ["EnsembleNet", "MultiTaskNet", "TaskView", "TensorView", "build_encoder", "load_weights", "read_weights"]
+__all__ = [
+    "EnsembleNet",
+    "MultiTaskNet",
+    "TaskView",
+    "TensorView",
+    "build_encoder",
+    "freeze_encoder",
+    "load_weights",
+    "read_weights",
+]

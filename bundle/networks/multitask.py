@@ -119,6 +119,24 @@ class MultiTaskNet(nn.Module):
             )
 
 
+def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
+    """Keep the encoder as it is in training, batch statistics included, so that heads that are not trained still fit it.
+
+    Args:
+        network: changed in place.
+
+    Returns:
+        The same.
+    """
+    network.encoder.requires_grad_(False)
+
+    def keep_statistics(network, _) -> None:  # engines set the whole network to training mode in every iteration
+        network.encoder.eval()
+
+    network.register_forward_pre_hook(keep_statistics)
+    return network
+
+
 def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch.Tensor | list:
     """Put the answers for some images of a batch on their rows; the other rows hold zeros, or None in a list."""
     if isinstance(answer, torch.Tensor):

@@ -1,10 +1,9 @@
 import nibabel
 import numpy as np
 import pytest
-import torch
 
 from bundle.data.batch import balanced_weights, collate
-from bundle.monailabel import LoadVolumeSliced, VolumeDataset, freeze_encoder, publish
+from bundle.monailabel import LoadVolumeSliced, VolumeDataset, publish
 from bundle.monailabel.train import slices_of
 
 
@@ -59,19 +58,6 @@ def test_without_volumes_set_aside_others_stand_in_and_without_any_it_says_so(vo
     assert len(VolumeDataset([], LoadVolumeSliced(), otherwise=[volume], slices_per_volume=4)) == 4
     with pytest.raises(ValueError, match="training: found no labelled volume, expected at least one; submit a label first"):
         VolumeDataset([], LoadVolumeSliced())
-
-
-def test_a_frozen_encoder_keeps_its_weights_and_its_statistics(source):
-    network = freeze_encoder(source.get_parsed_content("multitask_net"))
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
-    network.train()
-    segmentation = torch.tensor([True] * 2), {task: torch.zeros(2, dtype=torch.bool) for task in network.heads}
-    annotated = {**segmentation[1], "segmentation": segmentation[0]}
-    network(torch.rand(2, 1, 64, 64), targets=[None, None], annotated=annotated)["segmentation"].square().sum().backward()
-    optimizer.step()
-    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and all(name.startswith("heads.segmentation.") for name in changed)
 
 
 def test_weights_are_published_whole(tmp_path):

@@ -3,7 +3,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 
-from bundle.networks import MultiTaskNet, load_weights
+from bundle.networks import MultiTaskNet, freeze_encoder, load_weights
 from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
@@ -270,3 +270,16 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint; train first, or name another one"):
         load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "none.pt")
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_its_statistics():
+    network = freeze_encoder(MultiTaskNet(TASKS, **TINY))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    network.train()
+    segmentation = torch.tensor([True] * 2), {task: torch.zeros(2, dtype=torch.bool) for task in network.heads}
+    annotated = {**segmentation[1], "segmentation": segmentation[0]}
+    network(torch.rand(2, 1, 64, 64), targets=[None, None], annotated=annotated)["segmentation"].square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("heads.segmentation.") for name in changed)
