@@ -99,9 +99,8 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 
 def test_the_pages_say_what_the_results_say(tmp_path):
     path, configs = ROOT / "docs/results/results.csv", ROOT / "configs"
-    results, study = read_results(path), Study(
-        configs, configs / "scale_reduced.json", {"dataset_dir": "merged"}, tmp_path, path
-    )
+    study = Study(configs, configs / "scale_reduced.json", {"dataset_dir": "merged"}, tmp_path, path)
+    results = read_results(path)
     names = {row["experiment"] for row in results}
     assert names and {path.stem for path in (ROOT / "docs/results").glob("*.md")} == names | {"README"}
     for name in names:
