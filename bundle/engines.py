@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # What MONAI adds where an experiment is tracked, and a curriculum hands on to its stages.
 TRACKING = {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
 # Entries that say where and how fast a run is computed, not what: they may differ when it is resumed.
-CHANGEABLE = {"resume", "device", "num_workers", "cache_rate", *TRACKING}
+CHANGEABLE = {"resume", "device", "num_workers", "cache_rate", "stages", *TRACKING}  # a stage has its entries of stages itself
 
 
 def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
@@ -236,15 +236,17 @@ def environment() -> dict:
     }
 
 
-def start_run(output_dir: str, resume: bool = True) -> None:
+def start_run(output_dir: str, resume: bool = True, init_checkpoint=None) -> None:
     """Open the folder of a run: keep its configuration, versions and machine, and decide whether it is resumed.
 
     Args:
         output_dir: folder of the run, made if missing.
         resume: go on from the folder's last checkpoint if there is one; False starts anew.
+        init_checkpoint: weights that the run starts from.
 
     Raises:
-        ValueError: if there is a checkpoint made with another configuration, naming the first key that differs.
+        ValueError: if there is a checkpoint made with another configuration, naming the first key that differs, or if to
+            start anew would remove `init_checkpoint`.
     """
     folder, config = Path(output_dir), running_config()
     if idist.get_rank() == 0:
@@ -252,6 +254,7 @@ def start_run(output_dir: str, resume: bool = True) -> None:
         if resume:
             check_resumable(folder, config)
         else:
+            check_kept(init_checkpoint, [folder])
             remove_run(folder)
         write_json(config, folder / "config.json")
         write_json(environment(), folder / "environment.json")
@@ -289,7 +292,7 @@ def check_resumable(folder: Path, config: Mapping) -> None:
         return
     before, now = dict(_leaves(json.loads(kept.read_text()))), dict(_leaves(config))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key not in CHANGEABLE:
+        if before.get(key) != now.get(key) and key.split("::")[0] not in CHANGEABLE:
             raise ValueError(
                 f"{folder}: holds a run with {key} {before.get(key)!r}, found {now.get(key)!r}; set another output_dir "
                 f"(with init_checkpoint {folder / 'model.pt'} to train on from its weights), or resume false to start anew"
@@ -305,13 +308,26 @@ def _leaves(config, id: str = ""):
         yield from _leaves(value, f"{id}::{key}" if id else key)
 
 
+def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:
+    """Refuse to start anew, in these folders, from weights that lie in one of them.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if init_checkpoint and Path(init_checkpoint).resolve().parent in {folder.resolve() for folder in folders}:
+        raise ValueError(
+            f"init_checkpoint: found {init_checkpoint} in a folder that resume false would clear, expected it elsewhere; "
+            "set another output_dir"
+        )
+
+
 def remove_run(folder: Path) -> None:
     """Remove what a run left in its folder, so that nothing old passes for a result of the next one."""
     results = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png")
     made_of_model = ("calibrated.pt", "reference.pt")  # by configs/calibrate.json and configs/reference.json
     for path in [*(folder / name for name in (*results, *made_of_model)), *folder.glob("events.out.tfevents.*")]:
         path.unlink(missing_ok=True)
-    for evaluation in ("evaluation", "lungs_only", "lungs_removed"):
+    for evaluation in ("evaluation", "validation", "lungs_only", "lungs_removed"):
         shutil.rmtree(folder / evaluation, ignore_errors=True)
 
 
@@ -339,14 +355,14 @@ def run_curriculum(output_dir: str, config_dir: str) -> None:
     reports = {}
     for name, config in configs.items():
         stage = folder / name
-        report = stage / "evaluation" / "metrics.json"
+        report = stage / "validation" / "metrics.json"  # not in "evaluation", where a user measures a stage on any split
         if report.exists():
             logger.info(f"{stage}: finished before")
         else:
             logger.info(f"{stage}: {', '.join(config['tasks'])}")
             run_workflow(config, stage / "train.json", config_dir)
             tasks = {task: 1.0 for task in trained_tasks(stage / "model.pt")}
-            entries = {"tasks": tasks, "split": "validation", "bootstrap": 0}
+            entries = {"tasks": tasks, "split": "validation", "bootstrap": 0, "evaluation_dir": str(report.parent)}
             evaluate = ConfigParser.load_config_file(str(Path(config_dir) / "evaluate.json"))
             run_workflow(overlay(config, evaluate, entries), stage / "evaluate.json", config_dir)
         idist.barrier()
@@ -360,6 +376,10 @@ def run_curriculum(output_dir: str, config_dir: str) -> None:
 
 def _open_curriculum(folder: Path, configs: Collection[Mapping], resume: bool) -> None:
     """Refuse stages that were begun with another configuration, and remove those that are not resumed."""
+    anew = [Path(config["output_dir"]) for config in configs if not config["resume"]] + [folder] * (not resume)
+    first, *others = configs
+    for config in (first, *(config for config in others if not config["transfer"])):
+        check_kept(config["init_checkpoint"], anew)
     for config in reversed(configs):  # last first: killed here, no stage is left whose origin is gone
         if config["resume"]:
             check_resumable(Path(config["output_dir"]), config)

@@ -103,8 +103,9 @@ def calls(place: Place) -> dict[str, Callable[[], None]]:
     import monai.bundle
     import torch
 
-    def workflow(*names: str, kind: str, data: Path | None = None):
-        return monai.bundle.create_workflow(config_file=place.config(*names), workflow_type=kind, **place.knobs(data))
+    def workflow(*names: str, kind: str, data: Path | None = None, **knobs: str):
+        knobs = {**place.knobs(data), **knobs}
+        return monai.bundle.create_workflow(config_file=place.config(*names), workflow_type=kind, **knobs)
 
     def load(**arguments):
         folder = place.cwd.joinpath(place.root).resolve()
@@ -131,9 +132,11 @@ def calls(place: Place) -> dict[str, Callable[[], None]]:
             torch.testing.assert_close(script.eval()(image), network().eval()(image), rtol=1e-4, atol=1e-4)
 
     def check_create_workflow() -> None:
-        created = workflow("inference", kind="inference")
+        results = place.out / "predictions_3"  # a new one, in which no scan is done yet
+        created = workflow("inference", kind="inference", output_dir=str(results))
         created.run()
         created.finalize()
+        assert list(results.rglob("predictions.json")), f"{results}: no scan has a predictions.json"
 
     def check_properties(*names: str, kind: str, data: Path | None = None) -> None:
         missing = workflow(*names, kind=kind, data=data).check_properties()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def test_curriculum_measures_every_trained_task_after_every_stage_and_skips_what
         trained |= {"segmentation"} if stage == "stage_segmentation" else set()
         trained |= {"detection"} if stage in ("stage_detection", "stage_joint") else set()
         assert set(trained_tasks(out / stage / "model.pt")) == trained
-        assert json.loads((out / stage / "evaluation/metrics.json").read_text()).keys() == trained
+        assert json.loads((out / stage / "validation/metrics.json").read_text()).keys() == trained
         assert json.loads((out / stage / "train.json").read_text())["output_dir"] == str(out / stage)
     table = (out / "stage_table.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == STAGES
@@ -252,6 +253,40 @@ def test_curriculum_starts_anew_as_a_whole(curriculum):
     curriculum(stages=stages, seed=1, resume=False)
     assert not (out / "evaluation").exists(), "it measured the weights that were removed"
     assert not equal(before, weights(out / "stage_segmentation"))
+
+
+def test_a_stage_starts_anew_alone(curriculum):
+    out = curriculum(stages={"stage_classification": {}, "stage_segmentation": {}})
+    first, second = ((out / stage / "model.pt").stat().st_mtime_ns for stage in STAGES[:2])
+    curriculum(stages={"stage_classification": {}, "stage_segmentation": {"learning_rate": 0.001, "resume": False}})
+    assert (out / "stage_classification/model.pt").stat().st_mtime_ns == first
+    assert (out / "stage_segmentation/model.pt").stat().st_mtime_ns > second
+    assert json.loads((out / "stage_segmentation/config.json").read_text())["learning_rate"] == 0.001
+
+
+def test_what_a_user_measures_of_a_stage_is_not_taken_for_its_validation(curriculum, run):
+    stages = {"stage_classification": {}}
+    out = curriculum(stages=stages)
+    table = (out / "stage_table.md").read_text()
+    run(out / "stage_classification", overlays=["evaluate"], tasks=FAST, bootstrap=0)
+    assert (out / "stage_classification/evaluation/metrics.json").exists()
+    curriculum(stages=stages)
+    assert (out / "stage_table.md").read_text() == table
+
+
+def test_weights_that_starting_anew_would_remove_are_kept(run, curriculum, finished, tmp_path):
+    origin = tmp_path / "run/model.pt"
+    shutil.copytree(finished, origin.parent)
+    with pytest.raises(RuntimeError) as error:
+        run(origin.parent, tasks=FAST, init_checkpoint=str(origin), resume=False)
+    assert refusal(error).startswith(f"init_checkpoint: found {origin} in a folder that resume false would clear")
+    assert origin.exists()
+    stages = {"stage_classification": {}, "stage_segmentation": {}}
+    for folder in (tmp_path / "curriculum", tmp_path / "curriculum/stage_segmentation"):
+        shutil.copytree(finished, folder)
+        with pytest.raises(RuntimeError) as error:
+            curriculum(stages=stages, init_checkpoint=str(folder / "model.pt"), resume=False)
+        assert "in a folder that resume false would clear" in refusal(error) and (folder / "model.pt").exists()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ class Experiment:
             members = content.get("members") if isinstance(content, Mapping) and len(content) == 1 else [content]
             if not members or not all(isinstance(member, list) for member in members):
                 yield f"arms::{arm}: found {content!r}, expected a list of overlays, or {{'members': one or more such lists}}"
+            elif len(members) > 1 and self.workflow == "training":
+                yield f"arms::{arm}: found members, expected none with the workflow training: an ensemble is of single trainings"
         if self.curve:
             yield from self._complaints_of_curve()
 

@@ -127,8 +127,8 @@ def _facts(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
         f"    python scripts/run_experiments.py {experiment.name} --dataset_dir {' and '.join(data)} --scale {scale}",
         "",
         f"- {' with '.join(configs)}",
-        f"- {len(rows)} runs of {number} optimiser steps, {_seeds(rows)}, {seconds / 3600:.1f} hours of wall time, other work "
-        f"beside it included, {times}",
+        f"- {len(rows)} runs of {number} optimiser steps, {_seeds(rows)}, {seconds / 3600:.1f} hours of wall time (other work "
+        f"beside it included; of an interrupted run its last part), {times}",
         *(f"- {machine}" for machine in sorted({row["machine"] for row in rows})),
     ]
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -111,7 +110,8 @@ class Study:
                 missing.setdefault(run.name, run)
         for name, rows in chain(known.items(), self._measured(missing.values(), jobs)):
             arms = [dict(zip(ARM, run.arm)) for run in plan if run.name == name]
-            add_results(self.results, [{**row, **arm} for arm in arms for row in rows])
+            if arms:
+                add_results(self.results, [{**row, **arm} for arm in arms for row in rows])
 
     def rows(self, experiment: Experiment) -> list[dict[str, str]]:
         """Results of an experiment as it is planned now; those of what its arms once were are left out, and logged."""
@@ -170,12 +170,11 @@ class Study:
         identity = json.dumps(sorted(item for item in merged.items() if item[0] not in SPEED))
         folder = self.output_dir / hashlib.sha256(identity.encode()).hexdigest()[:12]
         places = {**self.entries, "output_dir": str(folder)}
+        # An id without use is refused, and not every experiment, nor every stage of one, has a use for these.
+        places["+initialize"] = [f"$({', '.join(f'@{id}' for id in SCALE_IDS if id in merged)})"]
         if experiment.workflow == "training":
             places["training"] = [f"$bundle.engines.run_curriculum(@output_dir, {str(self.config_dir)!r})"]
         config = overlay(self._load("train.json"), *changes, places)
-        for id in SCALE_IDS:
-            if not re.search(rf"@{id}\b", json.dumps(config)):
-                config.pop(id, None)  # this experiment has no use for it, and an id without use is refused
         check_ids(config, self.config_dir, [experiment.workflow])
         return config
 
@@ -205,7 +204,7 @@ class Study:
         self._evaluate(run.configs, evaluation)
         rows = [{"stage": "end", "split": "test", **_figures(evaluation)}]
         for stage in run.configs[0]["stages"] if run.workflow == "training" else ():
-            rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run.name / stage / "evaluation")})
+            rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run.name / stage / "validation")})
         machine = environment()
         facts = {
             "steps": steps,

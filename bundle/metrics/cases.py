@@ -51,7 +51,7 @@ def segmentation_cases(pred: torch.Tensor, label: dict, with_distance: bool) -> 
 
 
 def reconstruction_cases(pred: torch.Tensor, label: dict) -> list[dict]:
-    """Image (B, 1, H, W) against the clean slice, both in [0, 1]: MSE, PSNR in dB, SSIM."""
+    """Image (B, 1, H, W) against the clean slice in [0, 1]: MSE, PSNR in dB, SSIM, over the square, its padding included."""
     image, target = pred.float().cpu(), label[TARGET].cpu()
     mse = ((image - target) ** 2).flatten(1).mean(1)
     psnr = -10 * mse.clamp(min=1e-10).log10()  # 100 dB at most, so that a perfect copy stays finite

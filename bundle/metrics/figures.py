@@ -44,7 +44,7 @@ def stage_table(reports: Mapping[str, Mapping]) -> str:
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
-    """Losses (left, logarithmic) and validation metrics in [0, 1] (right) by epoch, as a PNG."""
+    """Losses (left, logarithmic unless one is negative, as with `uncertainty_weights`) and validation metrics in [0, 1] (right) by epoch, as a PNG."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, metrics = figure.subplots(1, 2)
     shown = {"score"} | {f"{task}_{name}" for task, name in STAGE_COLUMNS.values()}
@@ -54,7 +54,8 @@ def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
         if axis is not None:
             points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
             axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
-    losses.set(title="training loss", xlabel="epoch", yscale="log")
+    positive = all(entry[name] > 0 for entry in history for name in entry if name.startswith("loss"))
+    losses.set(title="training loss", xlabel="epoch", yscale="log" if positive else "linear")
     metrics.set(title="validation", xlabel="epoch", ylim=(0, 1))
     for axis in (losses, metrics):
         if axis.lines:

@@ -118,7 +118,7 @@ class MultiTaskMetrics:
         return {**report, "within_source": dict(zip(sources, within))}
 
     def _figures(self, task: str, rows: Sequence[dict]) -> dict:
-        cases, groups = [row[task] for row in rows], [row[RECORD][GROUP] for row in rows]
+        cases, groups = _cases(task, rows), [row[RECORD][GROUP] for row in rows]
         report = with_intervals(task, cases, groups, self.bootstrap, self.seed)
         if task == CLASSIFICATION:
             report["confusion_matrix"] = {"classes": self.classes, "counts": confusion(cases, len(self.classes))}
@@ -162,6 +162,18 @@ class MultiTaskMetrics:
         if case := row.get(DETECTION):
             line |= {name: case[name] for name in ("n_boxes", "n_detections", "true_positives", "false_positives")}
         return line
+
+
+def _cases(task: str, rows: Sequence[dict]) -> list[dict]:
+    """Cases of a task. Where a source has boxes but no instance masks, its images without lesions have no part in mask AP."""
+    cases, sources = [row[task] for row in rows], [row[RECORD][SOURCE] for row in rows]
+    if task != DETECTION:
+        return cases
+    masked = {source for source, case in zip(sources, cases) if "mask_match" in case and case["n_boxes"]}
+    return [
+        case if source in masked else {name: value for name, value in case.items() if name != "mask_match"}
+        for source, case in zip(sources, cases)
+    ]
 
 
 def log_artifacts(engine, paths: Iterable[Path]) -> None:

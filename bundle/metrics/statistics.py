@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
@@ -25,32 +24,30 @@ def classification_figures(cases: Sequence[dict]) -> Figures:
 
     The predicted class is the most probable of all classes. AUROC ranks the classes that occur: with two, the higher one
     by its share of their joint probability, with more, the mean of one class against the rest. With one class it
-    is left out, and balanced accuracy is the recall of that class.
+    is left out, and balanced accuracy is the recall of that class. A draw that has lost a class has accuracy and calibration
+    error alone: the others would be those of another question.
     """
     labels = np.array([case["label"] for case in cases])
     probabilities = np.stack([case["probabilities"] for case in cases])
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
     correct = probabilities.argmax(1) == labels
-
-    @cache
-    def ranks(present: tuple[int, ...]) -> list[np.ndarray]:
-        """For each class that occurs, the rank of every case by the class's share; equal shares have equal ranks."""
-        share = probabilities[:, present] / np.maximum(probabilities[:, present].sum(1, keepdims=True), 1e-12)
-        return [np.unique(column, return_inverse=True)[1] for column in share.T]
+    present = np.unique(labels)
+    share = probabilities[:, present] / np.maximum(probabilities[:, present].sum(1, keepdims=True), 1e-12)
+    ranks = [np.unique(column, return_inverse=True)[1] for column in share.T]  # equal shares have equal ranks
 
     def figures(weights: np.ndarray) -> dict[str, float]:
         counts = np.bincount(cells, weights, classes**2).reshape(classes, classes)
-        present = np.flatnonzero(counts.sum(1))
         hits, annotated, predicted = np.diag(counts)[present], counts.sum(1)[present], counts.sum(0)[present]
         result = {
             "accuracy": hits.sum() / counts.sum(),
-            "balanced_accuracy": (hits / annotated).mean(),
-            "f1_macro": (2 * hits / (annotated + predicted)).mean(),
             "ece": calibration_error(probabilities.max(1), correct, weights),
         }
-        if len(present) > 1:
-            one_vs_rest = [auroc(r, labels == c, weights) for c, r in zip(present, ranks(tuple(present.tolist())))]
+        if annotated.all():
+            result["balanced_accuracy"] = (hits / annotated).mean()
+            result["f1_macro"] = (2 * hits / (annotated + predicted)).mean()
+        if annotated.all() and len(present) > 1:
+            one_vs_rest = [auroc(r, labels == c, weights) for c, r in zip(present, ranks)]
             result["auroc"] = one_vs_rest[1] if len(present) == 2 else np.mean(one_vs_rest)
         return {name: float(value) for name, value in result.items()}
 
@@ -94,7 +91,7 @@ def detection_figures(cases: Sequence[dict]) -> Figures:
     """AP at IoU 0.1, 0.5 and 0.5:0.95, mask AP, and sensitivity at given false positives per image (FROC, IoU 0.1).
 
     Left out where there is no annotated lesion. The detections were matched by MONAI; from its matches its COCOMetric
-    computes the same AP, some fifty times slower than the bootstrap can wait for.
+    computes the same AP but for its rounding, some fifty times slower than the bootstrap can wait for.
     """
     boxes = _Matches([case["match"] for case in cases])
     masks = _Matches([case.get("mask_match", {}) for case in cases])

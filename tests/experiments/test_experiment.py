@@ -39,6 +39,10 @@ def test_an_experiment_is_read_with_its_defaults(tmp_path):
         ({"arms": {"one": "ema.json"}}, "arms::one: found 'ema.json', expected a list of overlays, or {'members': one"),
         ({"arms": {"one": {"members": []}}}, "arms::one: found {'members': []}, expected a list of overlays"),
         ({"arms": {"one": {"members": ["a.json"]}}}, "arms::one: found {'members': ['a.json']}, expected a list of overlays"),
+        (
+            {"workflow": "training", "arms": {"one": {"members": [[], []]}}},
+            "arms::one: found members, expected none with the workflow training",
+        ),
         ({"curve": [1]}, "curve: found 1, expected figure, label, target, x"),
         ({"curve": {**CURVE, "x": ["one"]}}, "curve::x: found one, expected the arms one, two"),
         ({"curve": {**CURVE, "x": {"one": None, "two": 1}}}, "curve::x: found [None, 1], expected amounts above 0"),

@@ -41,6 +41,15 @@ def test_curves_are_drawn_while_validation_is_still_missing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
+@pytest.mark.parametrize(("loss", "scale"), [(0.5, "log"), (-0.5, "linear")])
+def test_a_negative_loss_is_in_the_picture(tmp_path, monkeypatch, loss, scale):
+    drawn = []
+    monkeypatch.setattr("bundle.metrics.figures.save_figure", lambda figure, path: drawn.append(figure))
+    plot_curves([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": loss}], tmp_path / "curves.png")
+    axis = drawn[0].axes[0]
+    assert axis.get_yscale() == scale and axis.get_ylim()[0] < loss
+
+
 def test_stage_table_has_a_row_for_every_stage_and_a_dash_where_nothing_was_measured():
     metrics, _ = evaluate([batch(ALL)])
     table = stage_table(

@@ -142,6 +142,21 @@ def test_negatives_only_give_no_score_of_detection():
     assert "score" not in flat and metrics.report[DETECTION] == {"within_source": {"covid_ct": {}}}
 
 
+def test_a_source_with_boxes_alone_has_no_part_in_mask_ap():
+    masked, boxes = batch(ALL, "lungs"), batch(ALL, "boxes", start=4)
+    for target in boxes["label"]["detection"]:
+        del target["masks"]
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.ones(0), "masks": torch.zeros(0, 32, 32)}  # as FollowImaged has it
+    boxes["label"]["detection"][0] = empty
+    metrics, _ = evaluate([masked, boxes], tasks=(DETECTION,))
+    report, alone = metrics.report[DETECTION], evaluate([masked], tasks=(DETECTION,))[0].report[DETECTION]
+    assert report["mask_ap10"] == alone["mask_ap10"] and report["mask_ap10"]["n"] == 4
+    assert report["ap10"]["n"] == 8 and report["within_source"]["boxes"].keys() == {"ap10", "ap50", "ap", "froc"}
+    masked["label"]["detection"][0] = empty
+    with_false_positive = evaluate([masked], tasks=(DETECTION,))[0].report[DETECTION]
+    assert with_false_positive["mask_ap10"]["value"] < alone["mask_ap10"]["value"]
+
+
 def test_an_epoch_starts_without_the_rows_of_the_one_before():
     engine = Engine(lambda _, output: output)
     metrics = MultiTaskMetrics(TASKS, CLASSES)
