@@ -37,8 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for overlay in known.config:
         if not Path(overlay).is_file():
             parser.error(f"--config: found no file {overlay}, expected an overlay such as {ROOT / TRAINED_WITH}")
+        from monai.bundle import ConfigParser  # takes seconds, which --help need not wait for
+
+        try:
+            ConfigParser.load_config_file(overlay)
+        except Exception as error:  # of the readers of JSON and YAML
+            parser.error(f"--config: {overlay}: cannot be read ({' '.join(str(error).split())}), expected JSON or YAML")
     files = str([str(config), *known.config])
     sys.argv = ["monai.bundle", "run", "--config_file", files, "--bundle_root", str(ROOT)]
-    # The runner reads values as Python: what is no literal may change on the way ("scan#1" ends before a comment).
-    sys.argv += ["--input", repr(known.input), "--output_dir", repr(known.output_dir), *knobs]
+    sys.argv += ["--input", _as_expression(known.input), "--output_dir", _as_expression(known.output_dir), *knobs]
     runpy.run_module("monai.bundle", run_name="__main__")
+
+
+def _as_expression(text: str) -> str:
+    """A text that reaches the config as it is: in a plain value MONAI takes # for :: and the runner for a comment."""
+    return "$" + repr(text).replace("#", r"\x23").replace("@", r"\x40")

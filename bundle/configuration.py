@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 WORKFLOWS = ("train.json", "evaluate.json", "inference.json")
+LEAST = {"batch_size": 1, "max_epochs": 1, "val_interval": 1, "epoch_size": 0, "num_workers": 0}
 # Ids that MONAI itself reads, or adds when an experiment is tracked.
 READ_BY_MONAI = {ConfigParser.meta_key, "imports", "initialize", "run", "finalize", "run_name", "save_execute_config"}
 
@@ -51,8 +53,9 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
         also: further ids that are known, such as the one to run.
 
     Raises:
-        ValueError: naming the id and the known ids nearest to it; or for a text "true", "false" or "null", which the
-            command line makes of these words and which would count as true.
+        ValueError: naming the id and the known ids nearest to it; for a text "true", "false" or "null", which the command
+            line makes of these words and which would count as true; for another text where the default is true or false, a
+            number below `LEAST`, or a device that is not there.
     """
     files = [file for name in WORKFLOWS if (file := Path(config_dir) / name).is_file()]
     defaults = {id: value for file in files for id, value in json.loads(file.read_text()).items()}
@@ -61,6 +64,8 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
     for id, value in config.items():
         if not (isinstance(value, str) and isinstance(defaults.get(id), str)):
             _refuse_words(value, id)
+        if not (isinstance(value, str) and value.startswith(("$", "@", "%"))):
+            _refuse_value(value, id, defaults.get(id))
     for id in config if known else ():  # a folder without any of the three holds a workflow of its own
         if id not in known | referred | READ_BY_MONAI | set(also):
             near = difflib.get_close_matches(id, known, n=3)
@@ -69,6 +74,21 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
                 f"configuration: found {id!r}, which no workflow has and nothing refers to as @{id}, expected an id of "
                 f"docs/configuration.md{hint}"
             )
+
+
+def _refuse_value(value, id: str, default) -> None:
+    if isinstance(default, bool) and isinstance(value, str):
+        raise ValueError(f"{id}: found the text {value!r}, expected True or False")
+    if id in LEAST and isinstance(value, (int, float)) and value < LEAST[id]:
+        raise ValueError(f"{id}: found {value}, expected at least {LEAST[id]}")
+    if id == "device" and isinstance(value, str):
+        try:
+            torch.empty(0, device=value)
+        except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device: found {value!r}, which PyTorch cannot use here ({reason}), expected one such as cpu"
+            ) from None
 
 
 def _refuse_words(value, id: str) -> None:

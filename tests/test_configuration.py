@@ -219,6 +219,23 @@ def test_words_that_would_count_as_true_are_refused(id, word):
         check_ids({**read("train.json"), id: word}, CONFIGS)
 
 
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"amp": "yes"}, "amp: found the text 'yes', expected True or False"),
+        ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
+        ({"num_workers": -1}, "num_workers: found -1, expected at least 0"),
+        ({"device": "cudda"}, "device: found 'cudda', which PyTorch cannot use here"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(entries, words):
+    with pytest.raises(ValueError) as error:
+        check_ids({**read("train.json"), **entries}, CONFIGS)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    (id,) = entries
+    check_ids({**read("train.json"), id: "$1", "device": "cpu"}, CONFIGS)
+
+
 def test_such_words_are_refused_however_deep():
     config = read("train.json")
     config["train"]["handlers"] = [{"_target_": "ValidationHandler", "interval": "null"}]

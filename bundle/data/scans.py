@@ -36,6 +36,10 @@ EXTENSIONS = (*PICTURES, *NIFTI, *ITK, *DICOM)
 
 # What a header may claim before any pixel is read: a damaged or malicious one must not fill the memory.
 MAX_SLICE_PIXELS, MAX_BYTES = 2**26, 2**32
+MAX_SIDES = 100  # longer to shorter side of a slice: of a thinner one nothing is left at the size of the network
+
+NO_THICKNESS = "the thickness of the slice is not told: volumes count 1 mm"
+NOT_ORIENTED = "the file does not tell how it lies (qform and sform codes 0): taken to run to left, posterior and head"
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -59,6 +63,7 @@ class Scan:
         positions: in mm along the normal of the slices, for each; None without geometry, as are thickness and spacing.
         thickness: mm that each slice stands for: half the way to both neighbours.
         spacing: mm between rows and between columns of a slice as it is read.
+        oriented: whether the file tells how it lies in space.
         sources: (path, frame) of each slice.
         warnings: what was noticed, one line each, without names or ids of patients.
         stamp: text that changes when the files do.
@@ -76,6 +81,7 @@ class Scan:
         self.name, self.path, self.shape = str(name), str(path), (*map(int, shape), 1, 1)[:3]
         self.affine, self.axis, self.turned = affine, 2, [(1, False), (0, False)]
         self.positions = self.thickness = self.spacing = None
+        self.oriented = True
         self.warnings: list[str] = []
         self._voxels = None
         if min(self.shape) < 1:
@@ -84,6 +90,10 @@ class Scan:
             self._place(np.asarray(affine, float))
         if np.prod(np.delete(self.shape, self.axis), dtype=float) > MAX_SLICE_PIXELS:
             raise ValueError(f"found a size of {self.shape}, expected slices of at most {MAX_SLICE_PIXELS} pixels")
+        if max(sides := np.delete(self.shape, self.axis)) > MAX_SIDES * min(sides):
+            raise ValueError(
+                f"found axial slices of {sides[0]} x {sides[1]} pixels, expected no side {MAX_SIDES} times the other"
+            )
         self.sources = [(self.path, index) for index in range(len(self))]
         states = [os.stat(file) for file in files or [path]]
         self.stamp = f"{len(states)} {sum(s.st_size for s in states)} {max(s.st_mtime_ns for s in states)}"
@@ -163,7 +173,7 @@ class Scan:
             "spacing": self.spacing,
             "picture": picture,
         }
-        return MetaTensor(torch.from_numpy(np.ascontiguousarray(pixels))[None], affine=torch.as_tensor(to_stored), meta=meta)
+        return MetaTensor(torch.from_numpy(pixels.copy())[None], affine=torch.as_tensor(to_stored), meta=meta)
 
     def _plane(self, index: int) -> np.ndarray:
         """Values of a stored slice, (x, y)."""
@@ -189,12 +199,21 @@ class PictureScan(Scan):
 
 
 class NiftiScan(Scan):
-    """A NIfTI file in HU: mapped from disk if it is uncompressed, otherwise held in the type that it stores."""
+    """A NIfTI file in HU: mapped from disk if it is uncompressed, otherwise held in the type that it stores.
+
+    One that does not tell how it lies in space is taken as ITK takes it: its axes run to the left, to posterior and to the
+    head, from the origin.
+    """
 
     def __init__(self, name: str, path) -> None:
         image = nibabel.load(path)
         check_shape(image.shape, image.get_data_dtype())
-        super().__init__(name, path, image.shape, image.affine)
+        oriented = image.header["qform_code"] > 0 or image.header["sform_code"] > 0
+        sides = [*image.header.get_zooms(), 1.0][:3]
+        super().__init__(name, path, image.shape, image.affine if oriented else np.diag([-sides[0], -sides[1], sides[2], 1]))
+        self.oriented = bool(oriented)
+        self.warnings += [] if oriented else [NOT_ORIENTED]
+        self.warnings += [NO_THICKNESS] if len(image.shape) < 3 else []
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -220,6 +239,7 @@ class ItkScan(Scan):
         affine[:dimensions, :dimensions] = direction * reader.GetSpacing()
         affine[:dimensions, 3] = reader.GetOrigin()
         super().__init__(name, path, reader.GetSize(), np.diag([-1.0, -1, 1, 1]) @ affine, [path, *_pixel_file(Path(path))])
+        self.warnings += [NO_THICKNESS] if dimensions < 3 else []
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -268,6 +288,8 @@ class DicomScan(Scan):
             order = kept
         elif len(order) > 1:
             notes.append(f"{len(order)} images without a position, in the order of their numbers; lengths are not known")
+        if placed and len(order) == 1 and not first.thickness:
+            notes.append(NO_THICKNESS)
         files = sorted({frame.path for frame in frames})
         affine = _dicom_affine(order) if placed else None
         super().__init__(name, path, (*first.size, len(order)), affine, files)
@@ -414,6 +436,8 @@ def _open_dicom(name: str, path: str) -> Scan:
     return DicomScan(name, path, frames_of(path, read_header(path)))
 
 
+NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
+
 READERS: dict[tuple[str, ...], Callable[[str, str], Scan]] = {PICTURES: PictureScan, NIFTI: NiftiScan, ITK: ItkScan}
 
 
@@ -435,7 +459,7 @@ def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
     Raises:
         ValueError: if it is no grey image, or not an axial one.
     """
-    if "Rows" not in header or "Columns" not in header:
+    if "Rows" not in header or "Columns" not in header or _text(header, "Modality") in NO_IMAGE:
         raise ValueError("found no image in it")
     if header.get("SamplesPerPixel", 1) != 1:
         raise ValueError(f"found {header.SamplesPerPixel} values in a pixel, expected a grey image")
@@ -543,7 +567,10 @@ def _read_dicom(path: Path) -> pydicom.Dataset:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return read_header(str(path))
+            header = read_header(str(path))
+            for name in ("StudyInstanceUID", "SeriesInstanceUID", "ImageType", "Modality"):  # converted here, damaged or not
+                header.get(name)
+            return header
     except Exception as error:  # pydicom raises anything on damaged files
         raise unreadable(path, error) from None
 
@@ -551,7 +578,8 @@ def _read_dicom(path: Path) -> pydicom.Dataset:
 def _series(headers: Sequence[tuple[Path, str, pydicom.Dataset]], root: Path) -> tuple[list[Scan], list[dict]]:
     """Scans of DICOM files, and what is left out of a study of which nothing is left."""
     groups, failures, left_out = defaultdict(list), [], defaultdict(lambda: defaultdict(int))
-    original = {_text(header, "StudyInstanceUID") for _, _, header in headers if "DERIVED" not in _image_type(header)}
+    images = [header for _, _, header in headers if _not_for_us(header, False) is None]
+    original = {_text(header, "StudyInstanceUID") for header in images if "DERIVED" not in _image_type(header)}
     for path, name, header in headers:
         study = _text(header, "StudyInstanceUID")
         kind = _not_for_us(header, study in original)
@@ -594,7 +622,7 @@ def _image_type(header: pydicom.Dataset) -> str:
 def _not_for_us(header: pydicom.Dataset, beside_originals: bool) -> str | None:
     """What an object is called that is left out; None for an axial image."""
     kind = _image_type(header)
-    if "Rows" not in header or "SegmentSequence" in header:
+    if "Rows" not in header or _text(header, "Modality") in NO_IMAGE:
         return "objects without images"
     if "LOCALIZER" in kind:
         return "localizers"

@@ -11,6 +11,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform, RandomizableTransform, Transform
+from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.scans import open_scan
 from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
@@ -266,8 +267,7 @@ class FollowImaged(MapTransform):
             masks = torch.zeros(0, rows, columns, dtype=torch.bool)
         else:
             boxes = move_boxes(boxes, torch.linalg.inv(to_affine_nd(2, image.affine)))
-        limit = boxes.new_tensor([columns, rows, columns, rows])
-        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        boxes = clip_boxes_to_image(boxes, (rows, columns))
         kept = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
         sample[BOXES] = boxes[kept]
         if masks is not None:

@@ -22,14 +22,20 @@ class NiftiFile:
         affine: (4, 4) from voxel index to RAS in mm, or None where the geometry is not known.
         dtype: of the stored values.
         slope: what a stored 1 means: a reader gets stored * slope.
+        oriented: say how the volume lies in space; otherwise of the affine its spacing alone.
     """
 
-    def __init__(self, path, shape: Sequence[int], affine: np.ndarray | None, dtype=np.uint8, slope: float = 1.0) -> None:
+    def __init__(
+        self, path, shape: Sequence[int], affine: np.ndarray | None, dtype=np.uint8, slope: float = 1.0, oriented: bool = True
+    ) -> None:
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
         self.raw = self.path.with_suffix("")
         header = nibabel.Nifti1Image(np.broadcast_to(self.dtype.type(0), self.shape), affine).header
         header.set_xyzt_units("mm" if affine is not None else "unknown")
         header.set_slope_inter(slope, 0)
+        if not oriented:
+            header.set_sform(None, code=0)
+            header.set_qform(None, code=0)
         header["magic"], self.offset = b"n+1", header.single_vox_offset
         header["vox_offset"] = self.offset
         with self.raw.open("wb") as file:

@@ -16,7 +16,7 @@ from PIL import Image
 from bundle.data.scans import Scan
 from bundle.data.transforms import move_boxes, to_file_grid
 from bundle.inference import lungs
-from bundle.inference.lesions import link_boxes
+from bundle.inference.lesions import check_link_iou, link_boxes
 from bundle.inference.markups import write_markups
 from bundle.inference.nifti import NiftiFile
 from bundle.inference.novelty import Novelty, assess
@@ -47,6 +47,9 @@ class ScanWriter:
         novelty: distance from the training data, or None where that is not known.
         link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
         keep_identifiers: write names and ids from DICOM headers into predictions.json.
+
+    Raises:
+        ValueError: for an unknown task, or if `link_iou` is out of range.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ScanWriter:
         link_iou: float = 0.2,
         keep_identifiers: bool = False,
     ) -> None:
+        check_link_iou(link_iou)
         self.worklist, self.model, self.novelty = worklist, dict(model), novelty
         self.names = {"tasks": check_tasks(tasks), "classes": classes, "segmentation_classes": segmentation_classes}
         self.link_iou, self.keep_identifiers = link_iou, keep_identifiers
@@ -134,7 +138,7 @@ class ScanResults:
         self.areas: list[list[float]] = []  # of the instance masks, in pixels, for every box of every slice
         self.lung_areas: list[float] = []  # mm2 of every slice, lesions included
         self.volumes: dict[str, NiftiFile] = {}
-        self.report = Report()
+        self.report = Report(scan.spacing)
         (folder / "overlays").mkdir()
 
     def add(self, sample: Mapping, answer: Mapping, novelty: Novelty | None) -> None:
@@ -268,7 +272,8 @@ class ScanResults:
             Image.fromarray((stored * picture_scale).astype(dtype)).save(self.folder / f"{kind}.png")
             return
         if kind not in self.volumes:
-            self.volumes[kind] = NiftiFile(self.folder / f"{kind}.nii.gz", scan.shape, scan.affine, dtype, slope)
+            path = self.folder / f"{kind}.nii.gz"
+            self.volumes[kind] = NiftiFile(path, scan.shape, scan.affine, dtype, slope, scan.oriented)
         self.volumes[kind].put(stored.astype(dtype).reshape(np.delete(scan.shape, scan.axis)), scan.axis, index)
 
     def _lung_area(self, pixels: np.ndarray, labels: np.ndarray | None) -> float | None:

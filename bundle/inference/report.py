@@ -33,9 +33,13 @@ class Report:
     All arrays lie as `bundle.data.transforms.LoadSlice` turns a slice: rows to posterior, columns to the patient's left.
     Slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both are
     stored as JPEG, so that what the page shows is close to the values but not equal to them.
+
+    Args:
+        spacing: mm between rows and between columns; None where that is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spacing: tuple[float, float] | None) -> None:
+        self.spacing = spacing
         self.pictures: list[str] = []  # JSON of each slice's pictures
         self.slices: list[dict] = []
         self.shape: tuple[int, int] | None = None
@@ -114,11 +118,11 @@ class Report:
             for drawn, stored in zip(row.pop("drawn"), told.get("boxes", []), strict=True):
                 row["boxes"].append({**drawn, "lesion": lesion_of.get((told["index"], *stored["box"]))})
             slices.append({**row, **{key: told.get(key) for key in keys}})
-        hounsfield, grid = prediction["hounsfield"], prediction["grid"]
+        hounsfield = prediction["hounsfield"]
         return {
             "rows": self.shape[0],
             "columns": self.shape[1],
-            "spacing": turned_spacing(grid["affine"], grid["axial_axis"]),
+            "spacing": self.spacing,
             "unit": "HU" if hounsfield else "%",
             "windows": [{"name": n, "width": w, "level": c} for n, w, c in (WINDOWS if hounsfield else CONTRASTS)],
             "colors": dict(colors),
@@ -129,21 +133,6 @@ class Report:
             "start": _first_shown(slices),
             "slices": slices,
         }
-
-
-def turned_spacing(affine: Sequence[Sequence[float]] | None, axial_axis: int) -> tuple[float, float] | None:
-    """(row, column) spacing in mm of slices that were turned to have rows to posterior, from the grid of their file.
-
-    Args:
-        affine: (4, 4) voxel index to RAS mm; None: not known.
-        axial_axis: array axis that the slices are stacked along.
-    """
-    if affine is None:
-        return None
-    axes = np.delete(np.asarray(affine, dtype=float)[:3, :3], axial_axis, axis=1)
-    row = int(np.abs(axes[1]).argmax())  # the axis that runs between anterior and posterior
-    length = np.linalg.norm(axes, axis=0)
-    return float(length[row]), float(length[1 - row])
 
 
 def _first_shown(slices: Sequence[Mapping]) -> int:

@@ -10,6 +10,7 @@ from monai.data import Dataset
 from monai.engines.utils import IterationEvents
 from monai.transforms import MapTransform, Transform
 from monai.utils.enums import CommonKeys
+from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.scans import Scan
 from bundle.data.transforms import move_boxes
@@ -81,14 +82,15 @@ class SplitBatch:
         samples, pred = engine.state.batch[SAMPLES], engine.state.output[CommonKeys.PRED]
         engine.state.batch = samples
         engine.state.output = [
-            {} if FAILURE in sample else {key: _to_cpu(answer[index]) for key, answer in pred.items()}
+            {} if FAILURE in sample else {key: to_cpu(answer[index]) for key, answer in pred.items()}
             for index, sample in enumerate(samples)
         ]
 
 
-def _to_cpu(answer):
+def to_cpu(answer):
+    """A task's answer, a tensor or a dictionary of tensors, as float32 on the CPU."""
     if isinstance(answer, dict):
-        return {key: _to_cpu(value) for key, value in answer.items()}
+        return {key: to_cpu(value) for key, value in answer.items()}
     return torch.as_tensor(answer).detach().float().cpu()
 
 
@@ -120,7 +122,7 @@ class BoxesToFiled(MapTransform):
             rows, columns = data[SLICE].shape[-2:]
             if data[SLICE].affine[0, 1]:  # stored with rows and columns exchanged
                 rows, columns = columns, rows
-            boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([columns, rows, columns, rows]))
+            boxes = clip_boxes_to_image(boxes, (rows, columns))
             kept = (scores >= self.score_threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
             data[key] = {"boxes": boxes[kept], "scores": scores[kept], "areas": areas[kept]}
         return data

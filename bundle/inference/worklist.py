@@ -22,6 +22,7 @@ from bundle.files import write_table
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.json"
+UNFINISHED = ".tmp."  # how names of folders begin that are no results, or not yet
 # Knobs that do not change what is predicted for a scan; the files behind checkpoint and reference count by their content.
 WITHOUT_EFFECT = ("bundle_root", "dataset_dir", "input", "output_dir", "checkpoint", "reference", "device", "batch_size")
 WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run", "network_def", "export_task")
@@ -45,6 +46,7 @@ class Worklist:
 
     Raises:
         FileNotFoundError, ValueError: of `find_scans`.
+        ValueError: if something else than results of a scan lies where its results belong.
     """
 
     def __init__(self, source, output_dir, run: str) -> None:
@@ -56,6 +58,8 @@ class Worklist:
         # Dealt out before looking at what is done: another process may have finished scans by now, and all must agree.
         mine = scans[self.rank :: self.processes]
         self.scans = [scan for scan in mine if not self._is_done(scan)]
+        for scan in self.scans:
+            self._check_place(self.folder / scan.name)
         self.failures: list[dict] = failures if self.rank == 0 else []
         share = "" if self.processes == 1 else f", {len(mine)} of them for process {self.rank}"
         done = len(mine) - len(self.scans)
@@ -66,8 +70,16 @@ class Worklist:
         return hashlib.sha256(f"{scan.stamp} {self.run}".encode()).hexdigest()
 
     def _is_done(self, scan: Scan) -> bool:
-        file = self.folder / scan.name / PREDICTIONS
-        return file.is_file() and json.loads(file.read_text()).get("stamp") == self.stamp(scan)
+        found = _read_prediction(self.folder / scan.name / PREDICTIONS)
+        return found is not None and found["stamp"] == self.stamp(scan)
+
+    def _check_place(self, place: Path) -> None:
+        """Refuse to put results where they would replace, or not be let in by, what this package has not written."""
+        files = [path for path in (place, *place.parents) if path.is_file()]
+        strange = place.is_dir() and any(place.iterdir()) and _read_prediction(place / PREDICTIONS) is None
+        if files or strange:
+            found = f"the file {files[0]}" if files else f"{place} with other content"
+            raise ValueError(f"output_dir: found {found}, expected a folder of results there or none; set another output_dir")
 
     def fail(self, name: str, reason: str) -> None:
         """Note that a scan could not be predicted; what was written of it is removed."""
@@ -77,7 +89,7 @@ class Worklist:
 
     def unfinished(self, name: str) -> Path:
         """Folder of the results of a scan until all of them are written."""
-        return (self.folder / name).with_name(f".tmp.{Path(name).name}")
+        return (self.folder / name).with_name(f"{UNFINISHED}{Path(name).name}")
 
     def begin(self, name: str) -> Path:
         """Make that folder anew."""
@@ -88,9 +100,11 @@ class Worklist:
 
     def complete(self, name: str) -> None:
         """Give the folder its name, in place of older results."""
-        folder = self.folder / name
-        shutil.rmtree(folder, ignore_errors=True)
+        folder, older = self.folder / name, f"{UNFINISHED}older"
+        if folder.exists():  # moved away whole: killed in the middle of removing it, a half would be left
+            os.replace(folder, self.unfinished(name) / older)
         os.replace(self.unfinished(name), folder)
+        shutil.rmtree(folder / older, ignore_errors=True)
 
     def finish(self) -> None:
         """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything else in the folder.
@@ -112,8 +126,9 @@ class Worklist:
                 return
             failures = [failure for part in gathered for failure in part]
         failed = {self.folder / failure["file"] / PREDICTIONS for failure in failures}
-        found = sorted(set(self.folder.glob(f"**/[!.]*/{PREDICTIONS}")) - failed)
-        predictions = [json.loads(path.read_text()) for path in found]
+        found = sorted(set(self.folder.glob(f"**/*/{PREDICTIONS}")) - failed)
+        whole = [path for path in found if not path.parent.name.startswith(UNFINISHED)]
+        predictions = [prediction for path in whole if (prediction := _read_prediction(path))]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_table(failures, self.folder / "failures.csv", ("file", "reason"))
         rows = {"scans": map(scan_row, predictions)}
@@ -128,6 +143,15 @@ class Worklist:
         if not predictions:
             raise ValueError(f"input: nothing could be read; {failures[0]['reason']}")
         logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv and failures.csv")
+
+
+def _read_prediction(path: Path) -> dict | None:
+    """Content of predictions.json; None if there is no such file or another program has written it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "stamp" in found else None
 
 
 def fingerprint(*files) -> str:

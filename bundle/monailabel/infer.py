@@ -18,7 +18,7 @@ from bundle.inference.lesions import link_boxes
 from bundle.inference.lungs import lung_bearing, lung_mask
 from bundle.inference.markups import lesion_axes
 from bundle.inference.outputs import classify_scan, to_labels
-from bundle.inference.slices import INDEX, SCAN, SLICE, collate
+from bundle.inference.slices import INDEX, SCAN, SLICE, collate, to_cpu
 from bundle.networks import MultiTaskNet
 from bundle.tasks import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
 
@@ -99,7 +99,7 @@ class VolumeInferer(Inferer):
             asked = {task: torch.full((len(image),), task in tasks, device=device) for task in network.heads}
             output = network(image, annotated=asked)
             for row, sample in enumerate(samples):
-                answer = {task: _to_cpu(output[task][row]) for task in tasks if task in output}
+                answer = {task: to_cpu(output[task][row]) for task in tasks if task in output}
                 yield self.postprocessing({**sample, **answer})
 
     def classify(self, slices: Sequence[Mapping]) -> dict:
@@ -125,12 +125,6 @@ def numbers_of(answer: Mapping, scan: Scan) -> dict:
             {"box": [round(v, 2) for v in box], "score": round(score, 6), "area": area} for box, score, area in values
         ]
     return row
-
-
-def _to_cpu(answer):
-    if isinstance(answer, dict):
-        return {key: _to_cpu(value) for key, value in answer.items()}
-    return answer.detach().float().cpu()
 
 
 class SegmentationInferer(VolumeInferer):

@@ -6,6 +6,7 @@ import pickle
 import tracemalloc
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -15,6 +16,7 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import RLELossless
 
 from bundle.data.scans import find_scans, open_scan
+from bundle.data.sources.volumes import read_volume
 
 SERIES, STUDY = "1.2.3.4", "1.2.3"
 
@@ -101,6 +103,73 @@ def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path,
     assert {"left out 1 localizers", "left out 1 derived images"} <= {line for scan in scans for line in scan.warnings}
     (failure,) = failures
     assert "not axial" in failure["reason"] and not any("1.2.3" in scan.name for scan in scans)
+
+
+@pytest.mark.parametrize("other", ["localizer", "dose", "report"])
+def test_derived_images_are_the_scan_of_a_study_without_other_images(tmp_path, write_series, other):
+    folder, tags = tmp_path / "in", {
+        "localizer": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        "dose": {"Modality": "RTDOSE"},
+    }
+    write_series(folder, [0, 2, 4], ImageType=["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"])
+    write_series(folder, [0], series="1.2.3.6", **tags.get(other, {"Modality": "SR"}))
+    if other == "report":
+        dataset = pydicom.dcmread(folder / "1.2.3.6-0")
+        del dataset.Rows, dataset.PixelData
+        dataset.save_as(folder / "1.2.3.6-0")
+    (scan,), failures = find_scans(folder, tmp_path / "out")
+    assert len(scan) == 3 and failures == []
+    assert scan.warnings == [f"left out 1 {'localizers' if other == 'localizer' else 'objects without images'}"]
+
+
+@pytest.mark.parametrize("modality", ["SEG", "RTDOSE"])
+def test_pixels_that_are_no_picture_of_the_body_are_refused(tmp_path, write_dicom, modality):
+    dataset = pydicom.dcmread(write_dicom(tmp_path / "x.dcm", np.zeros((6, 8))))
+    dataset.Modality = modality
+    dataset.save_as(tmp_path / "x.dcm")
+    _, (failure,) = find_scans(tmp_path / "x.dcm", tmp_path / "out")
+    assert "found no image in it" in failure["reason"]
+
+
+def test_one_damaged_header_costs_one_file(tmp_path, write_series):
+    write_series(tmp_path / "in", [0, 5, 10])
+    path = tmp_path / f"in/{SERIES}-2"
+    content, tag = path.read_bytes(), b"\x20\x00\x0d\x00"  # StudyInstanceUID
+    assert content.count(tag + b"UI") == 1
+    path.write_bytes(content.replace(tag + b"UI", tag + b"ZZ"))
+    (scan,), (failure,) = find_scans(tmp_path / "in", tmp_path / "out")
+    assert len(scan) == 2 and failure["file"] == path.name and "\n" not in failure["reason"]
+
+
+def test_slices_too_thin_for_the_network_are_refused(tmp_path):
+    Image.new("L", (3, 2000)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x.png: .*found axial slices of 3 x 2000 pixels, expected no side 100 times"):
+        open_scan(tmp_path / "x.png")
+    thin = np.arange(150, dtype=np.int16).reshape(50, 1, 3)
+    nib.save(nib.Nifti1Image(thin, np.diag([1.0, 1, 2, 1])), tmp_path / "x.nii")
+    assert open_scan(tmp_path / "x.nii").read(1).shape == (1, 1, 50), "turned round along an axis of one pixel"
+
+
+def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (8, 6, 4)).astype(np.int16)
+    image = nib.Nifti1Image(voxels, None)
+    image.header.set_zooms((0.7, 0.8, 2.5))
+    nib.save(image, tmp_path / "x.nii")
+    scan, (pixels, itk) = open_scan(tmp_path / "x.nii"), read_volume(tmp_path / "x.nii")
+    assert not scan.oriented and len(scan.warnings) == 1 and "qform and sform codes 0" in scan.warnings[0]
+    assert scan.spacing == pytest.approx((0.8, 0.7)) and scan.positions == pytest.approx([0, 2.5, 5, 7.5])
+    for index in range(4):
+        np.testing.assert_array_equal(scan.read(index)[0], pixels[index])
+    np.testing.assert_allclose((np.diag([-1, -1, 1, 1]) @ scan.affine)[:3, :3], np.diag(itk.GetSpacing()), atol=1e-6)
+
+
+def test_a_thickness_that_is_not_told_is_warned_of(tmp_path, write_series):
+    write_series(tmp_path / "in", [0], SliceThickness=None)
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 8), np.int16)), str(tmp_path / "x.nrrd"))
+    nib.save(nib.Nifti1Image(np.zeros((6, 8), np.int16), np.eye(4)), tmp_path / "x.nii")
+    for source in ("in", "x.nrrd", "x.nii"):
+        (scan,), _ = find_scans(tmp_path / source, tmp_path / "out")
+        assert scan.warnings == ["the thickness of the slice is not told: volumes count 1 mm"] and scan.thickness == [1]
 
 
 def test_rle_and_other_modalities_are_decoded(tmp_path, write_dicom):

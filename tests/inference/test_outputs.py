@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
@@ -122,6 +123,24 @@ def test_nifti_of_any_orientation_gets_its_own_pixels_back(tmp_path):
         assert row["lesion_pixels"] == {"lesion": 12 * 24} and row["lesion_mm2"] == {"lesion": 12 * 24 * 1.5 * 0.75}
         assert prediction["classification"]["predicted"] == "COVID-19"
         assert sum(prediction["classification"]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_masks_of_a_file_that_does_not_tell_how_it_lies_lie_as_it_does(tmp_path):
+    pixels = np.full((ROWS, COLUMNS, 2), -1350, np.int16)
+    pixels[LESION] = 150
+    image = nib.Nifti1Image(pixels.transpose(1, 0, 2), None)
+    image.header.set_zooms((0.7, 0.8, 2.0))
+    nib.save(image, tmp_path / "x.nii.gz")
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out").values()
+    assert prediction["warnings"][0].startswith("the file does not tell how it lies (qform and sform codes 0)")
+    scan, mask = (sitk.ReadImage(str(path)) for path in (tmp_path / "x.nii.gz", tmp_path / "out/x.nii.gz/mask.nii.gz"))
+    for name in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(mask, name)() == pytest.approx(getattr(scan, name)())
+    bright = sitk.GetArrayFromImage(scan) > 0
+    assert (bright == (sitk.GetArrayFromImage(mask) > 0)).mean() > 0.97
+    center = prediction["detection"][0]["center_mm"]
+    middle = scan.TransformContinuousIndexToPhysicalPoint(np.argwhere(bright)[:, ::-1].mean(0).tolist())
+    assert center == pytest.approx(middle, abs=1)
 
 
 def test_a_scan_of_several_batches_is_one_with_workers_too(tmp_path):
@@ -288,6 +307,14 @@ def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypat
     assert not (tmp_path / "out/x.png").exists()
     assert list(predict(tmp_path / "x.png", tmp_path / "out")) == ["x.png"]
     assert not list((tmp_path / "out").glob(".tmp*"))
+
+
+def test_a_knob_out_of_range_is_refused_before_any_scan_is_computed(tmp_path):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(RuntimeError) as error:
+        predict(tmp_path / "x.png", tmp_path / "out", link_iou=0)
+    assert "link_iou: found 0, expected a number above 0 and up to 1" in str(error.value.__cause__ or error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_score_threshold_must_be_a_probability():

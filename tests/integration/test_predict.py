@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser
 from PIL import Image
 
 from bundle.cli import main
@@ -149,13 +150,17 @@ def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chest
         assert table(tmp_path / name) == table(first / name)
 
 
-@pytest.mark.parametrize("name", ["scan", "scan#1", "1001", "1_2", "DOE,JOHN", "[CT]", "it's", 'a "b"', "None"])
-def test_the_runner_reads_the_names_of_folders_as_they_are_typed(monkeypatch, name):
+NAMES = ["scan", "scan#1", "1001", "1_2", "DOE,JOHN", "[CT]", "it's", 'a "b"', "None", "a@input", "$x", "%y", "a\\#b", "a::b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_has_the_names_of_folders_as_they_are_typed(monkeypatch, name):
     monkeypatch.setattr("sys.argv", [])
     monkeypatch.setattr("bundle.cli.runpy.run_module", lambda *_, **__: None)
     main(["predict", name, "-o", name])
     for knob in ("--input", "--output_dir"):
-        assert DefaultParseValue(sys.argv[sys.argv.index(knob) + 1]) == name
+        parser = ConfigParser({"knob": DefaultParseValue(sys.argv[sys.argv.index(knob) + 1])})
+        assert parser.get_parsed_content("knob") == name
 
 
 def test_a_command_without_a_bundle_around_it_says_so(monkeypatch, tmp_path, capsys):
@@ -169,3 +174,11 @@ def test_an_overlay_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["predict", "x", "-o", "y", "--config", "configs/preset_cpi.json"])
     assert "error: --config: found no file configs/preset_cpi.json, expected an overlay such as" in capsys.readouterr().err
+
+
+def test_an_overlay_that_is_no_json_is_refused(tmp_path, capsys):
+    (tmp_path / "my.json").write_text('{"flips": false,}')
+    with pytest.raises(SystemExit):
+        main(["predict", "x", "-o", "y", "--config", str(tmp_path / "my.json")])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert f"--config: {tmp_path}/my.json: cannot be read (" in line and line.endswith("), expected JSON or YAML")

@@ -123,12 +123,18 @@ def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES
     output = Path(output_dir).resolve()  # a relative path through a link would lead elsewhere
     output.mkdir(parents=True, exist_ok=True)
     sources: dict[str, list[tuple[str | None, dict]]] = {}
+    named: dict[str, Path] = {}  # what a source is called after, where neither its layout nor its records name it
     for number, (layout, path) in enumerate(layouts):
         source = SOURCES[layout]
         export = output / "export" / f"{number:02d}_{path.stem}"
         records = list(tqdm(source.read(path, export), desc=path.name, unit="slice", disable=None))
         if not records:
             raise ValueError(f"{path}: found no record, expected the layout {layout} as docs/data.md describes it")
+        unnamed = not source.source and any(SOURCE not in record for _, record in records)
+        if unnamed and named.setdefault(path.stem, path) != path:
+            raise ValueError(
+                f"{path}: found the name of {named[path.stem]}, whose patients would count as the same, expected another one"
+            )
         for split, record in records:
             record = _finished(record, source.source or path.stem, output, classes)
             sources.setdefault(record[SOURCE], []).append((split, record))

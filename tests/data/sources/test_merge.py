@@ -52,6 +52,20 @@ def test_a_data_set_in_two_layouts_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_tables_of_one_name_are_no_source_together_unless_they_name_it(tmp_path, picture, merged):
+    for place in ("a", "b"):
+        picture(tmp_path / place / "x.png", (8, 12))
+        (tmp_path / place / "labels.csv").write_text("image,group,split\nx.png,1,train\n")
+    tables = [tmp_path / place / "labels.csv" for place in ("a", "b")]
+    with pytest.raises(
+        ValueError, match="b/labels.csv: found the name of .*a/labels.csv, whose patients would count as the same"
+    ):
+        merge([str(table) for table in tables], tmp_path / "out")
+    for place, table in zip(("east", "west"), tables):
+        table.write_text(f"image,group,split,source\nx.png,1,train,{place}\n")
+    assert [record["group"] for record in merged(*tables)["training"]] == ["east/1", "west/1"]
+
+
 def test_every_layout_is_recognised_but_the_one_to_be_named():
     assert [name for name, source in SOURCES.items() if not source.marks] == ["medseg_covid19_official", "csv"]
 
