@@ -13,6 +13,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 WORKFLOWS = ("train.json", "evaluate.json", "inference.json")
+# Lowest values that make sense.
 LEAST = {"batch_size": 1, "max_epochs": 1, "val_interval": 1, "epoch_size": 0, "num_workers": 0}
 # Ids that MONAI itself reads, or adds when an experiment is tracked.
 READ_BY_MONAI = {ConfigParser.meta_key, "imports", "initialize", "run", "finalize", "run_name", "save_execute_config"}

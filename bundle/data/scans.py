@@ -288,7 +288,7 @@ class DicomScan(Scan):
             order = kept
         elif len(order) > 1:
             notes.append(f"{len(order)} images without a position, in the order of their numbers; lengths are not known")
-        if placed and len(order) == 1 and not first.thickness:
+        if placed and len(order) == 1 and not order[0].thickness:
             notes.append(NO_THICKNESS)
         files = sorted({frame.path for frame in frames})
         affine = _dicom_affine(order) if placed else None

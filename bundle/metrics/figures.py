@@ -44,7 +44,10 @@ def stage_table(reports: Mapping[str, Mapping]) -> str:
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
-    """Losses (left, logarithmic unless one is negative, as with `uncertainty_weights`) and validation metrics in [0, 1] (right) by epoch, as a PNG."""
+    """Losses (left) and validation metrics in [0, 1] (right) by epoch, as a PNG.
+
+    Losses have a logarithmic scale, unless one is not above 0, as may be with `uncertainty_weights`.
+    """
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, metrics = figure.subplots(1, 2)
     shown = {"score"} | {f"{task}_{name}" for task, name in STAGE_COLUMNS.values()}
