@@ -8,9 +8,9 @@ TASKS = ("classification", "segmentation", "detection", "reconstruction")
 EVIL = "<script>alert(1)</script>"
 
 
-def make_page(path, count=3, hounsfield=True, shape=(40, 60), tasks=TASKS, **changes):
+def make_page(path, count=3, hounsfield=True, shape=(40, 60), tasks=TASKS, spacing=(2.0, 1.0), **changes):
     """A page of slices whose air is darker from slice to slice, with a lesion and a box on the middle one."""
-    report, rows, middle = Report((2.0, 1.0)), [], count // 2
+    report, rows, middle = Report(spacing), [], count // 2
     for k in range(count):
         pixels = np.linspace(-1350, 1650, shape[0] * shape[1]).reshape(shape).astype(np.float32) - 20 * k
         labels = np.zeros(shape, np.uint8)
@@ -40,7 +40,6 @@ def make_page(path, count=3, hounsfield=True, shape=(40, 60), tasks=TASKS, **cha
         "scan": "study/scan.nii.gz",
         "kind": "volume",
         "hounsfield": hounsfield,
-        "grid": {"axial_axis": 2, "affine": [[0, -1, 0, 0], [-2, 0, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]]},
         "model": {"name": "a model", "version": "1.2.3", "checkpoint": "0123456789ab"},
         "research_use_only": True,
         "warnings": [],

@@ -136,7 +136,7 @@ def test_results_are_told_in_words(path):
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "reconstruction", "detection"])
 def test_what_was_not_asked_is_not_shown(path, task):
-    make_page(path, count=1, tasks=(task,), lung=None, novelty=None, grid={"axial_axis": 2, "affine": None})
+    make_page(path, count=1, tasks=(task,), spacing=None, lung=None, novelty=None)
     shown = {attrs["aria-label"] for tag, attrs in Page(path).tags if tag == "section"}
     of_task = {"classification": "Classification", "segmentation": "Volumes"}
     of_task |= {"reconstruction": "Reconstruction", "detection": "Detected lesions"}

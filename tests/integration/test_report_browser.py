@@ -236,7 +236,7 @@ def test_it_fits_any_screen(page, width):
 
 
 def test_a_picture_has_contrasts_and_no_slider(browser, tmp_path):
-    make_page(tmp_path / "x.html", 1, hounsfield=False, grid={"axial_axis": 2, "affine": None}, lung=None)
+    make_page(tmp_path / "x.html", 1, hounsfield=False, spacing=None, lung=None)
     page = Opened(browser, tmp_path / "x.html")
     names = [button.text.split()[0] for button in browser.find_elements(By.CSS_SELECTOR, "#windows button")]
     assert names == ["All", "Dark", "Bright"]

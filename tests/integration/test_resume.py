@@ -114,7 +114,7 @@ def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path, phantom_dir):
         for name in ("model.pt", "best.pt", "last.pt"):
             a, b = (torch.load(out / stage / name, weights_only=True) for out in (unbroken, broken))
             assert_equal(a, b, f"{stage} {name}")
-        for name in ("history.json", "metrics.json", "evaluation/metrics.json", "evaluation/per_case.csv"):
+        for name in ("history.json", "metrics.json", "validation/metrics.json", "validation/per_case.csv"):
             assert (unbroken / stage / name).read_text() == (broken / stage / name).read_text(), f"{stage} {name}"
         assert scalars(unbroken / stage) == scalars(broken / stage), "a step that was repeated logged the same values again"
     assert (unbroken / "stage_table.md").read_text() == (broken / "stage_table.md").read_text()
