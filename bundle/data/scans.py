@@ -33,6 +33,7 @@ NIFTI = (".nii", ".nii.gz")
 ITK = (".mhd", ".mha", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima")
 EXTENSIONS = (*PICTURES, *NIFTI, *ITK, *DICOM)
+NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
 
 # What a header may claim before any pixel is read: a damaged or malicious one must not fill the memory.
 MAX_SLICE_PIXELS, MAX_BYTES = 2**26, 2**32
@@ -435,8 +436,6 @@ def open_scan(path, name: str | None = None) -> Scan:
 def _open_dicom(name: str, path: str) -> Scan:
     return DicomScan(name, path, frames_of(path, read_header(path)))
 
-
-NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
 
 READERS: dict[tuple[str, ...], Callable[[str, str], Scan]] = {PICTURES: PictureScan, NIFTI: NiftiScan, ITK: ItkScan}
 

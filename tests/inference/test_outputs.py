@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -136,6 +137,8 @@ def test_masks_of_a_file_that_does_not_tell_how_it_lies_lie_as_it_does(tmp_path)
     scan, mask = (sitk.ReadImage(str(path)) for path in (tmp_path / "x.nii.gz", tmp_path / "out/x.nii.gz/mask.nii.gz"))
     for name in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
         assert getattr(mask, name)() == pytest.approx(getattr(scan, name)())
+    shown = re.search(r'"spacing": ?\[([\d.]+), ([\d.]+)\]', (tmp_path / "out/x.nii.gz/report.html").read_text())
+    assert [float(side) for side in shown.groups()] == pytest.approx([0.8, 0.7]), "of rows and columns"
     bright = sitk.GetArrayFromImage(scan) > 0
     assert (bright == (sitk.GetArrayFromImage(mask) > 0)).mean() > 0.97
     center = prediction["detection"][0]["center_mm"]
