@@ -29,7 +29,10 @@ class _Classifier(nn.Module):
         self.encoder, self.head, self.deepest = network.encoder, network.heads[CLASSIFICATION], nn.Identity()
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.head([self.deepest(self.encoder(image)[-1])])
+        features = self.encoder(image)[-1]
+        # Grad-CAM asks for the gradient of the features, which those of a frozen encoder have not.
+        features = features if features.requires_grad else features.detach().requires_grad_()
+        return self.head([self.deepest(features)])
 
 
 def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequence[str], path, columns: int = 6) -> dict:
@@ -56,9 +59,9 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
     """
     if CLASSIFICATION not in network.heads:
         raise ValueError(f"tasks: found {', '.join(network.heads)}, expected {CLASSIFICATION} among them for Grad-CAM")
-    network.eval()
     device = next(network.parameters()).device
-    cam = GradCAM(_Classifier(network), "deepest", postprocessing=lambda heat: heat)
+    # In evaluation mode itself, since MONAI puts what it explains back into the mode that it came in, after every slice.
+    cam = GradCAM(_Classifier(network).eval(), "deepest", postprocessing=lambda heat: heat)
     shares, sums, drawn = {name: [] for name in classes}, dict.fromkeys(classes, 0), {name: [] for name in classes}
     for batch in tqdm(batches, "Grad-CAM", disable=None):
         rows = batch[ANNOTATED][CLASSIFICATION]

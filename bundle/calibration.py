@@ -13,7 +13,7 @@ from torch.nn import functional
 from bundle.engines import prepare_batch
 from bundle.files import write_checkpoint
 from bundle.metrics import calibration_error
-from bundle.networks import MultiTaskNet
+from bundle.networks import MultiTaskNet, read_weights
 from bundle.tasks import ANNOTATED, CLASS, CLASSIFICATION
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 LIMITS = (0.05, 20.0)  # of the temperature
 
 
-def calibrate(network: MultiTaskNet, batches: Iterable[dict], path) -> float:
+def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) -> float:
     """Find the temperature that explains the classes of validation slices best, and write the weights with it built in.
 
     Logits are divided by the temperature, one number: which class is the most probable does not change, how sure the
@@ -31,6 +31,7 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], path) -> float:
     Args:
         network: with its weights; its last layer is changed in place.
         batches: of `bundle.data.batch.collate`, of slices that the network was not trained on.
+        checkpoint: file of these weights, whose heads that the network does not have are taken over.
         path: of the weights, written under a temporary name, then renamed.
 
     Returns:
@@ -54,7 +55,7 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], path) -> float:
     with torch.no_grad():
         last.weight /= temperature
         last.bias /= temperature
-    write_checkpoint(network.state_dict(), path)
+    write_checkpoint({**read_weights(checkpoint), **network.state_dict()}, path)
     errors = [calibration_error(*_confidence(logits / t, labels)) for t in (1, temperature)]
     logger.info(
         f"{path}: temperature {temperature:.3f} from {len(labels)} slices: cross-entropy {loss(0):.3f} before, {found.fun:.3f} "

@@ -449,7 +449,6 @@ def run_workflow(config: Mapping, path: Path, config_dir: str, run_id: str = "ru
         run_id: `run`, or `training` for the curriculum.
     """
     if idist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(config, path)
     idist.barrier()
     meta_file, logging_file = (str(Path(config_dir) / name) for name in ("metadata.json", "logging.conf"))

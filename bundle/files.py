@@ -16,9 +16,10 @@ import torch
 def replacing(path) -> Iterator[Path]:
     """Path to write to instead, PATH.tmp: it is renamed to `path` when the block ends, and removed where the block fails.
 
-    Whatever kills the process, the file of that name is the old one or the new one.
+    Whatever kills the process, the file of that name is the old one or the new one. Its folder is made if missing.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary

@@ -72,7 +72,6 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
     if large:
         contents["large_files.yml"] = large_files(large, url)
     version = json.loads(contents["configs/metadata.json"])["version"]
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     archive = Path(output_dir) / f"{NAME}_v{version}.zip"
     write_zip(archive, {f"{NAME}/{path}": content for path, content in contents.items()})
     return archive

@@ -1,5 +1,7 @@
 """Grad-CAM of the classification: of the network itself, measured against the lungs, drawn for every class."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 from bundle.attention import _Classifier, draw_attention
 from bundle.data.batch import collate
-from bundle.networks import MultiTaskNet
+from bundle.networks import MultiTaskNet, freeze_encoder
 from bundle.tasks import CLASS, CLASSIFICATION, IMAGE
 
 CLASSES = ["other", "COVID-19", "lung cancer"]
@@ -45,6 +47,17 @@ def test_heat_is_measured_against_the_lungs_and_drawn(network, tmp_path):
     with Image.open(tmp_path / "cam_mean.png") as means:
         assert means.size[0] > means.size[1], "a picture for each class that was measured"
     assert sorted(tmp_path.iterdir()) == [tmp_path / "cam.png", tmp_path / "cam_mean.png"]
+
+
+def test_a_frozen_encoder_has_the_heat_of_a_free_one(network, tmp_path):
+    batches = [collate([{IMAGE: make_slice() + 0.05 * torch.rand(1, 64, 64), CLASS: label, "record": {}} for label in (0, 1)])]
+    weights = deepcopy(network.state_dict())
+    free = draw_attention(network, batches, CLASSES, tmp_path / "free.png", columns=1)
+    assert not network.training and not any(module.training for module in network.modules())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, weights[name]), "batch statistics included"
+    assert free == draw_attention(freeze_encoder(network), batches, CLASSES, tmp_path / "new/frozen.png", columns=1)
+    assert (tmp_path / "new/frozen.png").is_file(), "its folder is made"
 
 
 def test_heat_that_is_even_lies_in_the_lungs_by_their_share(network, tmp_path):

@@ -10,6 +10,7 @@ from monai.bundle import ConfigWorkflow
 
 from bundle.calibration import calibrate
 from bundle.data.batch import collate
+from bundle.files import write_checkpoint
 from bundle.metrics import calibration_error
 from bundle.networks import MultiTaskNet, load_weights
 from bundle.tasks import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
@@ -49,26 +50,30 @@ def test_the_temperature_is_found_and_built_in(network, temperature, tmp_path):
     batches = make_batches(network, temperature)
     with torch.no_grad():
         before = network(batches[0][IMAGE])[CLASSIFICATION]
-    found = calibrate(network, batches, tmp_path / "calibrated.pt")
+    earlier = MultiTaskNet([CLASSIFICATION, SEGMENTATION], **TINY)  # with a head that this training did not have
+    write_checkpoint({**earlier.state_dict(), **network.state_dict()}, tmp_path / "model.pt")
+    found = calibrate(network, batches, tmp_path / "model.pt", tmp_path / "calibrated.pt")
     assert found == pytest.approx(temperature, rel=0.15)
-    loaded = MultiTaskNet([CLASSIFICATION], **TINY).eval()
+    loaded = MultiTaskNet([CLASSIFICATION, SEGMENTATION], **TINY).eval()
     load_weights(loaded, tmp_path / "calibrated.pt", strict=True)
     with torch.no_grad():
         after = loaded(batches[0][IMAGE])[CLASSIFICATION]
     torch.testing.assert_close(after * found, before, rtol=1e-4, atol=1e-3)
     assert torch.equal(after.argmax(1), before.argmax(1))
-    assert list(tmp_path.iterdir()) == [tmp_path / "calibrated.pt"]
+    for name, value in earlier.heads[SEGMENTATION].state_dict().items():
+        assert torch.equal(loaded.heads[SEGMENTATION].state_dict()[name], value)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "calibrated.pt", tmp_path / "model.pt"]
 
 
 def test_what_cannot_be_calibrated_is_refused(network, tmp_path):
     path = tmp_path / "calibrated.pt"
     with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them"):
-        calibrate(MultiTaskNet([SEGMENTATION], **TINY), [], path)
+        calibrate(MultiTaskNet([SEGMENTATION], **TINY), [], path, path)
     unlabelled = collate([{IMAGE: torch.rand(1, 32, 32), "record": {}}])
     with pytest.raises(ValueError, match="split validation: found no record with a class"):
-        calibrate(network, [unlabelled], path)
+        calibrate(network, [unlabelled], path, path)
     with pytest.raises(ValueError, match="temperature: found .*; is the network trained"):
-        calibrate(network, make_batches(network, 1e6), path)
+        calibrate(network, make_batches(network, 1e6), path, path)
     assert not path.exists()
 
 

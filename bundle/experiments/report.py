@@ -37,7 +37,6 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
     if not rows:
         raise ValueError(f"experiment {experiment.name}: found no result, expected at least one run; run it first")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     end = [row for row in rows if row["stage"] == END]
     lines = [f"# {experiment.title}", "", experiment.question, "", *_facts(experiment, end), ""]
     note = _interval_note(end)

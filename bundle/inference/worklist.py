@@ -129,7 +129,6 @@ class Worklist:
         found = sorted(set(self.folder.glob(f"**/*/{PREDICTIONS}")) - failed)
         whole = [path for path in found if not path.parent.name.startswith(UNFINISHED)]
         predictions = [prediction for path in whole if (prediction := _read_prediction(path))]
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_table(failures, self.folder / "failures.csv", ("file", "reason"))
         rows = {"scans": map(scan_row, predictions)}
         rows["slices"] = chain.from_iterable(map(slice_rows, predictions))

@@ -138,7 +138,6 @@ class FailureGallery:
             for axis, item in zip(row, items):
                 self._draw_item(axis, item)
         figure.suptitle("the worst cases: annotation dashed blue, answer orange", fontsize=9)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, self.path)
 
     def _draw_item(self, axis, item: dict) -> None:

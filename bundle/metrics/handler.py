@@ -143,7 +143,6 @@ class MultiTaskMetrics:
         return {**flat, "score": float(np.mean(parts))} if parts else flat
 
     def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_table(map(self._csv_row, self.rows), self.folder / "per_case.csv")
         figures.draw_report(self.report, self.rows, self.folder)
         write_json(self.report, self.folder / "metrics.json")
