@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for overlay in known.config:
         if not Path(overlay).is_file():
             parser.error(f"--config: found no file {overlay}, expected an overlay such as {ROOT / TRAINED_WITH}")
-        from monai.bundle import ConfigParser  # takes seconds, which --help need not wait for
+    if known.config:
+        from bundle.configuration import merge_overlays  # takes seconds, which --help need not wait for
 
         try:
-            ConfigParser.load_config_file(overlay)
-        except Exception as error:  # of the readers of JSON and YAML
-            parser.error(f"--config: {overlay}: cannot be read ({' '.join(str(error).split())}), expected JSON or YAML")
+            merge_overlays(config, known.config)
+        except ValueError as error:
+            parser.error(f"--config: {error}")
     files = str([str(config), *known.config])
     sys.argv = ["monai.bundle", "run", "--config_file", files, "--bundle_root", str(ROOT)]
     sys.argv += ["--input", _as_expression(known.input), "--output_dir", _as_expression(known.output_dir), *knobs]

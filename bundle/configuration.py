@@ -6,11 +6,13 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.utils import merge_kv
 
 WORKFLOWS = ("train.json", "evaluate.json", "inference.json")
 # Lowest values that make sense.
@@ -33,6 +35,32 @@ def running_workflow() -> ConfigWorkflow:
         if isinstance(workflow, ConfigWorkflow):
             return workflow
     raise RuntimeError("found no ConfigWorkflow among the callers, expected an expression of a bundle config to call this")
+
+
+def merge_overlays(file, overlays: Sequence) -> dict:
+    """A config file with overlays merged in, as MONAI's runner does it.
+
+    Raises:
+        ValueError: naming the overlay, if it cannot be read, or changes a part of something that the file does not have, as
+            those do that tell how a network is trained where the file is inference.json.
+    """
+    parser = ConfigParser(ConfigParser.load_config_file(file))
+    for overlay in overlays:
+        try:
+            changes = ConfigParser.load_config_file(overlay)
+        except Exception as error:  # of the readers of JSON and YAML
+            raise ValueError(f"{overlay}: cannot be read ({' '.join(str(error).split())}), expected JSON or YAML") from None
+        for id, value in changes.items():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the runner will say it
+                    merge_kv(parser, id, value)
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise ValueError(
+                    f"{overlay}: found {id!r}, which does not fit {Path(file).name}, expected overlays that describe the "
+                    "network, such as configs/preset_cpu.json; leave those out that tell how it was trained"
+                ) from None
+    return {id: value for id, value in parser.get().items() if id != ConfigParser.meta_key}
 
 
 def refuse_unknown_ids() -> None:

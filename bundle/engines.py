@@ -29,7 +29,7 @@ from bundle.configuration import check_ids, running_workflow
 from bundle.data.datalist import annotated_tasks
 from bundle.files import write_checkpoint, write_json, write_text
 from bundle.metrics import log_artifacts, plot_curves, stage_table
-from bundle.networks import load_weights, read_weights
+from bundle.networks import fitting_tasks, load_weights, read_weights
 from bundle.tasks import ANNOTATED, DETECTION, IMAGE, RECORD, check_tasks
 
 logger = logging.getLogger(__name__)
@@ -361,7 +361,7 @@ def run_curriculum(output_dir: str, config_dir: str) -> None:
         else:
             logger.info(f"{stage}: {', '.join(config['tasks'])}")
             run_workflow(config, stage / "train.json", config_dir)
-            tasks = {task: 1.0 for task in trained_tasks(stage / "model.pt")}
+            tasks = dict.fromkeys(_answered_tasks(stage / "model.pt", config), 1.0)
             entries = {"tasks": tasks, "split": "validation", "bootstrap": 0, "evaluation_dir": str(report.parent)}
             evaluate = ConfigParser.load_config_file(str(Path(config_dir) / "evaluate.json"))
             run_workflow(overlay(config, evaluate, entries), stage / "evaluate.json", config_dir)
@@ -437,6 +437,16 @@ def trained_tasks(checkpoint) -> tuple[str, ...]:
     """Tasks whose heads a checkpoint of weights holds."""
     weights = read_weights(checkpoint)
     return check_tasks({key.split(".")[1] for key in weights if key.startswith("heads.")})
+
+
+def _answered_tasks(checkpoint, config: Mapping) -> list[str]:
+    """Tasks that the network of a configuration answers with a checkpoint; a head for other classes waits for its stage."""
+    tasks = trained_tasks(checkpoint)
+    parser = ConfigParser(overlay(config, {"tasks": dict.fromkeys(tasks, 1.0), "pretrained": False}))
+    answered = fitting_tasks(parser.get_parsed_content("network_def"), checkpoint)
+    if others := [task for task in tasks if task not in answered]:
+        logger.warning(f"{checkpoint}: not measured for {', '.join(others)}, whose head is one for other classes")
+    return answered
 
 
 def run_workflow(config: Mapping, path: Path, config_dir: str, run_id: str = "run") -> None:

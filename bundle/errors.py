@@ -7,6 +7,8 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = str(Path(__file__).parent)
@@ -22,8 +24,8 @@ def one_line_errors() -> None:
     before = sys.excepthook
 
     def show(kind, error, trace):
-        if refusal := _refusal(error):
-            print(f"error: {refusal}", file=sys.stderr)
+        if said := refusal(error):
+            print(f"error: {said}", file=sys.stderr)
             _let_threads_end()
         else:
             before(kind, error, trace)
@@ -33,6 +35,22 @@ def one_line_errors() -> None:
         handler.addFilter(_is_news)
 
 
+@contextmanager
+def one_line_error() -> Iterator[None]:
+    """End the process with one line and status 1 where the block refuses a file or a knob, or a file cannot be used.
+
+    For commands of this package itself; `one_line_errors` is for those that MONAI runs.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = refusal(error) or (str(error) if isinstance(error, OSError) else None)
+        if not said:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(1)
+
+
 def _let_threads_end(seconds: float = 2.0) -> None:
     """Wait for a pool that is still reading files: the interpreter would take its threads down in the middle and abort."""
     for thread in threading.enumerate():
@@ -40,7 +58,7 @@ def _let_threads_end(seconds: float = 2.0) -> None:
             thread.join(seconds)
 
 
-def _refusal(error: BaseException | None) -> str | None:
+def refusal(error: BaseException | None) -> str | None:
     """What this package said when it refused a file or a knob, if that is what an error goes back to."""
     while error is not None and error.__cause__ is not None:
         error = error.__cause__
@@ -54,4 +72,4 @@ def _refusal(error: BaseException | None) -> str | None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """False for what an engine logs while a refusal passes through it, which is shown in the end."""
-    return record.levelno < logging.ERROR or _refusal(sys.exc_info()[1]) is None
+    return record.levelno < logging.ERROR or refusal(sys.exc_info()[1]) is None

@@ -15,6 +15,8 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
 from bundle.cli import ROOT, TRAINED_WITH
+from bundle.configuration import merge_overlays
+from bundle.errors import one_line_error
 from bundle.files import replacing
 from bundle.inference import read_novelty
 from bundle.networks import load_weights
@@ -55,7 +57,7 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
         )
     weights = Path(checkpoint or root / WEIGHTS)
     reference = weights.with_name("reference.pt")
-    check_weights(weights, [root / "configs/inference.json", *overlays])
+    check_weights(weights, merge_overlays(root / "configs/inference.json", overlays))
     read_novelty(reference, weights)
     contents = {path: (root / path).read_bytes() for path in files if not (checkpoint and path.startswith("models/"))}
     if checkpoint:
@@ -80,22 +82,24 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
 def bundle_files(root: Path) -> list[str]:
     """Paths below the root that belong into an archive: what git tracks, or without git everything but caches."""
     if (root / ".git").exists():
-        listed = subprocess.run(["git", "ls-files", "-z", "--", *PARTS], cwd=root, capture_output=True, text=True, check=True)
+        listed = subprocess.run(["git", "ls-files", "-z", "--", *PARTS], cwd=root, capture_output=True, text=True)
+        if listed.returncode:
+            raise ValueError(f"{root}: found a checkout that git cannot list ({' '.join(listed.stderr.split())})")
         return sorted(filter(None, listed.stdout.split("\0")))
     found = [path for part in PARTS for path in (root / part, *(root / part).rglob("*")) if path.is_file()]
     paths = sorted(path.relative_to(root) for path in found)
     return [path.as_posix() for path in paths if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
 
 
-def check_weights(checkpoint, config: Sequence) -> None:
-    """Refuse weights that do not answer every task of the network that a config describes.
+def check_weights(checkpoint, config: Mapping) -> None:
+    """Refuse weights that do not answer every task of the network that a config describes, and a network it cannot make.
 
     Raises:
         FileNotFoundError, ValueError: of `bundle.networks.load_weights`.
     """
-    parser = ConfigParser()
-    parser.read_config(list(map(str, config)))
+    parser = ConfigParser(dict(config))
     load_weights(parser.get_parsed_content("multitask_net"), checkpoint, strict=True)
+    parser.get_parsed_content("network")
 
 
 def merge(config: Mapping, overlays: Sequence) -> dict:
@@ -142,10 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--url", metavar="BASE", help="files over 25 MB stay out and will be found at BASE/models/model.pt …")
     known = parser.parse_args(arguments)
     overlays = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
-    try:
+    with one_line_error():
         print(package_bundle(known.output_dir, ROOT, known.checkpoint, overlays, known.url))
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from bundle.benchmark import open_config, report, report_backends
+from bundle.errors import one_line_error
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -25,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     overlays = arguments.overlays + [str(CONFIGS / "preset_smoke.json")] * arguments.quick
     turns = 2 if arguments.quick else 12
-    with tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
+    with one_line_error(), tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
         common = {"bundle_root": str(CONFIGS.parent), "output_dir": folder}
         if arguments.scan:
             files = [str(CONFIGS / "inference.json"), *overlays]

@@ -4,6 +4,7 @@ import argparse
 import logging
 
 from bundle.data.sources import SOURCES, merge, table
+from bundle.errors import one_line_error
 
 
 def main() -> None:
@@ -19,10 +20,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split of layouts that come without one")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with one_line_error():
         print(table(merge(arguments.sources, arguments.output, arguments.classes, arguments.seed)), end="")
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

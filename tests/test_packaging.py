@@ -93,6 +93,9 @@ def test_weights_that_lack_or_do_not_fit_are_refused_in_one_line(source, tmp_pat
     assert missing == f"error: {tmp_path}/none.pt: no such checkpoint; train first, or name another one\n"
     other = refusal("--config", ROOT / "configs/backbone_resnet50.json")
     assert other.startswith(f"error: {source}/models/model.pt: found encoder.") and other.count("\n") == 1
+    averaged = refusal("--config", ROOT / "configs/ema.json")
+    assert "ema.json: found '+train#handlers', which does not fit inference.json" in averaged and averaged.count("\n") == 1
+    assert "frozen_encoder.json is for training alone, leave it out" in refusal("--config", ROOT / "configs/frozen_encoder.json")
     weights = torch.load(source / WEIGHTS, weights_only=True)
     torch.save({key: value for key, value in weights.items() if "detection" not in key}, tmp_path / "three.pt")
     assert "three.pt: found heads.detection." in refusal("--checkpoint", tmp_path / "three.pt")

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
+from bundle.errors import one_line_error
 from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
 
 CLASSES = ("other", "COVID-19", "lung cancer")
@@ -503,4 +504,5 @@ def _write_labels(folder: Path, name: str, drawn: dict, position: int) -> dict:
 if __name__ == "__main__":
     import fire
 
-    fire.Fire(make_phantom)
+    with one_line_error():
+        fire.Fire(make_phantom)

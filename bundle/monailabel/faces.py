@@ -13,6 +13,8 @@ from monai.bundle import ConfigParser
 
 import bundle
 from bundle.cli import ROOT, TRAINED_WITH
+from bundle.configuration import merge_overlays
+from bundle.errors import one_line_error
 from bundle.networks import load_weights
 from bundle.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
 
@@ -32,14 +34,14 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
     Args:
         output_dir: folder to make them in: `model` of the app.
         checkpoint: weights of all faces. Without it a face keeps its weights; a new one gets models/model.pt of the bundle.
-        configs: overlays that the weights were trained with, such as configs/preset_cpu.json.
+        configs: overlays that describe the network of the weights, such as configs/preset_cpu.json.
 
     Returns:
         The folders.
 
     Raises:
         FileNotFoundError: if a file is not there.
-        ValueError: if the weights are of another network, or lack the head of a face.
+        ValueError: if the weights are of another network, or lack the head of a face; of `merge_overlays`.
     """
     for file in configs:
         if not Path(file).is_file():
@@ -81,7 +83,7 @@ def face_config(source: str, overlay: str, configs: Sequence = ()) -> dict:
         overlay: a name in configs/monailabel.
         configs: overlays.
     """
-    text = json.dumps(ConfigParser.load_config_files([str(ROOT / f"configs/{source}.json"), *map(str, configs)]))
+    text = json.dumps(merge_overlays(ROOT / f"configs/{source}.json", configs))
     if source == "inference":
         text = re.sub(r'(["@])(pre|post)processing\b', r"\1slice_\2processing", text)
     parser = ConfigParser(json.loads(text))
@@ -142,12 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="overlay that the weights were trained with; default: that of models/model.pt without --checkpoint",
+        help="overlay that describes their network; default: that of models/model.pt without --checkpoint",
     )
     known = parser.parse_args(arguments)
-    try:
-        configs = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
+    configs = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
+    with one_line_error():
         for face in make_faces(known.output_dir, known.checkpoint, configs):
             print(face)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")

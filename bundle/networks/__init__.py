@@ -2,7 +2,7 @@
 
 from bundle.networks.encoders import build_encoder
 from bundle.networks.ensemble import EnsembleNet
-from bundle.networks.multitask import MultiTaskNet, freeze_encoder, load_weights, read_weights
+from bundle.networks.multitask import MultiTaskNet, fitting_tasks, freeze_encoder, load_weights, read_weights
 from bundle.networks.views import TaskView, TensorView
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "TaskView",
     "TensorView",
     "build_encoder",
+    "fitting_tasks",
     "freeze_encoder",
     "load_weights",
     "read_weights",

@@ -127,7 +127,15 @@ def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
 
     Returns:
         The same.
+
+    Raises:
+        ValueError: for what is no `MultiTaskNet`, such as the view of it that inference.json calls network_def.
     """
+    if not isinstance(network, MultiTaskNet):
+        raise ValueError(
+            f"network: found a {type(network).__name__} to freeze, expected the network of train.json; "
+            "configs/frozen_encoder.json is for training alone, leave it out"
+        )
     network.encoder.requires_grad_(False)
 
     def keep_statistics(network, _) -> None:  # engines set the whole network to training mode in every iteration
@@ -163,6 +171,19 @@ def read_weights(path) -> Mapping[str, torch.Tensor]:
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
         ) from None
     return weights.get("network", weights) if isinstance(weights, Mapping) else {}
+
+
+def fitting_tasks(network: MultiTaskNet, path) -> list[str]:
+    """Tasks of a network whose heads are in a file of weights, of the same shapes."""
+    weights = read_weights(path)
+
+    def fits(task: str, head: nn.Module) -> bool:
+        return all(
+            f"heads.{task}.{key}" in weights and weights[f"heads.{task}.{key}"].shape == value.shape
+            for key, value in head.state_dict().items()
+        )
+
+    return [task for task, head in network.heads.items() if fits(task, head)]
 
 
 def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:

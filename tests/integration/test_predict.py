@@ -182,3 +182,10 @@ def test_an_overlay_that_is_no_json_is_refused(tmp_path, capsys):
         main(["predict", "x", "-o", "y", "--config", str(tmp_path / "my.json")])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert f"--config: {tmp_path}/my.json: cannot be read (" in line and line.endswith("), expected JSON or YAML")
+
+
+def test_an_overlay_that_tells_how_to_train_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "x", "-o", "y", "--config", "configs/ema.json"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "configs/ema.json: found '+train#handlers', which does not fit inference.json, expected overlays that describe" in line

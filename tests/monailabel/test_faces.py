@@ -116,6 +116,11 @@ def test_a_config_that_is_not_there_is_named(weights, tmp_path):
         make_faces(tmp_path, weights, ["nowhere.json"])
 
 
+def test_a_config_that_tells_how_to_train_is_refused(weights, tmp_path):
+    with pytest.raises(ValueError, match=r"lungs_at_random.json: found '\+augmentation#transforms', which does not fit inference"):
+        make_faces(tmp_path, weights, [SMOKE, SMOKE.with_name("lungs_at_random.json")])
+
+
 def test_a_network_without_the_head_of_a_face_is_refused(weights, tmp_path):
     (tmp_path / "one.json").write_text(json.dumps({"tasks": {"segmentation": 1.0}}))
     with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them for chest_ct_class"):
