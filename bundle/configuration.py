@@ -15,8 +15,15 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import merge_kv
 
 WORKFLOWS = ("train.json", "evaluate.json", "inference.json")
-# Lowest values that make sense.
-LEAST = {"batch_size": 1, "max_epochs": 1, "val_interval": 1, "epoch_size": 0, "num_workers": 0}
+# Lowest values that make sense, and shares that end at 1.
+LEAST = {
+    **dict.fromkeys(("batch_size", "max_epochs", "val_interval"), 1),
+    **dict.fromkeys(("epoch_size", "num_workers", "learning_rate", "weight_decay", "dropout", "label_smoothing"), 0),
+}
+SHARES = {"dropout", "label_smoothing"}
+# What is expected where the default is of a type. A text counts as true, has the length of its letters, or fails far from here.
+NO_TEXT = ((bool, "True or False"), ((int, float), "a number"), (list, "a list"))
+OR_A_PATH = {"pretrained"}
 # Ids that MONAI itself reads, or adds when an experiment is tracked.
 READ_BY_MONAI = {ConfigParser.meta_key, "imports", "initialize", "run", "finalize", "run_name", "save_execute_config"}
 
@@ -83,8 +90,8 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
 
     Raises:
         ValueError: naming the id and the known ids nearest to it; for a text "true", "false" or "null", which the command
-            line makes of these words and which would count as true; for another text where the default is true or false, a
-            number below `LEAST`, or a device that is not there.
+            line makes of these words and which would count as true; for another text where the default is a switch, a number
+            or a list, a number below `LEAST` or a share above 1, or a device that is not there.
     """
     files = [file for name in WORKFLOWS if (file := Path(config_dir) / name).is_file()]
     defaults = {id: value for file in files for id, value in json.loads(file.read_text()).items()}
@@ -106,10 +113,13 @@ def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
 
 
 def _refuse_value(value, id: str, default) -> None:
-    if isinstance(default, bool) and isinstance(value, str):
-        raise ValueError(f"{id}: found the text {value!r}, expected True or False")
-    if id in LEAST and isinstance(value, (int, float)) and value < LEAST[id]:
+    expected = next((words for kind, words in NO_TEXT if isinstance(default, kind)), None)
+    if expected and isinstance(value, str) and id not in OR_A_PATH:
+        raise ValueError(f"{id}: found the text {value!r}, expected {expected}")
+    if id in LEAST and isinstance(value, (int, float)) and not value >= LEAST[id]:
         raise ValueError(f"{id}: found {value}, expected at least {LEAST[id]}")
+    if id in SHARES and isinstance(value, (int, float)) and value > 1:
+        raise ValueError(f"{id}: found {value}, expected at most 1")
     if id == "device" and isinstance(value, str):
         try:
             torch.empty(0, device=value)

@@ -225,6 +225,10 @@ def test_words_that_would_count_as_true_are_refused(id, word):
         ({"amp": "yes"}, "amp: found the text 'yes', expected True or False"),
         ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
         ({"num_workers": -1}, "num_workers: found -1, expected at least 0"),
+        ({"learning_rate": -1}, "learning_rate: found -1, expected at least 0"),
+        ({"dropout": 1.5}, "dropout: found 1.5, expected at most 1"),
+        ({"image_size": "big"}, "image_size: found the text 'big', expected a number"),
+        ({"segmentation_classes": "lesion"}, "segmentation_classes: found the text 'lesion', expected a list"),
         ({"device": "cudda"}, "device: found 'cudda', which PyTorch cannot use here"),
     ],
 )
@@ -234,6 +238,10 @@ def test_values_that_make_no_sense_are_refused(entries, words):
     assert words in str(error.value) and "\n" not in str(error.value)
     (id,) = entries
     check_ids({**read("train.json"), id: "$1", "device": "cpu"}, CONFIGS)
+
+
+def test_pretrained_weights_may_be_a_path():
+    check_ids({**read("train.json"), "pretrained": "weights.pth", "device": "cpu"}, CONFIGS)
 
 
 def test_such_words_are_refused_however_deep():

@@ -139,7 +139,7 @@ class ScaleIntensityd(MapTransform):
 
     def __init__(self, keys: KeysCollection, window: tuple[float, float] = (-1350.0, 150.0)) -> None:
         super().__init__(keys)
-        if window[0] >= window[1]:
+        if len(window) != 2 or window[0] >= window[1]:
             raise ValueError(f"window: found {list(window)}, expected [low, high] in HU with low < high")
         self.window = window
 

@@ -4,7 +4,14 @@ It runs in an environment of its own, with pydicom 2: see docs/monailabel.md.
 """
 
 from bundle.monailabel.faces import FACES, make_faces
-from bundle.monailabel.infer import ClassificationInferer, LesionDetector, SegmentationInferer, TakeAnswerd, VolumeScan
+from bundle.monailabel.infer import (
+    ClassificationInferer,
+    LesionDetector,
+    PlaceAsScand,
+    SegmentationInferer,
+    TakeAnswerd,
+    VolumeScan,
+)
 from bundle.monailabel.train import LoadVolumeSliced, VolumeDataset, publish
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "ClassificationInferer",
     "LesionDetector",
     "LoadVolumeSliced",
+    "PlaceAsScand",
     "SegmentationInferer",
     "TakeAnswerd",
     "VolumeDataset",

@@ -12,7 +12,7 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from torch.nn.modules.dropout import _DropoutNd
 
-from bundle.data.scans import Scan
+from bundle.data.scans import NIFTI, Scan, open_scan
 from bundle.data.transforms import to_file_grid
 from bundle.inference.lesions import link_boxes
 from bundle.inference.lungs import lung_bearing, lung_mask
@@ -21,6 +21,21 @@ from bundle.inference.outputs import classify_scan, to_labels
 from bundle.inference.slices import INDEX, SCAN, SLICE, collate, to_cpu
 from bundle.networks import MultiTaskNet
 from bundle.tasks import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
+
+
+class PlaceAsScand(MapTransform):
+    """Lay a volume whose NIfTI file does not tell how it lies where `bundle.data.scans` lays it; nibabel has another place.
+
+    So prediction, training and the viewers, which read with ITK, agree on which end is up.
+    """
+
+    def __call__(self, data):
+        data = dict(data)
+        for key in self.keys:
+            path = str(data[key].meta["filename_or_obj"])
+            if path.lower().endswith(NIFTI) and not (scan := open_scan(path)).oriented:
+                data[key].affine = torch.as_tensor(scan.affine)
+        return data
 
 
 class VolumeScan(Scan):

@@ -52,7 +52,7 @@ class DenseHead(nn.Module):
         dropout: after every convolution of the steps.
 
     Raises:
-        ValueError: if there are no decoder channels, or more than the encoder has halvings.
+        ValueError: if there are no decoder channels, or more than the encoder has halvings, or one below 1.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class DenseHead(nn.Module):
     ) -> None:
         super().__init__()
         steps = strides[-1].bit_length() - 1
-        if not 1 <= len(decoder_channels) <= steps:
+        if not 1 <= len(decoder_channels) <= steps or min(decoder_channels) < 1:
             raise ValueError(
                 f"decoder_channels: found {len(decoder_channels)} ({list(decoder_channels)}), expected 1 to {steps} for an "
-                f"encoder of stride {strides[-1]}"
+                f"encoder of stride {strides[-1]}, each above 0"
             )
         level = {stride: index for index, stride in enumerate(strides[:-1])} if skips else {}
         # Index of the feature map that each step takes in, -1 for none: TorchScript knows lists of numbers alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ class MultiTaskNet(nn.Module):
         decoder_dropout: of the segmentation decoder; 0 in the curriculum, more for Monte-Carlo dropout in MONAI Label.
 
     Raises:
-        ValueError: for an unknown task or backbone, or an image size that the encoder's stride does not divide.
+        ValueError: for an unknown task, backbone or argument of the detection, or an image size that the encoder's stride
+            does not divide.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class MultiTaskNet(nn.Module):
         self.encoder = build_encoder(backbone, in_channels, width, pretrained)
         channels, strides = self.encoder.channels, self.encoder.strides
         self.stride = strides[-1]
+        known = [name for name in signature(MaskRCNNHead).parameters if name not in ("channels", "strides")]
+        if unknown := [name for name in detection or {} if name not in known]:
+            raise ValueError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
         make = {
             CLASSIFICATION: lambda: ClassificationHead(channels[-1], num_classes, dropout=dropout),
             SEGMENTATION: lambda: DenseHead(

@@ -293,8 +293,9 @@ def test_a_box_without_its_instance_is_refused(record):
 
 
 def test_window_must_be_ordered():
-    with pytest.raises(ValueError, match="window"):
-        ScaleIntensityd("image", window=(100, -100))
+    for window in ((100, -100), (1,)):
+        with pytest.raises(ValueError, match="window"):
+            ScaleIntensityd("image", window=window)
 
 
 def test_box_through_affine_keeps_pixel_edges(record):

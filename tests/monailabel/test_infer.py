@@ -7,6 +7,7 @@ import torch
 from monai.data import MetaTensor
 
 from bundle.monailabel import VolumeScan
+from bundle.monailabel.train import slices_of
 
 
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "SAR", "PIR"])
@@ -26,6 +27,21 @@ def test_answers_follow_the_volume_however_its_axes_lie(faces, ask, write_volume
     assert len(boxes["box"]) > 0
     order = [sorted(map(tuple, item["box"].round(decimals=1).tolist())) for item in (boxes, turned_boxes)]
     np.testing.assert_allclose(order[0], order[1], atol=0.15)
+
+
+def test_a_volume_that_does_not_tell_how_it_lies_is_that_of_predict_and_of_training(faces, ask, write_volume, tmp_path):
+    path, _ = write_volume(tmp_path / "usual.nii.gz")
+    image = nibabel.Nifti1Image(nibabel.load(path).get_fdata().astype(np.int16), None)
+    image.header.set_zooms((5, 6, 6))
+    nibabel.save(image, tmp_path / "silent.nii.gz")
+    usual, silent = (ask(faces["segmentation"], file) for file in (path, tmp_path / "silent.nii.gz"))
+    np.testing.assert_array_equal(silent["pred"], usual["pred"])
+    np.testing.assert_allclose(silent["pred"].affine, np.diag([-5, -6, 6, 1]))
+    assert silent["result"]["classification"] == usual["result"]["classification"]
+    label = nibabel.Nifti1Image(silent["pred"][0].numpy(), silent["pred"].affine.numpy())
+    nibabel.save(label, tmp_path / "answered.nii.gz")
+    pair = {"image": str(tmp_path / "silent.nii.gz"), "label": str(tmp_path / "answered.nii.gz")}
+    assert slices_of(pair, limit=4), "its own answer is a label to train on"
 
 
 def test_the_mask_follows_the_threshold(faces, ask, write_volume, tmp_path):

@@ -157,6 +157,8 @@ WRONG_CASES = [
     [{"backbone": "resnet18"}, "width: found 0.125 with backbone resnet18"],
     [{"decoder_channels": []}, "decoder_channels: found 0"],
     [{"decoder_channels": [8] * 6}, "decoder_channels: found 6"],
+    [{"decoder_channels": [8, 0]}, "decoder_channels: found 2 .*each above 0"],
+    [{"detection": {"fpn_chanels": 8}}, "detection: found fpn_chanels, expected some of fpn_channels, box_features, "],
     [{"detection": {"anchor_sizes": [[4]]}}, "detection.anchor_sizes: found 1 levels, expected 4"],
 ]
 
