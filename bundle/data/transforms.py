@@ -63,8 +63,8 @@ class LoadSliced(MapTransform):
 
     Raises:
         ValueError: naming the files, if the mask or the instances have another size than the image, or a header that turns
-            them otherwise and lays them elsewhere; if a mask of several classes has other values than theirs, or a box no
-            instance.
+            them otherwise and lays them elsewhere; if a mask of several classes has other values than theirs, a box no
+            instance or one that lies elsewhere, or an instance no box.
     """
 
     def __init__(self, segmentation_classes: int = 1) -> None:
@@ -95,12 +95,9 @@ class LoadSliced(MapTransform):
             sample.pop(INSTANCES, None)
             if INSTANCES in record and len(sample[BOXES]):
                 labels = self._labels(record, INSTANCES, image)
-                masks = [labels[0] == n + 1 for n in range(len(sample[BOXES]))]
-                missing = [n + 1 for n, mask in enumerate(masks) if not mask.any()]
-                if missing:
-                    expected = "n + 1 on the object of boxes[n]"
-                    raise ValueError(f"{record[INSTANCES]}: found no pixel of value {missing}, expected {expected}")
-                sample[INSTANCES] = MetaTensor(torch.stack(masks).float(), affine=image.affine)
+                masks = torch.stack([labels[0] == n + 1 for n in range(len(sample[BOXES]))])
+                _check_instances(record[INSTANCES], labels, masks, boxes_on_grid(sample[BOXES], image))
+                sample[INSTANCES] = MetaTensor(masks.float(), affine=image.affine)
         return sample
 
     def _labels(self, record, key: str, image: MetaTensor) -> torch.Tensor:
@@ -117,6 +114,19 @@ class LoadSliced(MapTransform):
                 "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
             )
         return labels.as_tensor()
+
+
+def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> None:
+    expected = "expected n + 1 on the object of boxes[n], and 0 elsewhere"
+    if missing := [n + 1 for n, mask in enumerate(masks) if not mask.any()]:
+        raise ValueError(f"{path}: found no pixel of value {missing}, {expected}")
+    if labels.max() > len(boxes):
+        raise ValueError(f"{path}: found the value {int(labels.max())} beside {len(boxes)} boxes, {expected}")
+    extents = torch.stack([_extent(mask) for mask in masks])
+    apart = (torch.minimum(extents, boxes)[:, 2:] <= torch.maximum(extents, boxes)[:, :2]).any(1)
+    if apart.any():
+        n = int(apart.nonzero()[0, 0])
+        raise ValueError(f"{path}: found the value {n + 1} outside of boxes[{n}], {expected}")
 
 
 def _place(slice_: MetaTensor) -> torch.Tensor:
@@ -266,13 +276,18 @@ class FollowImaged(MapTransform):
         elif len(boxes) == 0:  # nothing there: no instance either
             masks = torch.zeros(0, rows, columns, dtype=torch.bool)
         else:
-            boxes = move_boxes(boxes, torch.linalg.inv(to_affine_nd(2, image.affine)))
+            boxes = boxes_on_grid(boxes, image)
         boxes = clip_boxes_to_image(boxes, (rows, columns))
         kept = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
         sample[BOXES] = boxes[kept]
         if masks is not None:
             sample[INSTANCES] = masks[kept].to(torch.uint8)
         return sample
+
+
+def boxes_on_grid(boxes: torch.Tensor, image: MetaTensor) -> torch.Tensor:
+    """Boxes (N, 4) of the stored slice on the pixel grid of an image that transforms have made of it."""
+    return move_boxes(boxes, torch.linalg.inv(to_affine_nd(2, image.affine)))
 
 
 def move_boxes(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -292,6 +292,21 @@ def test_a_box_without_its_instance_is_refused(record):
         LoadSliced()(record)
 
 
+@pytest.mark.parametrize(
+    ("value", "boxes", "message"),
+    [
+        (3, [BOX], r"found the value 3 beside 1 boxes, expected n \+ 1 on the object of boxes\[n\]"),
+        (2, [[0.0, 0.0, 5.0, 5.0], BOX], r"found the value 1 outside of boxes\[0\], expected"),
+    ],
+)
+def test_instances_that_are_not_those_of_the_boxes_are_refused(record, tmp_path, value, boxes, message):
+    labels = np.zeros((ROWS, COLUMNS), np.uint8)
+    labels[15:25, 50:70], labels[0:5, 0:5] = 1, value
+    Image.fromarray(labels).save(tmp_path / "instances.png")
+    with pytest.raises(ValueError, match=message):
+        LoadSliced()({**record, "boxes": boxes})
+
+
 def test_window_must_be_ordered():
     for window in ((100, -100), (1,)):
         with pytest.raises(ValueError, match="window"):
