@@ -509,7 +509,7 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise ValueError(f"{path}: found no regular file, expected an image")
-            if len(images) == 1 or path.name.lower().endswith((*PICTURES, *NIFTI, *ITK)):
+            if path == Path(source) or path.name.lower().endswith((*PICTURES, *NIFTI, *ITK)):
                 scans.append(open_scan(path, name))
             else:
                 headers.append((path, name, _read_dicom(path)))
@@ -593,7 +593,7 @@ def _series(headers: Sequence[tuple[Path, str, pydicom.Dataset]], root: Path) ->
                 groups[(path.parent, key)].append((frame, study))
         except Exception as error:  # of tags that are not what they should be
             failures.append({"file": name, "reason": str(unreadable(path, error))})
-    scans, alike = [], Counter((folder, key[:-1]) for folder, key in groups)
+    scans, told, alike = [], set(), Counter((folder, key[:-1]) for folder, key in groups)
     for (folder, key), members in groups.items():
         told_apart_by = key if alike[folder, key[:-1]] > 1 else key[:-1]
         name = (folder.relative_to(root) / f"series_{hashlib.sha256(str(told_apart_by).encode()).hexdigest()[:8]}").as_posix()
@@ -602,9 +602,10 @@ def _series(headers: Sequence[tuple[Path, str, pydicom.Dataset]], root: Path) ->
         except Exception as error:
             failures.append({"file": name, "reason": str(unreadable(folder, error))})
             continue
-        scan.warnings += [f"left out {count} {kind}" for kind, count in left_out.pop(members[0][1], {}).items()]
+        scan.warnings += [f"left out {count} {kind}" for kind, count in left_out.get(members[0][1], {}).items()]
+        told.add(members[0][1])
         scans.append(scan)
-    for counts in left_out.values():
+    for counts in (counts for study, counts in left_out.items() if study not in told):
         reason = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         failures.append({"file": ".", "reason": f"{root}: left out {reason} of a study without other images"})
     return scans, failures

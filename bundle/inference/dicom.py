@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import warnings
@@ -30,15 +31,15 @@ RESEARCH = "AI, research use only"
 ML = Code("mL", "UCUM", "milliliter")
 OWN_CODES = "99CHESTCT"  # private scheme for what no public one has; declared in the report
 
-# Codes by what a name contains; the first that fits.
+# Codes by the words of the whole name, in lower case: a part of "non-COVID" would say its opposite.
 SEGMENTS = {
-    "ground": codes.DCM.GroundGlassOpacity,
-    "consolidation": Code("95436008", "SCT", "Lung consolidation"),
-    "": codes.SCT.Lesion,
+    r"ggo|(ggo )?ground glass( opacity)?": codes.DCM.GroundGlassOpacity,
+    r"(lung )?consolidation": Code("95436008", "SCT", "Lung consolidation"),
+    r".*": codes.SCT.Lesion,
 }
 CLASSES = {
-    "covid": Code("840539006", "SCT", "COVID-19"),
-    "lung cancer": Code("363358000", "SCT", "Malignant neoplasm of lung"),
+    r"covid ?(19)?": Code("840539006", "SCT", "COVID-19"),
+    r"lung cancer": Code("363358000", "SCT", "Malignant neoplasm of lung"),
 }
 
 ABNORMAL = {"finding_category": codes.SCT.MorphologicallyAbnormalStructure}
@@ -137,7 +138,7 @@ def _segment(number: int, name: str, model: Mapping) -> SegmentDescription:
         segment_number=number,
         segment_label=name[:64],
         segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-        segmented_property_type=_segment_type(name),
+        segmented_property_type=_public_code(name, SEGMENTS),
         algorithm_type="AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             model["name"], codes.DCM.ArtificialIntelligence, model["version"], parameters=parameters
@@ -178,7 +179,9 @@ def _scan_group(prediction: Mapping) -> sr.MeasurementsAndQualitativeEvaluations
         for name, probability in classification["probabilities"].items():
             measurements += _measure(_own_code(f"Probability of {name}"), probability, codes.UCUM.Percent, 100)
         predicted = classification["predicted"]
-        evaluations.append(sr.QualitativeEvaluation(_own_code("Predicted class"), _class_code(predicted)))
+        evaluations.append(
+            sr.QualitativeEvaluation(_own_code("Predicted class"), _public_code(predicted, CLASSES) or _own_code(predicted))
+        )
     if lung := prediction.get("lung"):
         measurements += _measure(_own_code("Volume of lung"), lung["volume_ml"], ML)
     return sr.MeasurementsAndQualitativeEvaluations(
@@ -189,7 +192,7 @@ def _scan_group(prediction: Mapping) -> sr.MeasurementsAndQualitativeEvaluations
 def _segment_group(number: int, name: str, found: Mapping, model: Mapping, header: Dataset, segmentation: Dataset | None):
     measurements = _measure(codes.SCT.Volume, found["volume_ml"], ML)
     measurements += _measure(_own_code("Share of lung"), found["share_of_lung"], codes.UCUM.Percent, 100)
-    common = {"finding_type": _segment_type(name), **ABNORMAL, **_group_of(name, model, measurements)}
+    common = {"finding_type": _public_code(name, SEGMENTS), **ABNORMAL, **_group_of(name, model, measurements)}
     if segmentation is None:
         return sr.MeasurementsAndQualitativeEvaluations(**common)
     segment = sr.ReferencedSegment(
@@ -230,15 +233,15 @@ def _measure(name, value: float | None, unit: Code, factor: float = 1) -> list[s
 
 
 def _own_code(meaning: str) -> sr.CodedConcept:
-    return sr.CodedConcept(re.sub(r"\W+", "-", meaning.lower()), OWN_CODES, meaning[:64])
+    code = re.sub(r"\W+", "-", meaning.lower())
+    if re.search(r"[^\w -]", meaning):  # two meanings never share a code
+        code += f"-{hashlib.sha256(meaning.encode()).hexdigest()[:6]}"
+    return sr.CodedConcept(code, OWN_CODES, meaning[:64])
 
 
-def _class_code(name: str):
-    return next((code for part, code in CLASSES.items() if part in name.lower()), None) or _own_code(name)
-
-
-def _segment_type(name: str) -> Code:
-    return next(code for part, code in SEGMENTS.items() if part in name.lower())
+def _public_code(name: str, known: Mapping[str, Code]) -> Code | None:
+    words = " ".join(re.findall(r"[^\W_]+", name.lower()))
+    return next((code for pattern, code in known.items() if re.fullmatch(pattern, words)), None)
 
 
 def _series(header: Dataset, model: Mapping, number: int) -> dict:

@@ -48,7 +48,7 @@ def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) 
     open_lesions: list[list[dict]] = []  # those with a box in the slice before
     for index, boxes in enumerate(slices):
         boxes = [{"slice": index, **box} for box in boxes]
-        iou = box_iou(_corners([lesion[-1] for lesion in open_lesions]), _corners(boxes)).numpy()
+        iou = box_iou(_corners([lesion[-1] for lesion in open_lesions]), _corners(boxes)).nan_to_num().numpy()  # no area: 0/0
         pairs = [(old, new) for old, new in zip(*linear_sum_assignment(iou, maximize=True)) if iou[old, new] >= min_iou]
         followed = {new: open_lesions[old] for old, new in pairs}
         for new, box in enumerate(boxes):

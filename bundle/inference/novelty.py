@@ -74,12 +74,15 @@ def assess(
 
 
 def read_novelty(path, checkpoint) -> Novelty | None:
-    """Read the reference that configs/reference.json made for a checkpoint; None if there is no such file.
+    """Read the reference that configs/reference.json made for a checkpoint; None if none lies beside the checkpoint.
 
     Raises:
+        FileNotFoundError: if there is no such file in another place, which somebody has named.
         ValueError: in one line, if the file cannot be read, or belongs to other weights.
     """
     if not Path(path).is_file():
+        if Path(path) != Path(checkpoint).with_name("reference.pt"):
+            raise FileNotFoundError(f"reference: found no file {path}, expected one made with configs/reference.json")
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -111,7 +114,9 @@ def make_reference(
         path: of the file.
     """
     known, unseen = (embed(network, slices, window) for slices in (training, validation))
-    mean, scale = known.mean(0), known.std(0).clamp(min=1e-6)
+    mean, scale = known.mean(0), known.std(0)
+    # A feature that (almost) never fires in training must not decide alone when it does.
+    scale = scale.clamp(min=max(0.01 * float(scale.median()), 1e-6))
     precision = torch.from_numpy(LedoitWolf(assume_centered=True).fit(((known - mean) / scale).numpy()).precision_).float()
     distances = Novelty(mean, scale, precision).distance(unseen)
     saved = {"mean": mean, "scale": scale, "precision": precision}

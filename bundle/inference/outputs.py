@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class ScanWriter:
         keep_identifiers: write names and ids from DICOM headers into predictions.json.
 
     Raises:
-        ValueError: for an unknown task, or if `link_iou` is out of range.
+        ValueError: for an unknown task, names of mask channels that would share a file, or if `link_iou` is out of range.
     """
 
     def __init__(
@@ -64,6 +65,10 @@ class ScanWriter:
         keep_identifiers: bool = False,
     ) -> None:
         check_link_iou(link_iou)
+        if len(set(map(_file_name, segmentation_classes))) < len(segmentation_classes):
+            raise ValueError(
+                f"segmentation_classes: found {', '.join(segmentation_classes)}, expected names that differ in letters or digits"
+            )
         self.worklist, self.model, self.novelty = worklist, dict(model), novelty
         self.names = {"tasks": check_tasks(tasks), "classes": classes, "segmentation_classes": segmentation_classes}
         self.link_iou, self.keep_identifiers = link_iou, keep_identifiers
@@ -262,7 +267,7 @@ class ScanResults:
         one = len(self.segmentation_classes) == 1
         self._save("mask", labels, np.uint8, slice_, index, picture_scale=255 if one else 1)
         for name, values in zip(self.segmentation_classes, torch.as_tensor(probabilities).numpy()):
-            kind = "probability" if one else f"probability_{name.replace(' ', '_')}"
+            kind = "probability" if one else f"probability_{_file_name(name)}"
             self._save(kind, np.round(values * 255), np.uint8, slice_, index, slope=1 / 255)
 
     def _save(self, kind, pixels, dtype, slice_, index: int, slope: float = 1.0, picture_scale: int = 1) -> None:
@@ -331,6 +336,11 @@ class ScanResults:
         except ValueError as error:
             prediction["warnings"].append(str(error))
         return files
+
+
+def _file_name(name: str) -> str:
+    """Name of a class as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def to_labels(probabilities: torch.Tensor, threshold: float = 0.5) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path,
     scans, failures = find_scans(folder, tmp_path / "out")
     assert sorted(map(len, scans)) == [1, 2, 3] and len({scan.name for scan in scans}) == 3
     assert next(scan.spacing for scan in scans if len(scan) == 1) == (3, 3)
-    assert {"left out 1 localizers", "left out 1 derived images"} <= {line for scan in scans for line in scan.warnings}
+    assert all({"left out 1 localizers", "left out 1 derived images"} <= set(scan.warnings) for scan in scans)
     (failure,) = failures
     assert "not axial" in failure["reason"] and not any("1.2.3" in scan.name for scan in scans)
 
@@ -120,6 +120,15 @@ def test_derived_images_are_the_scan_of_a_study_without_other_images(tmp_path, w
     (scan,), failures = find_scans(folder, tmp_path / "out")
     assert len(scan) == 3 and failures == []
     assert scan.warnings == [f"left out 1 {'localizers' if other == 'localizer' else 'objects without images'}"]
+
+
+def test_a_series_keeps_its_name_when_another_joins_it_in_the_folder(tmp_path, write_series):
+    folder = tmp_path / "in"
+    write_series(folder, [0])
+    (alone,), _ = find_scans(folder, tmp_path / "out")
+    write_series(folder, [0, 5], series="1.2.3.5")
+    scans, failures = find_scans(folder, tmp_path / "out")
+    assert alone.name in {scan.name for scan in scans} and len(scans) == 2 and failures == []
 
 
 @pytest.mark.parametrize("modality", ["SEG", "RTDOSE"])

@@ -338,6 +338,23 @@ def test_regions_in_a_multiframe_image_name_their_frame(multiframe, tmp_path):
     assert_no_errors(path)
 
 
+def test_a_code_never_says_more_than_the_name(write_series, tmp_path):
+    scan, path = read_scan(write_series()), tmp_path / "report.dcm"
+    for name, code in (("COVID_19", "840539006"), ("non-COVID", "non-covid"), ("no lung cancer", "no-lung-cancer")):
+        found = {"probabilities": {name: 0.6, "A+": 0.3, "A-": 0.1}, "predicted": name}
+        write_structured_report(path, scan.sources, {"model": MODEL, "warnings": [], "lung": None, "classification": found})
+        (whole,) = highdicom.sr.srread(path).content.get_image_measurement_groups()
+        (evaluation,) = whole.get_qualitative_evaluations()
+        assert evaluation.value.value == code
+        assert len({measurement.name.value for measurement in whole.get_measurements()}) == 3, "A+ is not A-"
+        assert_no_errors(path)
+    names = ["background nodule", "non-consolidation"]
+    write_segmentation(tmp_path / "seg.dcm", scan.sources, make_labels(scan.shape), names, MODEL)
+    segmentation = highdicom.seg.segread(tmp_path / "seg.dcm")
+    for number in (1, 2):
+        assert segmentation.get_segment_description(number).segmented_property_type == codes.SCT.Lesion
+
+
 def test_a_report_of_one_task_without_geometry(write_series, tmp_path):
     folder = write_series(slices=1, FrameOfReferenceUID=None, ImagePositionPatient=None, ImageOrientationPatient=None)
     scan, path = read_scan(folder), tmp_path / "report.dcm"

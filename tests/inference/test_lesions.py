@@ -47,6 +47,10 @@ def test_boxes_below_the_iou_are_not_linked():
     assert [len(link_boxes(slices, scan(), iou)) for iou in (0.33, 0.34)] == [1, 2]
 
 
+def test_boxes_without_area_are_linked_to_nothing():
+    assert len(link_boxes([[box(64, 10, 64, 20)], [box(64, 10, 64, 20)]], scan(), 0.2)) == 2
+
+
 def test_boxes_are_paired_for_the_highest_sum_of_iou():
     # Greedily, the wide box would take its best match and leave its neighbour without any.
     slices = [[box(0, 0, 10, 10), box(4, 0, 14, 10)], [box(3, 0, 13, 10), box(8, 0, 18, 10)]]

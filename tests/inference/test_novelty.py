@@ -105,6 +105,21 @@ def test_a_reference_is_read_back(reference):
 
 def test_no_reference_is_none(tmp_path):
     assert read_novelty(tmp_path / "reference.pt", tmp_path / "model.pt") is None
+    with pytest.raises(FileNotFoundError, match="reference: found no file .*typo.pt, expected one made with"):
+        read_novelty(tmp_path / "typo.pt", tmp_path / "model.pt")
+
+
+def test_a_feature_that_never_fires_in_training_does_not_decide_alone(tmp_path, monkeypatch):
+    features = torch.randn(4000, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features[:, 3] = 0
+    monkeypatch.setattr("bundle.inference.novelty.embed", lambda network, slices, window: slices)
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    make_reference(None, features, features[:500], (0, 1), tmp_path / "model.pt", tmp_path / "reference.pt")
+    novelty = read_novelty(tmp_path / "reference.pt", tmp_path / "model.pt")
+    usual = features[:1].float()
+    fired = usual.clone()
+    fired[0, 3] = 0.001
+    assert novelty.distance(fired).item() == pytest.approx(novelty.distance(usual).item(), rel=0.01)
 
 
 def test_a_reference_of_other_weights_is_refused(reference):

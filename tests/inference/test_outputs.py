@@ -288,14 +288,17 @@ def test_lesions_of_several_classes(tmp_path):
             return {**super().forward(image), "segmentation": torch.logit(probabilities, 1e-6)[None]}
 
     nib.save(nib.Nifti1Image(np.zeros((64, 64, 1), np.int16), np.diag([-1, -1, 1, 1])), tmp_path / "x.nii.gz")
-    names = ["ground glass", "consolidation"]
+    names = ["ground glass/GGO", "consolidation"]
     (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", Two(), segmentation_classes=names).values()
     pixels = {name: value["pixels"] for name, value in prediction["segmentation"].items()}
-    assert pixels == {"ground glass": 50, "consolidation": 52}
+    assert pixels == {"ground glass/GGO": 50, "consolidation": 52}
     mask = nib.load(tmp_path / "out/x.nii.gz/mask.nii.gz").get_fdata()
     assert mask[12, 12, 0] == 1 and mask[12, 17, 0] == 2 and mask[5, 31, 0] == 2
-    glass = nib.load(tmp_path / "out/x.nii.gz" / prediction["files"]["probability_ground_glass"]).get_fdata()
+    glass = nib.load(tmp_path / "out/x.nii.gz" / prediction["files"]["probability_ground_glass_GGO"]).get_fdata()
     assert glass[12, 12, 0] == pytest.approx(0.7, abs=1 / 255)
+    with pytest.raises(RuntimeError) as caught:
+        predict(tmp_path / "x.nii.gz", tmp_path / "again", Two(), segmentation_classes=["a b", "a_b"])
+    assert "segmentation_classes: found a b, a_b, expected names that differ" in str(caught.value.__cause__)
 
 
 def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypatch):

@@ -188,4 +188,6 @@ def test_an_overlay_that_tells_how_to_train_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["predict", "x", "-o", "y", "--config", "configs/ema.json"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert "configs/ema.json: found '+train#handlers', which does not fit inference.json, expected overlays that describe" in line
+    assert (
+        "configs/ema.json: found '+train#handlers', which does not fit inference.json, expected overlays that describe" in line
+    )

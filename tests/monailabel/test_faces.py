@@ -117,7 +117,9 @@ def test_a_config_that_is_not_there_is_named(weights, tmp_path):
 
 
 def test_a_config_that_tells_how_to_train_is_refused(weights, tmp_path):
-    with pytest.raises(ValueError, match=r"lungs_at_random.json: found '\+augmentation#transforms', which does not fit inference"):
+    with pytest.raises(
+        ValueError, match=r"lungs_at_random.json: found '\+augmentation#transforms', which does not fit inference"
+    ):
         make_faces(tmp_path, weights, [SMOKE, SMOKE.with_name("lungs_at_random.json")])
 
 
