@@ -36,7 +36,7 @@ def one_line_errors() -> None:
 
 
 @contextmanager
-def one_line_error() -> Iterator[None]:
+def exit_in_one_line() -> Iterator[None]:
     """End the process with one line and status 1 where the block refuses a file or a knob, or a file cannot be used.
 
     For commands of this package itself; `one_line_errors` is for those that MONAI runs.

@@ -16,7 +16,7 @@ from monai.bundle.utils import merge_kv
 
 from bundle.cli import ROOT, TRAINED_WITH
 from bundle.configuration import merge_overlays
-from bundle.errors import one_line_error
+from bundle.errors import exit_in_one_line
 from bundle.files import replacing
 from bundle.inference import read_novelty
 from bundle.networks import load_weights
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--url", metavar="BASE", help="files over 25 MB stay out and will be found at BASE/models/model.pt …")
     known = parser.parse_args(arguments)
     overlays = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
-    with one_line_error():
+    with exit_in_one_line():
         print(package_bundle(known.output_dir, ROOT, known.checkpoint, overlays, known.url))
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from bundle.benchmark import open_config, report, report_backends
-from bundle.errors import one_line_error
+from bundle.errors import exit_in_one_line
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     overlays = arguments.overlays + [str(CONFIGS / "preset_smoke.json")] * arguments.quick
     turns = 2 if arguments.quick else 12
-    with one_line_error(), tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
+    with exit_in_one_line(), tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
         common = {"bundle_root": str(CONFIGS.parent), "output_dir": folder}
         if arguments.scan:
             files = [str(CONFIGS / "inference.json"), *overlays]

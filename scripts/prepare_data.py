@@ -4,7 +4,7 @@ import argparse
 import logging
 
 from bundle.data.sources import SOURCES, merge, table
-from bundle.errors import one_line_error
+from bundle.errors import exit_in_one_line
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split of layouts that come without one")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with one_line_error():
+    with exit_in_one_line():
         print(table(merge(arguments.sources, arguments.output, arguments.classes, arguments.seed)), end="")
 
 

@@ -3,6 +3,9 @@ import sys
 
 import pytest
 
+from bundle.errors import exit_in_one_line
+from bundle.tasks import check_tasks
+
 REFUSED = """
 from bundle.tasks import check_tasks
 try:
@@ -51,3 +54,16 @@ def test_only_what_the_package_refuses_is_shown_in_one_line(code, shown):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(shown) and (done.stderr.count("\n") == 1) == shown.startswith("error")
+
+
+def test_a_command_ends_in_one_line_where_a_file_or_a_knob_is_at_fault(capsys):
+    for refused, line in (
+        (lambda: check_tasks(["x"]), "error: tasks: found 'x', "),
+        (lambda: open("none"), "error: [Errno 2] "),
+    ):
+        with pytest.raises(SystemExit) as ended, exit_in_one_line():
+            refused()
+        shown = capsys.readouterr().err
+        assert ended.value.code == 1 and shown.startswith(line) and shown.count("\n") == 1
+    with pytest.raises(ValueError, match="could not convert"), exit_in_one_line():
+        float("x")

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from bundle.data.headers import slice_size
-from bundle.files import write_json
 from bundle.tasks import (
     ANNOTATION,
     BOXES,
@@ -57,12 +56,6 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
         found = datalist["classes"]
         raise ValueError(f"{path}: classes: found {found}, expected {list(classes)} as in the config's classes")
     return datalist
-
-
-def write_datalist(datalist: Mapping, path) -> None:
-    """Write a datalist, and the folders it lies in."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_json(datalist, path)
 
 
 def validate(datalist: Mapping, dataset_dir=None) -> None:

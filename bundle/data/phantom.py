@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
-from bundle.errors import one_line_error
+from bundle.errors import exit_in_one_line
 from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
 
 CLASSES = ("other", "COVID-19", "lung cancer")
@@ -504,5 +504,5 @@ def _write_labels(folder: Path, name: str, drawn: dict, position: int) -> dict:
 if __name__ == "__main__":
     import fire
 
-    with one_line_error():
+    with exit_in_one_line():
         fire.Fire(make_phantom)

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 import bundle
 from bundle.cli import ROOT, TRAINED_WITH
 from bundle.configuration import merge_overlays
-from bundle.errors import one_line_error
+from bundle.errors import exit_in_one_line
 from bundle.networks import load_weights
 from bundle.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
 
@@ -148,6 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     known = parser.parse_args(arguments)
     configs = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
-    with one_line_error():
+    with exit_in_one_line():
         for face in make_faces(known.output_dir, known.checkpoint, configs):
             print(face)

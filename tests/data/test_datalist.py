@@ -10,7 +10,8 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from bundle.data.datalist import annotated_tasks, load_datalist, select, take, validate, write_datalist
+from bundle.data.datalist import annotated_tasks, load_datalist, select, take, validate
+from bundle.files import write_json
 
 ROWS, COLUMNS = 40, 60
 
@@ -61,7 +62,7 @@ def complaint(datalist, folder):
 
 
 def test_a_good_datalist_is_read_as_it_was_written(folder, datalist):
-    write_datalist(datalist, folder / "new/datalist.json")
+    write_json(datalist, folder / "new/datalist.json")
     assert load_datalist(folder / "new/datalist.json", folder, datalist["classes"]) == datalist
     assert [path.name for path in (folder / "new").iterdir()] == ["datalist.json"]
 
@@ -222,7 +223,7 @@ def test_a_missing_datalist_is_refused(folder):
 
 @pytest.mark.parametrize("classes", [["other", "ill"], ["COVID-19", "other", "lung cancer"]])
 def test_other_classes_than_the_configs_or_in_another_order_are_refused(folder, datalist, classes):
-    write_datalist(datalist, folder / "datalist.json")
+    write_json(datalist, folder / "datalist.json")
     found = "datalist.json: classes: found ['other', 'COVID-19', 'lung cancer']"
     with pytest.raises(ValueError, match=re.escape(f"{found}, expected {classes} as in the config's classes")):
         load_datalist(folder / "datalist.json", folder, classes)

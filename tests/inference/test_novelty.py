@@ -12,8 +12,9 @@ from pydicom.data import get_testdata_file
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import mahalanobis
 
-from bundle.data.datalist import load_datalist, write_datalist
+from bundle.data.datalist import load_datalist
 from bundle.data.phantom import make_phantom
+from bundle.files import write_json
 from bundle.inference.lungs import lung_bearing, lung_mask
 from bundle.inference.novelty import Novelty, assess, embed, make_reference, read_novelty, views
 from bundle.inference.worklist import file_hash
@@ -212,7 +213,7 @@ def test_a_ct_of_another_part_has_no_lung(name):
 def test_the_overlay_writes_the_reference_and_leaves_the_test_split_alone(parser, tmp_path):
     checkpoint, folder = parser.get_parsed_content("checkpoint"), Path(parser["dataset_dir"])
     records = load_datalist(folder / "datalist.json")
-    write_datalist({**records, "test": []}, tmp_path / "datalist.json")
+    write_json({**records, "test": []}, tmp_path / "datalist.json")
     configs = str([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "reference")])
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", configs, "--dataset_dir", str(folder)]
     command += ["--datalist", tmp_path / "datalist.json", "--output_dir", tmp_path, "--checkpoint", checkpoint]

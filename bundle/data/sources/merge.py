@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bundle.data.datalist import SPLITS, annotated_tasks, validate, write_datalist
+from bundle.data.datalist import SPLITS, annotated_tasks, validate
 from bundle.data.sources import published, tables, volumes
+from bundle.files import write_json
 from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES
         for split, record in _with_splits(records, seed):
             datalist[split].append(record)
     validate(datalist, output)
-    write_datalist(datalist, output / "datalist.json")
+    write_json(datalist, output / "datalist.json")
     return datalist
 
 
