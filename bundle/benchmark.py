@@ -23,12 +23,13 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer
 from torchvision.ops import box_iou
 
-from bundle.data.scans import find_scans
-from bundle.engines import MultiTaskTrainer, environment, loss_terms, prepare_batch
+from bundle.data.volumes import find_scans
+from bundle.errors import UserError
+from bundle.training.engines import MultiTaskTrainer, environment, loss_terms, prepare_batch
 from bundle.inference.backends import PACKAGES, accelerate, one_by_one, run_onnxruntime
 from bundle.inference.slices import FAILURE, SliceDataset, collate
 from bundle.networks import load_weights
-from bundle.tasks import DETECTION, IMAGE, TASKS
+from bundle.names import DETECTION, IMAGE, TASKS
 
 TORCH, ALONE = "torch", "torch, one by one"  # rows of the comparison of backends
 WARM_UP = 2  # turns that are not counted
@@ -160,7 +161,7 @@ def backends(parser: ConfigParser, turns: int, exported: Sequence[str] = ()) -> 
         by answer (boxes in pixels). And detections, their mean number in a slice.
 
     Raises:
-        ValueError: if `input` holds no scan.
+        UserError: if `input` holds no scan.
     """
     get = parser.get_parsed_content
     torch.manual_seed(0)
@@ -208,10 +209,10 @@ def read_exported(path: str, tasks: Sequence[str]) -> Callable[[torch.Tensor], d
         From images (B, C, H, W) to the dictionary of `MultiTaskNet.forward` in evaluation mode, without embedding.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        UserError: if there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such exported network")
+        raise UserError(f"{path}: no such exported network")
     onnx, names = path.endswith(".onnx"), [task for task in tasks if task != DETECTION]
     run = run_onnxruntime(path, torch.get_num_threads()) if onnx else torch.jit.load(path).eval()
 
@@ -229,11 +230,11 @@ def read_exported(path: str, tasks: Sequence[str]) -> Callable[[torch.Tensor], d
 def _slices(source, output_dir, preprocessing: Callable, image_size: int) -> torch.Tensor:
     scans, failures = find_scans(source, output_dir)
     if not scans:
-        raise ValueError(f"{source}: found no scan{''.join(': ' + failure['reason'] for failure in failures[:1])}")
+        raise UserError(f"{source}: found no scan{''.join(': ' + failure['reason'] for failure in failures[:1])}")
     samples = list(SliceDataset(scans, preprocessing, image_size))
     for sample in samples:
         if FAILURE in sample:
-            raise ValueError(f"{source}: {sample[FAILURE]}")
+            raise UserError(f"{source}: {sample[FAILURE]}")
     return collate(samples)[IMAGE]
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not Path(overlay).is_file():
             parser.error(f"--config: found no file {overlay}, expected an overlay such as {ROOT / TRAINED_WITH}")
     if known.config:
-        from bundle.configuration import merge_overlays  # takes seconds, which --help need not wait for
+        from bundle.config import merge_overlays  # takes seconds, which --help need not wait for
 
         try:
             merge_overlays(config, known.config)

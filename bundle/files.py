@@ -5,27 +5,40 @@ from __future__ import annotations
 import csv
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from bundle.errors import UserError
+
 
 @contextmanager
 def replacing(path) -> Iterator[Path]:
-    """Path to write to instead, PATH.tmp: it is renamed to `path` when the block ends, and removed where the block fails.
+    """Write to a temporary file beside `path`, which is renamed to `path` when the block ends and removed where it fails.
 
     Whatever kills the process, the file of that name is the old one or the new one. Its folder is made if missing.
+
+    Yields:
+        path of the temporary file; its name is its own, so that two processes never share one.
+
+    Raises:
+        UserError: if the file cannot be written: a full disk, a folder that is read-only, a name that is too long.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check the disk and its permissions") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):  # of a disk that has gone away: the first error says more
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(text: str, path) -> None:

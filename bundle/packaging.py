@@ -15,8 +15,8 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
 from bundle.cli import ROOT, TRAINED_WITH
-from bundle.configuration import merge_overlays
-from bundle.errors import exit_in_one_line
+from bundle.config import merge_overlays
+from bundle.errors import UserError, exit_in_one_line
 from bundle.files import replacing
 from bundle.inference import read_novelty
 from bundle.networks import load_weights
@@ -45,13 +45,13 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
         Path of the archive.
 
     Raises:
-        FileNotFoundError: without weights.
-        ValueError: if they do not fit inference.json, a reference.pt beside them was made for others, or a file is too large
+        UserError: without weights.
+        UserError: if they do not fit inference.json, a reference.pt beside them was made for others, or a file is too large
             and there is no `url`.
     """
     root, files = Path(root), bundle_files(Path(root))
     if not checkpoint and WEIGHTS not in files:
-        raise FileNotFoundError(
+        raise UserError(
             f"{root / WEIGHTS}: found no such file that belongs to the bundle, expected weights that git tracks; train, or "
             "name a checkpoint"
         )
@@ -68,7 +68,7 @@ def package_bundle(output_dir, root=ROOT, checkpoint=None, overlays: Sequence = 
     large = {path: contents.pop(path) for path in sorted(contents) if len(contents[path]) > LIMIT}
     if large and url is None:
         path, size = next((path, len(content) / 1e6) for path, content in large.items())
-        raise ValueError(
+        raise UserError(
             f"{path}: found {size:.1f} MB, expected at most {LIMIT / 1e6:.0f}; say with url where it will be found"
         )
     if large:
@@ -84,7 +84,7 @@ def bundle_files(root: Path) -> list[str]:
     if (root / ".git").exists():
         listed = subprocess.run(["git", "ls-files", "-z", "--", *PARTS], cwd=root, capture_output=True, text=True)
         if listed.returncode:
-            raise ValueError(f"{root}: found a checkout that git cannot list ({' '.join(listed.stderr.split())})")
+            raise UserError(f"{root}: found a checkout that git cannot list ({' '.join(listed.stderr.split())})")
         return sorted(filter(None, listed.stdout.split("\0")))
     found = [path for part in PARTS for path in (root / part, *(root / part).rglob("*")) if path.is_file()]
     paths = sorted(path.relative_to(root) for path in found)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from bundle.errors import one_line_errors
-from bundle.experiments import Experiment, Study, experiment_names, write_report
+from bundle.study import Experiment, Study, experiment_names, write_report
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -16,7 +16,7 @@ from bundle.benchmark import (
     training_step,
 )
 from bundle.networks import TensorView
-from bundle.tasks import TASKS
+from bundle.names import TASKS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

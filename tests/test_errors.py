@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
-from bundle.errors import exit_in_one_line
-from bundle.tasks import check_tasks
+from bundle.errors import UserError, exit_in_one_line, user_message
+from bundle.names import check_tasks
 
 REFUSED = """
-from bundle.tasks import check_tasks
+from bundle.names import check_tasks
 try:
     check_tasks(["x"])
 except ValueError as error:
@@ -32,7 +32,7 @@ next(iter(DataLoader(Files(), num_workers=1)))
 
 POOL = """
 from concurrent.futures import ProcessPoolExecutor
-from bundle.tasks import check_tasks
+from bundle.names import check_tasks
 with ProcessPoolExecutor(1) as pool:
     pool.submit(check_tasks, ["x"]).result()
 """
@@ -45,25 +45,30 @@ with ProcessPoolExecutor(1) as pool:
         (WORKER, "error: none.png: no such file"),
         (POOL, "error: tasks: found 'x', expected one or more of classification, "),
         ("float('x')", "Traceback (most recent call last):"),
-        ("from bundle.tasks import check_tasks\ncheck_tasks(1)", "Traceback (most recent call last):"),
+        ("from bundle.names import check_tasks\ncheck_tasks(1)", "Traceback (most recent call last):"),
+        ("from bundle.data.transforms import move_boxes\nmove_boxes(1, 2)", "Traceback (most recent call last):"),
     ],
-    ids=["refused by us", "refused in a data loader", "refused in a pool", "raised by others", "a programming error"],
+    ids=["a user error", "in a data loader", "in a pool", "raised by others", "a bug", "a bug far inside"],
 )
-def test_only_what_the_package_refuses_is_shown_in_one_line(code, shown):
+def test_only_a_user_error_is_shown_in_one_line(code, shown):
     program = f"from bundle.errors import one_line_errors\none_line_errors()\none_line_errors()\n{code}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(shown) and (done.stderr.count("\n") == 1) == shown.startswith("error")
 
 
-def test_a_command_ends_in_one_line_where_a_file_or_a_knob_is_at_fault(capsys):
-    for refused, line in (
-        (lambda: check_tasks(["x"]), "error: tasks: found 'x', "),
-        (lambda: open("none"), "error: [Errno 2] "),
-    ):
-        with pytest.raises(SystemExit) as ended, exit_in_one_line():
-            refused()
-        shown = capsys.readouterr().err
-        assert ended.value.code == 1 and shown.startswith(line) and shown.count("\n") == 1
-    with pytest.raises(ValueError, match="could not convert"), exit_in_one_line():
-        float("x")
+def test_a_command_ends_in_one_line_at_a_user_error_alone(capsys):
+    with pytest.raises(SystemExit) as ended, exit_in_one_line():
+        check_tasks(["x"])
+    shown = capsys.readouterr().err
+    assert ended.value.code == 1 and shown.startswith("error: tasks: found 'x', ") and shown.count("\n") == 1
+    for bug, kind in ((lambda: open("none"), FileNotFoundError), (lambda: float("x"), ValueError)):
+        with pytest.raises(kind), exit_in_one_line():
+            bug()
+
+
+def test_the_message_is_the_innermost_user_error():
+    first, second = UserError("what the user did"), RuntimeError("applying transform")
+    second.__cause__ = first
+    assert user_message(second) == "what the user did"
+    assert user_message(ValueError("operands could not be broadcast")) is None and user_message(None) is None

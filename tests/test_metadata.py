@@ -11,7 +11,7 @@ from monai.bundle import ConfigParser, verify_net_in_out
 from packaging.requirements import Requirement
 
 import bundle
-from bundle.tasks import DETECTION, SEGMENTATION, TASKS
+from bundle.names import DETECTION, SEGMENTATION, TASKS
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT.parent / "shared/meta_schema_20240725.json"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bundle.tasks import (
+from bundle.names import (
     ANNOTATED,
     ANNOTATION,
     BOXES,

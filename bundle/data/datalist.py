@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from bundle.data.headers import slice_size
-from bundle.tasks import (
+from bundle.errors import UserError
+from bundle.names import (
     ANNOTATION,
     BOXES,
     CLASS,
@@ -39,22 +40,22 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
         classes: names that the configuration expects; they must be the datalist's, in its order.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: in one line, for the first thing that is wrong: file, record, field, found, expected.
+        UserError: if there is no such file.
+        UserError: in one line, for the first thing that is wrong: file, record, field, found, expected.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
+        raise UserError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
     try:
         datalist = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error}), expected a datalist") from None
+        raise UserError(f"{path}: found no JSON ({error}), expected a datalist") from None
     try:
         validate(datalist, dataset_dir)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if classes is not None and list(classes) != datalist["classes"]:
         found = datalist["classes"]
-        raise ValueError(f"{path}: classes: found {found}, expected {list(classes)} as in the config's classes")
+        raise UserError(f"{path}: classes: found {found}, expected {list(classes)} as in the config's classes")
     return datalist
 
 
@@ -62,12 +63,12 @@ def validate(datalist: Mapping, dataset_dir=None) -> None:
     """Refuse a datalist that breaks the contract.
 
     Raises:
-        ValueError: naming the record, the field, what was found and what was expected, and how many more complaints follow.
+        UserError: naming the record, the field, what was found and what was expected, and how many more complaints follow.
     """
     complaints = list(_complaints(datalist, dataset_dir))
     if complaints:
         more = f" (and {len(complaints) - 1} more complaints)" if len(complaints) > 1 else ""
-        raise ValueError(complaints[0] + more)
+        raise UserError(complaints[0] + more)
 
 
 def _complaints(datalist, dataset_dir):
@@ -166,14 +167,14 @@ def select(datalist: Mapping, split: str, tasks: Iterable[str], dataset_dir="") 
     """Records of a split that are annotated for at least one of the tasks, with paths joined to `dataset_dir`.
 
     Raises:
-        ValueError: if the split is unknown, or no record is left.
+        UserError: if the split is unknown, or no record is left.
     """
     tasks = check_tasks(tasks)
     if split not in SPLITS:
-        raise ValueError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
+        raise UserError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
     records = [record for record in datalist.get(split, []) if set(annotated_tasks(record)) & set(tasks)]
     if not records:
-        raise ValueError(f"split {split}: found no record annotated for {', '.join(tasks)}; name other tasks or add records")
+        raise UserError(f"split {split}: found no record annotated for {', '.join(tasks)}; name other tasks or add records")
     return [_join(record, dataset_dir) for record in records]
 
 
@@ -187,11 +188,11 @@ def take(records: Sequence[dict], count: int, seed: int, by: str = IMAGE) -> lis
         by: field that is counted, image or group; a record without a group is one of its own.
 
     Raises:
-        ValueError: if there are fewer.
+        UserError: if there are fewer.
     """
     units = sorted({record.get(by, record[IMAGE]) for record in records})
     if not 1 <= count <= len(units):
-        raise ValueError(f"records: found {len(units)} values of {by}, expected {count}, at least 1; take fewer or add records")
+        raise UserError(f"records: found {len(units)} values of {by}, expected {count}, at least 1; take fewer or add records")
     taken = set(np.random.default_rng(seed).permutation(units)[:count].tolist())
     return [record for record in records if record.get(by, record[IMAGE]) in taken]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bundle.data.scans import open_scan
+from bundle.data.volumes import open_scan
+from bundle.errors import UserError
 
 
 class SliceSize(NamedTuple):
@@ -15,14 +16,14 @@ class SliceSize(NamedTuple):
 
 
 def slice_size(path) -> SliceSize:
-    """Size of the one axial slice in a file of any format that `bundle.data.scans` reads.
+    """Size of the one axial slice in a file of any format that `bundle.data.volumes` reads.
 
     Raises:
-        ValueError: if the header cannot be read, or tells of more than one slice.
+        UserError: if the header cannot be read, or tells of more than one slice.
     """
     scan = open_scan(path)
     if len(scan) != 1:
-        raise ValueError(f"found {len(scan)} slices in {path}, expected a single one")
+        raise UserError(f"found {len(scan)} slices in {path}, expected a single one")
     (rows, _), (columns, _) = scan.turned
     stored = tuple(scan.shape[axis] for axis in range(3) if axis != scan.axis)
     return SliceSize(stored, (scan.shape[columns], scan.shape[rows]))

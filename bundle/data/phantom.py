@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
-from bundle.errors import exit_in_one_line
-from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
+from bundle.errors import UserError, exit_in_one_line
+from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
 
 CLASSES = ("other", "COVID-19", "lung cancer")
 SPLITS = ("training", "validation", "test")
@@ -137,12 +137,12 @@ def make_slice(
         class, `label`; spacing, mm per pixel.
 
     Raises:
-        ValueError: if `size` or `label` is not one of these.
+        UserError: if `size` or `label` is not one of these.
     """
     if size < MIN_SIZE:
-        raise ValueError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
+        raise UserError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
     if label not in range(len(CLASSES)):
-        raise ValueError(f"label: found {label!r}, expected 0 to {len(CLASSES) - 1}")
+        raise UserError(f"label: found {label!r}, expected 0 to {len(CLASSES) - 1}")
     patient = patient or make_patient(rng, size)
     level = rng.uniform(0, 1) if level is None else level
     canvas = _Canvas(rng, size, patient)
@@ -417,16 +417,16 @@ def make_phantom(
         The folder, with datalist.json, images (NIfTI in HU), masks and instances (PNG).
 
     Raises:
-        ValueError: if an argument is out of range, or the folder holds something else, or phantom data made with other
+        UserError: if an argument is out of range, or the folder holds something else, or phantom data made with other
             arguments.
     """
     groups = list(groups) if isinstance(groups, Sequence) else [groups]
     if size < MIN_SIZE:
-        raise ValueError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
+        raise UserError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
     if len(groups) != len(SPLITS) or min(groups) < len(CLASSES):
-        raise ValueError(f"groups: found {groups}, expected three numbers from 3 up, for {', '.join(SPLITS)}")
+        raise UserError(f"groups: found {groups}, expected three numbers from 3 up, for {', '.join(SPLITS)}")
     if slices_per_group < 1:
-        raise ValueError(f"slices_per_group: found {slices_per_group}, expected 1 or more")
+        raise UserError(f"slices_per_group: found {slices_per_group}, expected 1 or more")
     arguments = {"size": size, "groups": groups, "slices_per_group": slices_per_group, "seed": seed}
     folder = Path(folder)
     if _is_made(folder, arguments):
@@ -457,9 +457,9 @@ def _is_made(folder: Path, arguments: dict) -> bool:
     try:
         found = json.loads((folder / "datalist.json").read_text())["phantom"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}: found other files, expected an empty or missing one") from None
+        raise UserError(f"{folder}: found other files, expected an empty or missing one") from None
     if found != arguments:
-        raise ValueError(f"{folder}: found phantom data of {found}, expected {arguments}; name another folder")
+        raise UserError(f"{folder}: found phantom data of {found}, expected {arguments}; name another folder")
     return True
 
 

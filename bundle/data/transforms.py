@@ -13,24 +13,25 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform, RandomizableTransform, Transform
 from torchvision.ops import clip_boxes_to_image
 
-from bundle.data.scans import open_scan
-from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
+from bundle.data.volumes import open_scan
+from bundle.errors import UserError
+from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
 
 
 class LoadSlice(Transform):
     """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `Scan.read`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it cannot be read, is not a single slice, or holds NaN or infinite pixels.
+        UserError: if there is no such file.
+        UserError: naming the file, if it cannot be read, is not a single slice, or holds NaN or infinite pixels.
     """
 
     def __call__(self, path) -> MetaTensor:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file; check dataset_dir and the datalist")
+            raise UserError(f"{path}: no such file; check dataset_dir and the datalist")
         scan = open_scan(path)
         if len(scan) != 1:
-            raise ValueError(f"{path}: found shape {scan.shape}, expected a single grey slice")
+            raise UserError(f"{path}: found shape {scan.shape}, expected a single grey slice")
         return scan.read(0)
 
 
@@ -62,7 +63,7 @@ class LoadSliced(MapTransform):
         segmentation_classes: number of lesion channels.
 
     Raises:
-        ValueError: naming the files, if the mask or the instances have another size than the image, or a header that turns
+        UserError: naming the files, if the mask or the instances have another size than the image, or a header that turns
             them otherwise and lays them elsewhere; if a mask of several classes has other values than theirs, a box no
             instance or one that lies elsewhere, or an instance no box.
     """
@@ -87,7 +88,7 @@ class LoadSliced(MapTransform):
             values = range(1, self.segmentation_classes + 1)
             if self.segmentation_classes > 1 and not set(mask.unique().tolist()) <= {0, *values}:
                 found = sorted(set(mask.unique().tolist()))
-                raise ValueError(f"{record[MASK]}: found the values {found}, expected 0 and {', '.join(map(str, values))}")
+                raise UserError(f"{record[MASK]}: found the values {found}, expected 0 and {', '.join(map(str, values))}")
             channels = [mask > 0] if self.segmentation_classes == 1 else [mask == value for value in values]
             sample[MASK] = MetaTensor(torch.cat(channels).float(), affine=image.affine)
         if BOXES in record:
@@ -104,12 +105,12 @@ class LoadSliced(MapTransform):
         labels = self.load(record[key])
         if labels.shape != image.shape:
             found, expected = tuple(labels.shape[1:]), tuple(image.shape[1:])
-            raise ValueError(
+            raise UserError(
                 f"{record[key]}: found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
             )
         turned_otherwise = all(item.meta["spacing"] for item in (labels, image)) and not torch.equal(labels.affine, image.affine)
         if turned_otherwise and not torch.allclose(_place(labels), _place(image), rtol=0, atol=max(image.meta["spacing"])):
-            raise ValueError(
+            raise UserError(
                 f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
                 "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
             )
@@ -119,14 +120,14 @@ class LoadSliced(MapTransform):
 def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> None:
     expected = "expected n + 1 on the object of boxes[n], and 0 elsewhere"
     if missing := [n + 1 for n, mask in enumerate(masks) if not mask.any()]:
-        raise ValueError(f"{path}: found no pixel of value {missing}, {expected}")
+        raise UserError(f"{path}: found no pixel of value {missing}, {expected}")
     if labels.max() > len(boxes):
-        raise ValueError(f"{path}: found the value {int(labels.max())} beside {len(boxes)} boxes, {expected}")
+        raise UserError(f"{path}: found the value {int(labels.max())} beside {len(boxes)} boxes, {expected}")
     extents = torch.stack([_extent(mask) for mask in masks])
     apart = (torch.minimum(extents, boxes)[:, 2:] <= torch.maximum(extents, boxes)[:, :2]).any(1)
     if apart.any():
         n = int(apart.nonzero()[0, 0])
-        raise ValueError(f"{path}: found the value {n + 1} outside of boxes[{n}], {expected}")
+        raise UserError(f"{path}: found the value {n + 1} outside of boxes[{n}], {expected}")
 
 
 def _place(slice_: MetaTensor) -> torch.Tensor:
@@ -150,7 +151,7 @@ class ScaleIntensityd(MapTransform):
     def __init__(self, keys: KeysCollection, window: tuple[float, float] = (-1350.0, 150.0)) -> None:
         super().__init__(keys)
         if len(window) != 2 or window[0] >= window[1]:
-            raise ValueError(f"window: found {list(window)}, expected [low, high] in HU with low < high")
+            raise UserError(f"window: found {list(window)}, expected [low, high] in HU with low < high")
         self.window = window
 
     def __call__(self, data):
@@ -208,13 +209,13 @@ class KeepLungd(MapTransform):
         keep: lung or rest.
 
     Raises:
-        ValueError: for another `keep`.
+        UserError: for another `keep`.
     """
 
     def __init__(self, keys: KeysCollection, keep: str) -> None:
         super().__init__(keys)
         if keep not in ("lung", "rest"):
-            raise ValueError(f"keep: found {keep!r}, expected lung or rest")
+            raise UserError(f"keep: found {keep!r}, expected lung or rest")
         self.keep = keep
 
     def __call__(self, data):

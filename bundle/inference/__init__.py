@@ -3,8 +3,8 @@
 import bundle
 from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer
-from bundle.inference.novelty import read_novelty
-from bundle.inference.outputs import ScanWriter
+from bundle.evaluation.novelty import read_novelty
+from bundle.inference.results import ScanWriter
 from bundle.inference.slices import BoxesToFiled, LoadScanSlice, SliceDataset, SplitBatch, collate
 from bundle.inference.worklist import Worklist, file_hash, fingerprint
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from bundle.errors import UserError
 from bundle.networks import MultiTaskNet
-from bundle.tasks import DETECTION, EMBEDDING
+from bundle.names import DETECTION, EMBEDDING
 
 PACKAGES = {"torch": (), "onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
 
@@ -36,22 +37,22 @@ def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False)
         Module for prediction alone: (B, C, H, W) to the dictionary of `MultiTaskNet.forward` in evaluation mode.
 
     Raises:
-        ValueError: for an unknown backend, one that is not installed, or one that does not go with `amp` or the device.
+        UserError: for an unknown backend, one that is not installed, or one that does not go with `amp` or the device.
     """
     if backend not in PACKAGES:
-        raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(PACKAGES)}")
+        raise UserError(f"backend: found {backend!r}, expected one of {', '.join(PACKAGES)}")
     if backend == "torch":
         return network
     absent = [package for package in PACKAGES[backend] if find_spec(package) is None]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"backend: {backend} needs {' and '.join(absent)}, not installed: pip install 'chest-ct-multitask[export]'"
         )
     if amp:
-        raise ValueError(f"amp: found true with backend {backend}, expected false; it calculates with float32")
+        raise UserError(f"amp: found true with backend {backend}, expected false; it calculates with float32")
     device = next(network.parameters()).device
     if device.type != "cpu":
-        raise ValueError(f"backend: found {backend} with device {device}, expected device cpu, or backend torch")
+        raise UserError(f"backend: found {backend} with device {device}, expected device cpu, or backend torch")
     return ExportedNet(network, backend)
 
 
@@ -84,7 +85,7 @@ class ExportedNet(nn.Module):
         """Answer every active task: see `MultiTaskNet.forward`, in evaluation mode and without gradients.
 
         Raises:
-            ValueError: if the channels or the size of the image do not fit.
+            UserError: if the channels or the size of the image do not fit.
         """
         self.network._check(tuple(image.shape))
         with torch.no_grad():

@@ -23,6 +23,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 from pydicom.valuerep import DA, TM
 
+from bundle.errors import UserError
 from bundle.inference.overlay import LESIONS
 
 logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # it logs names of patients; what matters is raised
@@ -68,7 +69,7 @@ def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: 
         model: {"name", "version", "checkpoint"}.
 
     Raises:
-        ValueError: in one line without patient data, if the source lacks what a Segmentation needs; nothing is written.
+        UserError: in one line without patient data, if the source lacks what a Segmentation needs; nothing is written.
     """
     labels = np.asanyarray(labels)
     with _writing(path, "DICOM Segmentation"):
@@ -107,7 +108,7 @@ def write_structured_report(path, sources: Sequence[tuple[str, int]], prediction
         segmentation_path: of the Segmentation of `write_segmentation`, if there is one.
 
     Raises:
-        ValueError: in one line without patient data, if the source lacks what a report needs; nothing is written.
+        UserError: in one line without patient data, if the source lacks what a report needs; nothing is written.
     """
     model, segmentation = prediction["model"], None
     if segmentation_path is not None:
@@ -277,7 +278,7 @@ def _writing(path, what: str):
     except Exception as error:
         reason = f"the headers of the series cannot be carried over ({type(error).__name__})"
     Path(path).unlink(missing_ok=True)
-    raise ValueError(f"no {what} is written: {reason}")
+    raise UserError(f"no {what} is written: {reason}")
 
 
 def _read_headers(sources: Sequence[tuple[str, int]]) -> dict[str, Dataset]:

@@ -9,7 +9,8 @@ from monai.inferers import Inferer
 from torch.nn.functional import one_hot
 from torchvision.ops import box_iou, nms
 
-from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING
+from bundle.errors import UserError
+from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING
 
 
 class FlipInferer(Inferer):
@@ -25,12 +26,12 @@ class FlipInferer(Inferer):
         iou_threshold: overlap above which detections are the same lesion.
 
     Raises:
-        ValueError: if the threshold is out of range.
+        UserError: if the threshold is out of range.
     """
 
     def __init__(self, iou_threshold: float = 0.3) -> None:
         if not 0 < iou_threshold <= 1:
-            raise ValueError(f"iou_threshold: found {iou_threshold}, expected a number above 0, at most 1")
+            raise UserError(f"iou_threshold: found {iou_threshold}, expected a number above 0, at most 1")
         self.iou_threshold = iou_threshold
 
     def __call__(self, inputs: torch.Tensor, network, *args, **kwargs) -> dict:

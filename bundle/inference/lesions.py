@@ -9,17 +9,18 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 
-from bundle.data.scans import Scan
+from bundle.data.volumes import Scan
+from bundle.errors import UserError
 
 
 def check_link_iou(value: float) -> None:
     """Refuse a lowest IoU of linked boxes that would link all of them, or none.
 
     Raises:
-        ValueError: if it is not above 0 and up to 1.
+        UserError: if it is not above 0 and up to 1.
     """
     if not 0 < value <= 1:
-        raise ValueError(f"link_iou: found {value}, expected a number above 0 and up to 1")
+        raise UserError(f"link_iou: found {value}, expected a number above 0 and up to 1")
 
 
 def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) -> list[dict]:
@@ -41,7 +42,7 @@ def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) 
         Values in mm and mL are None where the scan has no geometry.
 
     Raises:
-        ValueError: if `min_iou` is out of range.
+        UserError: if `min_iou` is out of range.
     """
     check_link_iou(min_iou)
     lesions: list[list[dict]] = []

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import polar
 
+from bundle.errors import UserError
+
 SCHEMA = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/"
 SCHEMA += "markups-schema-v1.0.3.json#"
 
@@ -25,11 +27,11 @@ def write_markups(path, prediction: Mapping) -> None:
         prediction: content of predictions.json.
 
     Raises:
-        ValueError: if the scan has no geometry.
+        UserError: if the scan has no geometry.
     """
     grid = prediction["grid"]
     if grid["affine"] is None:
-        raise ValueError(f"{prediction['scan']}: found no geometry, expected an affine: lesions have no place in space")
+        raise UserError(f"{prediction['scan']}: found no geometry, expected an affine: lesions have no place in space")
     orientation = lesion_axes(grid["affine"], grid["axial_axis"]).ravel().round(9).tolist()
     markups = [_roi(lesion, orientation) for lesion in prediction["detection"]]
     Path(path).write_text(json.dumps({"@schema": SCHEMA, "markups": markups}, indent=1) + "\n")

@@ -13,7 +13,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from bundle.inference.novelty import UNUSUAL_SHARE
+from bundle.errors import UserError
+from bundle.evaluation.novelty import UNUSUAL_SHARE
 from bundle.inference.overlay import BOX, LESIONS, STRONG
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -89,11 +90,11 @@ class Report:
             prediction: content of the scan's predictions.json, its slices in the order in which they were added.
 
         Raises:
-            ValueError: if the slices are not those that were added.
+            UserError: if the slices are not those that were added.
         """
         added, told = [row["index"] for row in self.slices], [row["index"] for row in prediction["slices"]]
         if added != told or not added:
-            raise ValueError(f"{path}: found slices {told} in the prediction, expected those added, at least one: {added}")
+            raise UserError(f"{path}: found slices {told} in the prediction, expected those added, at least one: {added}")
         environment = jinja2.Environment(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )

@@ -12,11 +12,12 @@ from monai.transforms import MapTransform, Transform
 from monai.utils.enums import CommonKeys
 from torchvision.ops import clip_boxes_to_image
 
-from bundle.data.scans import Scan
+from bundle.data.volumes import Scan
 from bundle.data.transforms import move_boxes
-from bundle.tasks import IMAGE
+from bundle.errors import UserError
+from bundle.names import IMAGE
 
-# Keys of the samples here, beside those of `bundle.tasks`.
+# Keys of the samples here, beside those of `bundle.names`.
 SCAN, INDEX = "scan", "index"
 SLICE = "slice"  # the slice as it was read, before its values and its size are changed
 FAILURE = "failure"  # why it could not be read
@@ -37,7 +38,7 @@ class SliceDataset(Dataset):
     One scan is open at a time.
 
     Args:
-        scans: of `bundle.data.scans.find_scans`.
+        scans: of `bundle.data.volumes.find_scans`.
         transform: preprocessing, which raises ValueError or OSError for a slice that cannot be read.
         image_size: side of the images in pixels.
     """
@@ -104,13 +105,13 @@ class BoxesToFiled(MapTransform):
         score_threshold: lowest score that is kept, from 0 to 1.
 
     Raises:
-        ValueError: if the threshold is out of range.
+        UserError: if the threshold is out of range.
     """
 
     def __init__(self, keys: KeysCollection, score_threshold: float = 0.5, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         if not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
+            raise UserError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
         self.score_threshold = score_threshold
 
     def __call__(self, data):

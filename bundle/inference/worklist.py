@@ -15,8 +15,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 import bundle
-from bundle.configuration import running_workflow
-from bundle.data.scans import Scan, find_scans
+from bundle.config import running_workflow
+from bundle.data.volumes import Scan, find_scans
+from bundle.errors import UserError
 from bundle.files import write_table
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Worklist:
 
     Raises:
         FileNotFoundError, ValueError: of `find_scans`.
-        ValueError: if something else than results of a scan lies where its results belong.
+        UserError: if something else than results of a scan lies where its results belong.
     """
 
     def __init__(self, source, output_dir, run: str) -> None:
@@ -79,7 +80,7 @@ class Worklist:
         strange = place.is_dir() and any(place.iterdir()) and _read_prediction(place / PREDICTIONS) is None
         if files or strange:
             found = f"the file {files[0]}" if files else f"{place} with other content"
-            raise ValueError(f"output_dir: found {found}, expected a folder of results there or none; set another output_dir")
+            raise UserError(f"output_dir: found {found}, expected a folder of results there or none; set another output_dir")
 
     def fail(self, name: str, reason: str) -> None:
         """Note that a scan could not be predicted; what was written of it is removed."""
@@ -114,7 +115,7 @@ class Worklist:
         one writes, when all are ready.
 
         Raises:
-            ValueError: if nothing at all could be predicted.
+            UserError: if nothing at all could be predicted.
         """
         failures = self.failures
         if self.processes > 1:
@@ -140,7 +141,7 @@ class Worklist:
             else:
                 path.unlink(missing_ok=True)  # of an earlier run
         if not predictions:
-            raise ValueError(f"input: nothing could be read; {failures[0]['reason']}")
+            raise UserError(f"input: nothing could be read; {failures[0]['reason']}")
         logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv and failures.csv")
 
 

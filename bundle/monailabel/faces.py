@@ -13,10 +13,10 @@ from monai.bundle import ConfigParser
 
 import bundle
 from bundle.cli import ROOT, TRAINED_WITH
-from bundle.configuration import merge_overlays
-from bundle.errors import exit_in_one_line
+from bundle.config import merge_overlays
+from bundle.errors import UserError, exit_in_one_line
 from bundle.networks import load_weights
-from bundle.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
+from bundle.names import CLASSIFICATION, DETECTION, SEGMENTATION
 
 # MONAI Label reads what a bundle does from its name. The values are keys of configs/monailabel.
 FACES = {f"chest_ct_{task}": task for task in (SEGMENTATION, CLASSIFICATION, DETECTION)}
@@ -40,12 +40,12 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
         The folders.
 
     Raises:
-        FileNotFoundError: if a file is not there.
-        ValueError: if the weights are of another network, or lack the head of a face; of `merge_overlays`.
+        UserError: if a file is not there.
+        UserError: if the weights are of another network, or lack the head of a face; of `merge_overlays`.
     """
     for file in configs:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"{file}: no such config, expected a file such as configs/preset_cpu.json")
+            raise UserError(f"{file}: no such config, expected a file such as configs/preset_cpu.json")
     faces = []
     for name, task in FACES.items():
         face = Path(output_dir) / name
@@ -53,7 +53,7 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
         (face / "models").mkdir(exist_ok=True)
         inference = face_config("inference", task, configs)
         if task not in inference["tasks"]:
-            raise ValueError(f"tasks: found {', '.join(inference['tasks'])}, expected {task} among them for {name}")
+            raise UserError(f"tasks: found {', '.join(inference['tasks'])}, expected {task} among them for {name}")
         _write(face / "configs/inference.json", inference)
         if task == SEGMENTATION:
             _write(face / "configs/train.json", face_config("train", "train", configs))

@@ -12,19 +12,20 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from torch.nn.modules.dropout import _DropoutNd
 
-from bundle.data.scans import NIFTI, Scan, open_scan
+from bundle.data.volumes import NIFTI, Scan, open_scan
 from bundle.data.transforms import to_file_grid
+from bundle.errors import UserError
 from bundle.inference.lesions import link_boxes
 from bundle.inference.lungs import lung_bearing, lung_mask
 from bundle.inference.markups import lesion_axes
-from bundle.inference.outputs import classify_scan, to_labels
+from bundle.inference.results import classify_scan, to_labels
 from bundle.inference.slices import INDEX, SCAN, SLICE, collate, to_cpu
 from bundle.networks import MultiTaskNet
-from bundle.tasks import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
+from bundle.names import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
 
 
 class PlaceAsScand(MapTransform):
-    """Lay a volume whose NIfTI file does not tell how it lies where `bundle.data.scans` lays it; nibabel has another place.
+    """Lay a volume whose NIfTI file does not tell how it lies where `bundle.data.volumes` lays it; nibabel has another place.
 
     So prediction, training and the viewers, which read with ITK, agree on which end is up.
     """
@@ -45,14 +46,14 @@ class VolumeScan(Scan):
         volume: (1, 1, X, Y, Z) with its affine to RAS in mm, as MONAI's LoadImage reads it; Z may be absent.
 
     Raises:
-        ValueError: if it has several channels.
+        UserError: if it has several channels.
     """
 
     def __init__(self, volume: MetaTensor) -> None:
         path = volume.meta.get("filename_or_obj", "volume")
         path = str(path[0] if isinstance(path, (list, tuple)) else path)
         if tuple(volume.shape[:2]) != (1, 1):
-            raise ValueError(f"{path}: found a batch of shape {tuple(volume.shape)}, expected one volume of one channel")
+            raise UserError(f"{path}: found a batch of shape {tuple(volume.shape)}, expected one volume of one channel")
         affine = np.asarray(volume.affine.cpu(), float).reshape(-1, *volume.affine.shape[-2:])[0]
         # os.devnull: its results are kept nowhere, so that no file's change makes it another scan.
         super().__init__(path, path, volume.shape[2:], affine, files=[os.devnull])
@@ -78,7 +79,7 @@ class VolumeInferer(Inferer):
         monte_carlo: keep the network's dropout on, and answer with probabilities of lesion instead of a mask.
 
     Raises:
-        ValueError: if the threshold is out of range.
+        UserError: if the threshold is out of range.
     """
 
     tasks: tuple[str, ...] = ()  # what the face asks the network for
@@ -96,7 +97,7 @@ class VolumeInferer(Inferer):
     ) -> None:
         super().__init__()
         if not 0 <= lesion_threshold < 1:
-            raise ValueError(f"lesion_threshold: found {lesion_threshold}, expected a number from 0 and below 1")
+            raise UserError(f"lesion_threshold: found {lesion_threshold}, expected a number from 0 and below 1")
         self.preprocessing, self.postprocessing = preprocessing, postprocessing
         self.classes, self.segmentation_classes = list(classes), list(segmentation_classes)
         self.batch_size, self.lesion_threshold, self.link_iou = batch_size, lesion_threshold, link_iou
@@ -160,7 +161,7 @@ class SegmentationInferer(VolumeInferer):
             dropout "pred" is float32 (channels, X, Y, Z), probabilities of lesion, and "result" is empty.
 
         Raises:
-            ValueError: for a volume that cannot be read, in one line.
+            UserError: for a volume that cannot be read, in one line.
         """
         scan, slices = VolumeScan(inputs), []
         channels, dtype = (len(self.segmentation_classes), np.float32) if self.monte_carlo else (1, np.uint8)

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from monai.data import CacheDataset
 
-from bundle.data.scans import open_scan
+from bundle.data.volumes import open_scan
 from bundle.data.transforms import LoadSliced
+from bundle.errors import UserError
 from bundle.files import replacing
-from bundle.tasks import EMPTY_MASK, GROUP, IMAGE, MASK, SOURCE
+from bundle.names import EMPTY_MASK, GROUP, IMAGE, MASK, SOURCE
 
 
 class VolumeSlice(NamedTuple):
@@ -37,17 +38,17 @@ def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
         Records as in a datalist, with a `VolumeSlice` for a path, and the mask "empty" where there is no lesion.
 
     Raises:
-        ValueError: naming the files, if they cannot be read, or differ in size or in the places of their slices.
+        UserError: naming the files, if they cannot be read, or differ in size or in the places of their slices.
     """
     image, label = open_scan(volume["image"]), open_scan(volume["label"])
     if image.shape != label.shape:
-        raise ValueError(f"{label.path}: found a label of size {label.shape}, expected {image.shape} as in {image.path}")
+        raise UserError(f"{label.path}: found a label of size {label.shape}, expected {image.shape} as in {image.path}")
     if (
         image.positions
         and label.positions
         and not np.allclose(image.positions, label.positions, rtol=0, atol=image.thickness[0] / 2)
     ):
-        raise ValueError(
+        raise UserError(
             f"{label.path}: found slices from {label.positions[0]:.1f} to {label.positions[-1]:.1f} mm, expected "
             f"{image.positions[0]:.1f} to {image.positions[-1]:.1f} mm as in {image.path}; write the label on the image's grid"
         )
@@ -73,7 +74,7 @@ class VolumeDataset(CacheDataset):
         slices_per_volume: see `slices_of`.
 
     Raises:
-        ValueError: if there is no volume, or of `slices_of`.
+        UserError: if there is no volume, or of `slices_of`.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class VolumeDataset(CacheDataset):
     ) -> None:
         volumes = data or otherwise
         if not volumes:
-            raise ValueError("training: found no labelled volume, expected at least one; submit a label first")
+            raise UserError("training: found no labelled volume, expected at least one; submit a label first")
         records = [record for volume in volumes for record in slices_of(volume, slices_per_volume)]
         super().__init__(records, transform, num_workers=1, progress=False)
 

@@ -15,6 +15,8 @@ from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_imag
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
+from bundle.errors import UserError
+
 
 class _RoIHeads(RoIHeads):
     """torchvision's RoIHeads whose mask branch can be left out for images that have boxes but no instance masks."""
@@ -45,7 +47,7 @@ class MaskRCNNHead(nn.Module):
         detections_per_image: the most that are kept.
 
     Raises:
-        ValueError: if the encoder has no such level, or another number of levels than `anchor_sizes`.
+        UserError: if the encoder has no such level, or another number of levels than `anchor_sizes`.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class MaskRCNNHead(nn.Module):
         super().__init__()
         self.levels = [index for index, stride in enumerate(strides) if 4 <= stride <= 32]
         if len(self.levels) != len(anchor_sizes):
-            raise ValueError(
+            raise UserError(
                 f"detection.anchor_sizes: found {len(anchor_sizes)} levels, expected {len(self.levels)}, one for each of "
                 f"the encoder's strides from 4 to 32 (it has {list(strides)})"
             )
@@ -114,12 +116,12 @@ class MaskRCNNHead(nn.Module):
             (N, 1, H, W) probabilities}.
 
         Raises:
-            ValueError: in training without targets.
+            UserError: in training without targets.
         """
         if not self.training:
             return self.detect(self.pyramid(features), image)
         if targets is None:
-            raise ValueError("targets: found None, expected a list with one entry for each image, in training mode")
+            raise UserError("targets: found None, expected a list with one entry for each image, in training mode")
         # Images with and without instance masks pass apart, since torchvision wants masks of all or of none.
         groups = [
             [i for i, target in enumerate(targets) if target is not None and ("masks" in target) == with_masks]

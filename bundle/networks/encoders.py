@@ -12,6 +12,8 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.models.vgg import cfgs, make_layers
 
+from bundle.errors import UserError
+
 
 class VGGEncoder(nn.Module):
     """VGG-13 without its classifier (Simonyan and Zisserman, arXiv 1409.1556), with torchvision's parameter names.
@@ -24,7 +26,7 @@ class VGGEncoder(nn.Module):
         width: share of the channels of VGG-13, each rounded to at least 8.
 
     Raises:
-        ValueError: if the width is not positive.
+        UserError: if the width is not positive.
     """
 
     strides = (1, 2, 4, 8, 16, 32)
@@ -32,7 +34,7 @@ class VGGEncoder(nn.Module):
     def __init__(self, batch_norm: bool = True, in_channels: int = 1, width: float = 1.0) -> None:
         super().__init__()
         if not width > 0:
-            raise ValueError(f"width: found {width}, expected more than 0")
+            raise UserError(f"width: found {width}, expected more than 0")
         layers = [c if c == "M" else max(8, round(c * width)) for c in cfgs["B"]]
         self.features = make_layers(layers, batch_norm=batch_norm)
         if in_channels != 3:
@@ -76,7 +78,7 @@ class TimmEncoder(nn.Module):
         pretrained: False, True (downloads) or the weights of the whole model.
 
     Raises:
-        ValueError: if it gives no such pyramid.
+        UserError: if it gives no such pyramid.
         RuntimeError: of torch, if the weights are those of another network.
     """
 
@@ -93,14 +95,14 @@ class TimmEncoder(nn.Module):
                 trial = self.model.eval()(torch.zeros(1, in_channels, 64, 64))
         except Exception as error:  # transformers raise anything on images of a size they are not made for
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ValueError(f"backbone: {name} gives no feature pyramid of a 64 x 64 image ({reason[:200]})") from None
+            raise UserError(f"backbone: {name} gives no feature pyramid of a 64 x 64 image ({reason[:200]})") from None
         self.model.train()
         self.channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
         expected = [(1, c, 64 // s, 64 // s) for c, s in zip(self.channels, self.strides)]
         halved = all(2 * fine == coarse for fine, coarse in zip(self.strides, self.strides[1:]))
         if not halved or [tuple(feature.shape) for feature in trial] != expected:
-            raise ValueError(
+            raise UserError(
                 f"backbone: {name} gives no feature pyramid: found maps of shape {[tuple(f.shape[1:]) for f in trial]} for "
                 "64 x 64 pixels, expected (channels, rows, columns) that halve from map to map"
             )
@@ -125,8 +127,8 @@ def build_encoder(
         Module from (B, in_channels, H, W) to a list of feature maps, finest first, with `channels` and `strides`.
 
     Raises:
-        ValueError: for an unknown backbone, one without a pyramid, a width it does not take, or a file of other weights.
-        FileNotFoundError: if `pretrained` names no file.
+        UserError: for an unknown backbone, one without a pyramid, a width it does not take, or a file of other weights.
+        UserError: if `pretrained` names no file.
     """
     weights = _read_weights(pretrained) if isinstance(pretrained, str) else pretrained
     try:
@@ -141,18 +143,18 @@ def build_encoder(
         if not isinstance(pretrained, str):
             raise
         reason = str(error).strip().splitlines()[:2][-1].strip()
-        raise ValueError(
+        raise UserError(
             f"pretrained: {pretrained}: found other weights than those of {backbone} ({reason[:200]})"
         ) from None
 
 
 def _read_weights(path: str) -> Mapping[str, torch.Tensor]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"pretrained: {path}: no such file")
+        raise UserError(f"pretrained: {path}: no such file")
     try:
         return timm.models.load_state_dict(path)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        raise ValueError(
+        raise UserError(
             f"pretrained: {path}: cannot be read as weights ({type(error).__name__}), expected a state_dict of torch.save"
         ) from None
 
@@ -161,8 +163,8 @@ def _check_timm(backbone: str, width: float) -> None:
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone, ["vgg13", "vgg13_bn", *timm.list_models()], n=3)
         hint = f"; near matches: {', '.join(near)}" if near else ""
-        raise ValueError(f"backbone: found {backbone!r}, expected vgg13, vgg13_bn or a model name of timm{hint}")
+        raise UserError(f"backbone: found {backbone!r}, expected vgg13, vgg13_bn or a model name of timm{hint}")
     if width != 1.0:
-        raise ValueError(
+        raise UserError(
             f"width: found {width} with backbone {backbone}, expected 1.0; only vgg13 and vgg13_bn take a width"
         )

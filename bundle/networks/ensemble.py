@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torchvision.ops import nms
 
+from bundle.errors import UserError
 from bundle.networks.multitask import MultiTaskNet
-from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 
 class EnsembleNet(nn.Module):
@@ -23,13 +24,13 @@ class EnsembleNet(nn.Module):
         nms_threshold: IoU above which the weaker of two detections is dropped.
 
     Raises:
-        ValueError: if there is no member.
+        UserError: if there is no member.
     """
 
     def __init__(self, members: Sequence[MultiTaskNet], nms_threshold: float = 0.3) -> None:
         super().__init__()
         if not members:
-            raise ValueError("members: found none, expected one or more networks")
+            raise UserError("members: found none, expected one or more networks")
         self.members = nn.ModuleList(members).eval()
         self.nms_threshold = nms_threshold
 

@@ -9,6 +9,8 @@ from monai.networks.nets.basic_unet import UpCat
 from monai.networks.utils import icnr_init
 from torch import nn
 
+from bundle.errors import UserError
+
 
 class ClassificationHead(nn.Sequential):
     """Three fully connected layers on the globally averaged deepest features.
@@ -52,7 +54,7 @@ class DenseHead(nn.Module):
         dropout: after every convolution of the steps.
 
     Raises:
-        ValueError: if there are no decoder channels, or more than the encoder has halvings, or one below 1.
+        UserError: if there are no decoder channels, or more than the encoder has halvings, or one below 1.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class DenseHead(nn.Module):
         super().__init__()
         steps = strides[-1].bit_length() - 1
         if not 1 <= len(decoder_channels) <= steps or min(decoder_channels) < 1:
-            raise ValueError(
+            raise UserError(
                 f"decoder_channels: found {len(decoder_channels)} ({list(decoder_channels)}), expected 1 to {steps} for an "
                 f"encoder of stride {strides[-1]}, each above 0"
             )

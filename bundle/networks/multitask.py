@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bundle.errors import UserError
 from bundle.networks.detection import MaskRCNNHead
 from bundle.networks.encoders import build_encoder
 from bundle.networks.heads import ClassificationHead, DenseHead
-from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, check_tasks
+from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, check_tasks
 
 
 class MultiTaskNet(nn.Module):
@@ -33,7 +34,7 @@ class MultiTaskNet(nn.Module):
         decoder_dropout: of the segmentation decoder; 0 in the curriculum, more for Monte-Carlo dropout in MONAI Label.
 
     Raises:
-        ValueError: for an unknown task, backbone or argument of the detection, or an image size that the encoder's stride
+        UserError: for an unknown task, backbone or argument of the detection, or an image size that the encoder's stride
             does not divide.
     """
 
@@ -60,7 +61,7 @@ class MultiTaskNet(nn.Module):
         self.stride = strides[-1]
         known = [name for name in signature(MaskRCNNHead).parameters if name not in ("channels", "strides")]
         if unknown := [name for name in detection or {} if name not in known]:
-            raise ValueError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
+            raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
         make = {
             CLASSIFICATION: lambda: ClassificationHead(channels[-1], num_classes, dropout=dropout),
             SEGMENTATION: lambda: DenseHead(
@@ -93,7 +94,7 @@ class MultiTaskNet(nn.Module):
             also embedding, see `embed`.
 
         Raises:
-            ValueError: if the channels or the size of the image do not fit, naming the nearest size that does.
+            UserError: if the channels or the size of the image do not fit, naming the nearest size that does.
         """
         self._check(tuple(image.shape))
         features, output = self.encoder(image), {}
@@ -115,10 +116,10 @@ class MultiTaskNet(nn.Module):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[1] != self.in_channels:
-            raise ValueError(f"image: found shape {shape}, expected (batch, {self.in_channels}, rows, columns)")
+            raise UserError(f"image: found shape {shape}, expected (batch, {self.in_channels}, rows, columns)")
         if shape[2] % self.stride or shape[3] % self.stride or not all(shape[2:]):
             fit = tuple(max(1, round(side / self.stride)) * self.stride for side in shape[2:])
-            raise ValueError(
+            raise UserError(
                 f"image: found {shape[2]} x {shape[3]} pixels, expected multiples of {self.stride}; use {fit[0]} x {fit[1]} "
                 "(image_size)"
             )
@@ -134,10 +135,10 @@ def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
         The same.
 
     Raises:
-        ValueError: for what is no `MultiTaskNet`, such as the view of it that inference.json calls network_def.
+        UserError: for what is no `MultiTaskNet`, such as the view of it that inference.json calls network_def.
     """
     if not isinstance(network, MultiTaskNet):
-        raise ValueError(
+        raise UserError(
             f"network: found a {type(network).__name__} to freeze, expected the network of train.json; "
             "configs/frozen_encoder.json is for training alone, leave it out"
         )
@@ -164,15 +165,15 @@ def read_weights(path) -> Mapping[str, torch.Tensor]:
     """State_dict of a network from a file of it, or of a dictionary with one under "network".
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read.
+        UserError: if there is no such file.
+        UserError: if it cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; train first, or name another one")
+        raise UserError(f"{path}: no such checkpoint; train first, or name another one")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
         ) from None
     return weights.get("network", weights) if isinstance(weights, Mapping) else {}
@@ -205,8 +206,8 @@ def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]
         Names of the parts that were loaded: "encoder" and tasks; "but its output layer" after a task says what was not.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no state_dict, or of another architecture, naming the first parameter that does not fit.
+        UserError: if there is no such file.
+        UserError: if it is no state_dict, or of another architecture, naming the first parameter that does not fit.
     """
     weights = read_weights(path)
     parts = {"encoder": network.encoder, **network.heads}
@@ -238,7 +239,7 @@ def _check_fit(path, prefix: str, found: Mapping, expected: Mapping) -> None:
     for key in [*expected, *found]:
         shapes = [tuple(side[key].shape) if key in side else "absent" for side in (found, expected)]
         if shapes[0] != shapes[1]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: found {prefix}{key} {shapes[0]}, expected {shapes[1]}; it was made with another network: set the "
                 "tasks, classes, backbone, width and decoder_channels it was trained with"
             )

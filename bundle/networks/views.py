@@ -9,9 +9,10 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from bundle.errors import UserError
 from bundle.networks.detection import MaskRCNNHead
 from bundle.networks.multitask import MultiTaskNet
-from bundle.tasks import DETECTION, SEGMENTATION
+from bundle.names import DETECTION, SEGMENTATION
 
 
 class TaskView(nn.Module):
@@ -25,14 +26,14 @@ class TaskView(nn.Module):
         task: one of the network's whose answer is a tensor, so not detection.
 
     Raises:
-        ValueError: for another task.
+        UserError: for another task.
     """
 
     def __init__(self, network: MultiTaskNet, task: str = SEGMENTATION) -> None:
         super().__init__()
         possible = [name for name in network.heads if name != DETECTION]
         if task not in possible:
-            raise ValueError(f"export_task: found {task!r}, expected one of {', '.join(possible)}")
+            raise UserError(f"export_task: found {task!r}, expected one of {', '.join(possible)}")
         self.encoder = network.encoder
         self.heads = nn.ModuleDict({task: network.heads[task]})
         self.register_load_state_dict_pre_hook(_pass_over_other_heads)

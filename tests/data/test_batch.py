@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import WeightedRandomSampler
 
 from bundle.data.batch import balanced_weights, collate
-from bundle.tasks import TASKS
+from bundle.names import TASKS
 
 
 def sample(**annotations):

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from bundle.data.datalist import annotated_tasks, load_datalist, select, take, validate
+from bundle.errors import UserError
 from bundle.files import write_json
 
 ROWS, COLUMNS = 40, 60
@@ -217,7 +218,7 @@ def test_what_is_no_datalist_is_refused(folder, content, expected):
 
 def test_a_missing_datalist_is_refused(folder):
     expected = "no.json: no such datalist; make one with scripts/prepare_data.py, or set datalist"
-    with pytest.raises(FileNotFoundError, match=expected):
+    with pytest.raises(UserError, match=expected):
         load_datalist(folder / "no.json", folder)
 
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 from bundle.data import phantom
 from bundle.data.datalist import annotated_tasks, load_datalist
 from bundle.data.phantom import make_patient, make_phantom, make_slice
-from bundle.tasks import TASKS
+from bundle.names import TASKS
 
 SPLITS = ("training", "validation", "test")
 SMALL = {"size": 64, "groups": (3, 3, 3), "slices_per_group": 1}

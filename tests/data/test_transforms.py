@@ -20,6 +20,7 @@ from bundle.data.transforms import (
     move_boxes,
     to_file_grid,
 )
+from bundle.errors import UserError
 
 ROWS, COLUMNS = 60, 100
 BOX = [50.0, 15.0, 70.0, 25.0]
@@ -276,7 +277,7 @@ def test_bad_files_are_refused_in_one_line(record, tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             LoadSlice()(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="missing.png: no such file"):
+    with pytest.raises(UserError, match="missing.png: no such file"):
         LoadSlice()(tmp_path / "missing.png")
 
 

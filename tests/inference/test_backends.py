@@ -9,7 +9,7 @@ from torch import nn
 from bundle.inference import backends
 from bundle.inference.backends import Exported, ExportedNet, accelerate, one_by_one
 from bundle.networks import MultiTaskNet
-from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
     "tasks": TASKS,

@@ -12,7 +12,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 from scipy.spatial.transform import Rotation
 
-from bundle.data.scans import find_scans
+from bundle.data.volumes import find_scans
 from bundle.inference.dicom import write_segmentation, write_structured_report
 
 MODEL = {"name": "Chest CT multi-task", "version": "0.1.0", "checkpoint": "0123456789ab"}

@@ -5,7 +5,7 @@ import torch
 
 from bundle.inference.flips import FlipInferer
 from bundle.networks import MultiTaskNet
-from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
 WIDTH = 40
 

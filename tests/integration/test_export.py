@@ -10,8 +10,9 @@ import torch
 from fire import Fire
 
 from bundle.benchmark import read_exported
+from bundle.errors import UserError
 from bundle.networks import MultiTaskNet
-from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(
@@ -61,5 +62,5 @@ def test_the_exported_file_answers_as_the_network(network, name, answers, tmp_pa
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.ts: no such exported network"):
+    with pytest.raises(UserError, match="none.ts: no such exported network"):
         read_exported(str(tmp_path / "none.ts"), TASKS)

@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from bundle.data.scans import find_scans
+from bundle.data.volumes import find_scans
 
 TRICKS = ("../../escape", "/tmp/escape", "..\\..\\escape", "a" * 64, "<script>", "")
 

@@ -6,6 +6,7 @@ import torch
 from monai.bundle import ConfigParser
 
 import bundle
+from bundle.errors import UserError
 from bundle.monailabel import make_faces
 from bundle.monailabel.faces import main
 from bundle.networks import MultiTaskNet
@@ -112,7 +113,7 @@ def test_weights_of_another_network_are_refused_in_one_line(weights, tmp_path, c
 
 
 def test_a_config_that_is_not_there_is_named(weights, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.json: no such config, expected a file such as"):
+    with pytest.raises(UserError, match="nowhere.json: no such config, expected a file such as"):
         make_faces(tmp_path, weights, ["nowhere.json"])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bundle.networks import EnsembleNet, MultiTaskNet
-from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
     "width": 0.125,

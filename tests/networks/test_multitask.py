@@ -3,8 +3,9 @@ from itertools import chain, combinations
 import pytest
 import torch
 
+from bundle.errors import UserError
 from bundle.networks import MultiTaskNet, freeze_encoder, load_weights
-from bundle.tasks import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
     "backbone": "vgg13_bn",
@@ -270,7 +271,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint; train first, or name another one"):
+    with pytest.raises(UserError, match=r"none.pt: no such checkpoint; train first, or name another one"):
         load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "none.pt")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bundle.networks import MultiTaskNet, TaskView, TensorView
-from bundle.tasks import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
+from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
     "backbone": "vgg13_bn",

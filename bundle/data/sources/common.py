@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from bundle.errors import UserError
+
 # What a layout yields: the split, or None where it knows none, and a record of absolute paths, whose class is a name.
 Records = Iterator[tuple[str | None, dict]]
 SPLIT_NAMES = {
@@ -28,26 +30,26 @@ def read_rows(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict]]:
     """("file: line n", row) for the rows of a CSV file that has at least the required columns.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: in one line, if it is no UTF-8 table, lacks a column, or has a row of more or fewer cells than columns.
+        UserError: if there is no such file.
+        UserError: in one line, if it is no UTF-8 table, lacks a column, or has a row of more or fewer cells than columns.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a table with the columns {', '.join(required)}")
+        raise UserError(f"{path}: no such file, expected a table with the columns {', '.join(required)}")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = [(f"{path}: line {reader.line_num}", row) for row in reader]
             columns = reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}), expected a comma-separated table in UTF-8") from None
+        raise UserError(f"{path}: cannot be read ({error}), expected a comma-separated table in UTF-8") from None
     if not set(required) <= set(columns):
-        raise ValueError(
+        raise UserError(
             f"{path}: found the columns {', '.join(columns) or 'none'}, expected {', '.join(required)}, separated by commas"
         )
     for place, row in rows:
         cells = sum(isinstance(cell, str) for cell in row.values()) + len(row.get(None, ()))
         if cells != len(columns):
-            raise ValueError(f"{place}: found {cells} cells, expected {len(columns)}; quote a cell that holds commas")
+            raise UserError(f"{place}: found {cells} cells, expected {len(columns)}; quote a cell that holds commas")
     return rows
 
 
@@ -55,10 +57,10 @@ def look_up(names: dict, row: dict, column: str, place: str):
     """`names[row[column]]`.
 
     Raises:
-        ValueError: in one line, if the cell is not one of the names.
+        UserError: in one line, if the cell is not one of the names.
     """
     if row[column] not in names:
-        raise ValueError(f"{place}: {column}: found {row[column]!r}, expected one of {', '.join(names)}")
+        raise UserError(f"{place}: {column}: found {row[column]!r}, expected one of {', '.join(names)}")
     return names[row[column]]
 
 
@@ -66,10 +68,10 @@ def pictures(folder: Path) -> list[Path]:
     """PNG and JPEG files of a folder, by name.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        UserError: if there is no such folder.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder, expected one of pictures")
+        raise UserError(f"{folder}: no such folder, expected one of pictures")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
 
 
@@ -77,16 +79,16 @@ def read_grey(path: Path) -> np.ndarray:
     """uint8 (rows, columns) of a picture.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read.
+        UserError: if there is no such file.
+        UserError: if it cannot be read.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a picture")
+        raise UserError(f"{path}: no such file, expected a picture")
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("L"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> str:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from bundle.data.datalist import SPLITS, annotated_tasks, validate
 from bundle.data.sources import published, tables, volumes
+from bundle.errors import UserError
 from bundle.files import write_json
-from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
+from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
 
 logger = logging.getLogger(__name__)
 CLASSES = ("other", "COVID-19", "lung cancer")
@@ -68,8 +69,8 @@ def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
     No path is returned twice: the layout that an argument names for it goes before the one that is recognised.
 
     Raises:
-        ValueError: if two layouts are named for one path, or none is recognised.
-        FileNotFoundError: if there is no such path.
+        UserError: if two layouts are named for one path, or none is recognised.
+        UserError: if there is no such path.
     """
     named: dict[Path, str] = {}
     recognised: dict[Path, str] = {}
@@ -77,10 +78,10 @@ def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
         layout, _, path = argument.partition("=") if argument.split("=")[0] in SOURCES else ("", "", argument)
         if not Path(path).exists():
             layouts = f" and no layout; layouts: {', '.join(SOURCES)}" if "=" in argument else ""
-            raise FileNotFoundError(f"{argument}: no such folder or file{layouts}")
+            raise UserError(f"{argument}: no such folder or file{layouts}")
         path = Path(path).resolve()
         if layout and named.setdefault(path, layout) != layout:
-            raise ValueError(f"{path}: found the layouts {named[path]} and {layout}, expected one")
+            raise UserError(f"{path}: found the layouts {named[path]} and {layout}, expected one")
         if not layout:
             recognised |= _recognised(path)
     found = recognised | named
@@ -98,7 +99,7 @@ def _recognised(path: Path) -> dict[Path, str]:
     layout = detect_layout(path)
     inside = {path: layout} if layout else {p: detect_layout(p) or "" for p in sorted(path.glob("*")) if p.is_dir()}
     if not any(inside.values()):
-        raise ValueError(f"{path}: found no known layout, expected one of {', '.join(SOURCES)}; name it: LAYOUT={path}")
+        raise UserError(f"{path}: found no known layout, expected one of {', '.join(SOURCES)}; name it: LAYOUT={path}")
     return inside
 
 
@@ -130,10 +131,10 @@ def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES
         export = output / "export" / f"{number:02d}_{path.stem}"
         records = list(tqdm(source.read(path, export), desc=path.name, unit="slice", disable=None))
         if not records:
-            raise ValueError(f"{path}: found no record, expected the layout {layout} as docs/data.md describes it")
+            raise UserError(f"{path}: found no record, expected the layout {layout} as docs/data.md describes it")
         unnamed = not source.source and any(SOURCE not in record for _, record in records)
         if unnamed and named.setdefault(path.stem, path) != path:
-            raise ValueError(
+            raise UserError(
                 f"{path}: found the name of {named[path.stem]}, whose patients would count as the same, expected another one"
             )
         for split, record in records:
@@ -154,7 +155,7 @@ def _refuse_two_layouts_of_one(layouts: Sequence[tuple[str, Path]]) -> None:
     for layout, path in layouts:
         source = SOURCES[layout].source
         if source and first.setdefault(source, (layout, path))[0] != layout:
-            raise ValueError(
+            raise UserError(
                 f"{path}: found {source} as {layout}, and as {first[source][0]} in {first[source][1]}, expected it in one layout"
             )
 
@@ -169,7 +170,7 @@ def _finished(record: dict, source: str, output: Path, classes: Sequence[str]) -
     if isinstance(record.get(CLASS), str):
         if record[CLASS] not in classes:
             expected = f"a number from 0 to {len(classes) - 1} or one of {', '.join(classes)}; name others with --classes"
-            raise ValueError(f"{record[IMAGE]}: {CLASS}: found {record[CLASS]!r}, expected {expected}")
+            raise UserError(f"{record[IMAGE]}: {CLASS}: found {record[CLASS]!r}, expected {expected}")
         finished[CLASS] = list(classes).index(record[CLASS])
     return finished
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from bundle.data.sources.common import SPLIT_NAMES, Records, pictures, read_grey, write_picture
-from bundle.tasks import CLASS, GROUP, IMAGE, MASK
+from bundle.errors import UserError
+from bundle.names import CLASS, GROUP, IMAGE, MASK
 
 logger = logging.getLogger(__name__)
 # Correlation of neighbours' thumbnails below which IQ-OTH/NCCD's numbering is taken to have reached another patient.
@@ -28,7 +29,7 @@ def covid_ct_original(folder: Path, export: Path) -> Records:
         for split in ("train", "val", "test"):
             listing = folder / "Data-split" / kind / f"{split}CT_{kind}.txt"
             if not listing.is_file():
-                raise FileNotFoundError(f"{listing}: no such file, expected the official list of COVID-CT")
+                raise UserError(f"{listing}: no such file, expected the official list of COVID-CT")
             for name in filter(None, map(str.strip, listing.read_text(errors="replace").splitlines())):
                 image = folder / "Images-processed" / f"CT_{kind}" / name
                 unknown += name not in patients
@@ -89,7 +90,7 @@ def inf_net(folder: Path, export: Path) -> Records:
         masks = {path.stem: path for path in pictures(place / "GT")}
         for index, image in enumerate(pictures(place / "Imgs")):
             if image.stem not in masks:
-                raise FileNotFoundError(f"{place / 'GT' / image.stem}.png: no such file, expected the mask of {image}")
+                raise UserError(f"{place / 'GT' / image.stem}.png: no such file, expected the mask of {image}")
             split, mask = splits[index % len(splits)], read_grey(masks[image.stem])
             record = {
                 IMAGE: write_picture(read_grey(image).T, export / place.name / "image" / f"{image.stem}.png"),

@@ -17,7 +17,8 @@ from bundle.data.sources.common import (
     read_rows,
     write_picture,
 )
-from bundle.tasks import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
+from bundle.errors import UserError
+from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def coco(folder: Path, export: Path) -> Records:
     for path in sorted(folder.glob("annotations_*.json")):
         split = SPLIT_NAMES.get(path.stem.removeprefix("annotations_"))
         if split is None:
-            raise ValueError(f"{path}: found an unknown split, expected annotations_train.json, _val.json or _test.json")
+            raise UserError(f"{path}: found an unknown split, expected annotations_train.json, _val.json or _test.json")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             boxes = {image["id"]: [] for image in content["images"]}
@@ -91,7 +92,7 @@ def coco(folder: Path, export: Path) -> Records:
             images = [(image["file_name"], boxes[image["id"]], image.get("patient_id")) for image in content["images"]]
         except (ValueError, TypeError, KeyError) as error:
             expected = "COCO's images (id, file_name) and annotations (image_id, bbox) that name each other"
-            raise ValueError(f"{path}: found {type(error).__name__} {error}, expected {expected}") from None
+            raise UserError(f"{path}: found {type(error).__name__} {error}, expected {expected}") from None
         for name, found, patient in images:
             yield split, {IMAGE: str(folder / name), BOXES: found, GROUP: name if patient is None else str(patient)}
 
@@ -106,13 +107,13 @@ def table_csv(path: Path, export: Path) -> Records:
         split = look_up(SPLIT_NAMES, row, "split", place) if "split" in row else None
         row.pop("split", None)
         if IMAGE not in row:
-            raise ValueError(f"{place}: {IMAGE}: found an empty cell, expected the path of an image")
+            raise UserError(f"{place}: {IMAGE}: found an empty cell, expected the path of an image")
         if row.get(CLASS, "").lstrip("-").isdigit():
             row[CLASS] = int(row[CLASS])
         if BOXES in row:
             try:
                 row[BOXES] = json.loads(row[BOXES])
             except ValueError:
-                raise ValueError(f"{place}: {BOXES}: found {row[BOXES]!r}, expected [[x1, y1, x2, y2], …]") from None
+                raise UserError(f"{place}: {BOXES}: found {row[BOXES]!r}, expected [[x1, y1, x2, y2], …]") from None
         files = [key for key in (IMAGE, MASK, INSTANCES) if row.get(key, EMPTY_MASK) != EMPTY_MASK]
         yield split, {GROUP: row[IMAGE], **row, **{key: str(path.parent / row[key]) for key in files}}

@@ -9,7 +9,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from bundle.data.sources.common import Records, lesions, read_rows, write_picture
-from bundle.tasks import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
+from bundle.errors import UserError
+from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
 STORED_AS = "orientation"
 
@@ -20,17 +21,17 @@ def read_volume(path: Path) -> tuple[np.ndarray, sitk.Image]:
     The image's metadata keep the orientation of the file, such as RAS, under `STORED_AS`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or is no volume.
+        UserError: if there is no such file.
+        UserError: if it cannot be read or is no volume.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a volume")
+        raise UserError(f"{path}: no such file, expected a volume")
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).strip().splitlines()[-1]})") from None
+        raise UserError(f"{path}: cannot be read ({str(error).strip().splitlines()[-1]})") from None
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{path}: found {image.GetDimension()} dimensions, expected a volume of one channel")
+        raise UserError(f"{path}: found {image.GetDimension()} dimensions, expected a volume of one channel")
     stored_as = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     image = sitk.DICOMOrient(image, "LPS")
     image.SetMetaData(STORED_AS, stored_as)
@@ -41,14 +42,14 @@ def read_annotated(path: Path, mask_path: Path) -> tuple[np.ndarray, sitk.Image,
     """What `read_volume` returns for an image, and the pixels of its mask.
 
     Raises:
-        ValueError: if their sizes differ, or their headers turn them differently and lay them to different places.
+        UserError: if their sizes differ, or their headers turn them differently and lay them to different places.
     """
     (pixels, image), (masks, mask) = read_volume(path), read_volume(mask_path)
     if masks.shape != pixels.shape:
-        raise ValueError(f"{mask_path}: found shape {masks.shape}, expected {pixels.shape} as in {path}")
+        raise UserError(f"{mask_path}: found shape {masks.shape}, expected {pixels.shape} as in {path}")
     turned_alike = mask.GetMetaData(STORED_AS) == image.GetMetaData(STORED_AS)
     if not turned_alike and (np.abs(_ends(mask) - _ends(image)) > image.GetSpacing()).any():
-        raise ValueError(
+        raise UserError(
             f"{mask_path}: found a header that turns the mask otherwise than {path} and lays it elsewhere, expected the same "
             "place in space; if their arrays agree as stored, give it the affine of the image"
         )
@@ -124,7 +125,7 @@ def luna16(folder: Path, export: Path) -> Records:
         try:
             nodules.setdefault(row["seriesuid"], []).append(tuple(float(row[name]) for name in columns))
         except ValueError as error:
-            raise ValueError(f"{place}: {error}, expected numbers in {', '.join(columns)}") from None
+            raise UserError(f"{place}: {error}, expected numbers in {', '.join(columns)}") from None
     for path in sorted(folder.rglob("*.mhd")):
         if path.stem not in nodules or any(parent.name.startswith("seg-lungs") for parent in path.parents):
             continue

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from bundle.data.sources.common import MIN_LESION_PIXELS, lesions, look_up, pictures, read_grey, read_rows
+from bundle.errors import UserError
 
 
 def test_lesions_are_the_connected_parts_that_are_large_enough():
@@ -60,7 +61,7 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, content, complaint):
     path = tmp_path / "t.csv"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises((ValueError, FileNotFoundError), match=complaint) as error:
+    with pytest.raises(UserError, match=complaint) as error:
         read_rows(path, ("a", "b"))
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
@@ -72,12 +73,12 @@ def test_look_up_names_line_column_and_choices():
 
 
 def test_bad_pictures_are_refused_in_one_line(tmp_path, picture):
-    with pytest.raises(FileNotFoundError, match="no such file, expected a picture"):
+    with pytest.raises(UserError, match="no such file, expected a picture"):
         read_grey(tmp_path / "a.png")
     picture(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (40, 60)))
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
     with pytest.raises(ValueError, match="a.png: cannot be read") as error:
         read_grey(tmp_path / "a.png")
     assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder, expected one of pictures"):
+    with pytest.raises(UserError, match="nowhere: no such folder, expected one of pictures"):
         pictures(tmp_path / "nowhere")

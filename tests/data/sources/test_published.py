@@ -2,6 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from bundle.errors import UserError
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_covid_ct_original(covid_ct, merged, caplog):
 
 def test_covid_ct_without_a_list_is_refused(covid_ct, merged):
     (covid_ct / "Data-split/NonCOVID/valCT_NonCOVID.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="valCT_NonCOVID.txt: no such file, expected the official list of COVID-CT"):
+    with pytest.raises(UserError, match="valCT_NonCOVID.txt: no such file, expected the official list of COVID-CT"):
         merged(covid_ct)
 
 
@@ -75,7 +76,7 @@ def test_iqoth_nccd_original(iqoth, merged):
 
 def test_iqoth_nccd_original_without_a_folder_is_refused(iqoth, merged):
     (iqoth / "Bengin cases").rename(iqoth / "Benign cases")
-    with pytest.raises(FileNotFoundError, match="Bengin cases: no such folder"):
+    with pytest.raises(UserError, match="Bengin cases: no such folder"):
         merged(iqoth)
 
 
@@ -104,5 +105,5 @@ def test_inf_net(inf_net, merged, samples):
 
 def test_inf_net_without_a_mask_is_refused(inf_net, merged):
     (inf_net / "TestingSet/LungInfection-Test/GT/1.png").unlink()
-    with pytest.raises(FileNotFoundError, match="GT/1.png: no such file, expected the mask of .*Imgs/1.png"):
+    with pytest.raises(UserError, match="GT/1.png: no such file, expected the mask of .*Imgs/1.png"):
         merged(inf_net)

@@ -4,6 +4,7 @@ import pytest
 import SimpleITK as sitk
 
 from bundle.data.sources.volumes import read_annotated, read_volume, with_as_many_free
+from bundle.errors import UserError
 
 COLUMNS, ROWS, SLICES = 60, 40, 6
 
@@ -45,7 +46,7 @@ def test_volume_is_turned_to_lps(tmp_path, chest):
 )
 def test_bad_volumes_are_refused_in_one_line(tmp_path, make, complaint):
     make(tmp_path / "v.nii.gz")
-    with pytest.raises((ValueError, FileNotFoundError), match=f"v.nii.gz: .*{complaint}") as error:
+    with pytest.raises(UserError, match=f"v.nii.gz: .*{complaint}") as error:
         read_volume(tmp_path / "v.nii.gz")
     assert "\n" not in str(error.value)
 

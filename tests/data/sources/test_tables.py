@@ -3,6 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from bundle.errors import UserError
 
 
 def write_table(folder, rows, picture=None, shape=(40, 60)):
@@ -194,7 +195,7 @@ def test_table_csv(table, merged, samples):
 )
 def test_bad_csv_is_refused_in_one_line(table, merged, row, complaint):
     table.write_text("image,class,mask,boxes,instances,group,source,split\n" + row + "\n")
-    with pytest.raises((ValueError, FileNotFoundError), match=complaint) as error:
+    with pytest.raises(UserError, match=complaint) as error:
         merged(table)
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,126 @@
+"""What the classification looks at: Grad-CAM (Selvaraju et al., arXiv 1610.02391), and how much of it lies in the lungs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from monai.visualize import GradCAM
+from torch import nn
+from tqdm import tqdm
+
+from bundle.data.transforms import lung_region
+from bundle.errors import UserError
+from bundle.evaluation import save_figure
+from bundle.networks import MultiTaskNet
+from bundle.names import ANNOTATED, CLASS, CLASSIFICATION, IMAGE
+
+logger = logging.getLogger(__name__)
+
+
+class _Classifier(nn.Module):
+    """Classification alone, with a layer at the deepest features for the hooks of Grad-CAM."""
+
+    def __init__(self, network: MultiTaskNet) -> None:
+        super().__init__()
+        self.encoder, self.head, self.deepest = network.encoder, network.heads[CLASSIFICATION], nn.Identity()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        features = self.encoder(image)[-1]
+        # Grad-CAM asks for the gradient of the features, which those of a frozen encoder have not.
+        features = features if features.requires_grad else features.detach().requires_grad_()
+        return self.head([self.deepest(features)])
+
+
+def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequence[str], path, columns: int = 6) -> dict:
+    """Draw Grad-CAM of the predicted class for the first slices of each class, and measure and average it over all slices.
+
+    The share of the heat that lies in the lungs (`lung_region`) says little alone: it stands beside the share of the picture
+    that is lung, which heat spread evenly would have.
+
+    Args:
+        network: with its weights.
+        batches: of `bundle.data.batch.collate`.
+        classes: names.
+        path: of the PNG; a row for each class, written under a temporary name, then renamed. Beside it, NAME_mean.png
+            shows the mean heat of the measured slices of each class, and the outline of where at least half of them
+            have lung: no image is in it.
+        columns: slices drawn of each class.
+
+    Returns:
+        class name -> {"slices", "heat_in_lung", "lung"}: number, and mean shares from 0 to 1. Slices without a lung or
+        without heat do not count.
+
+    Raises:
+        UserError: if the network has no classification, or no slice is annotated with a class.
+    """
+    if CLASSIFICATION not in network.heads:
+        raise UserError(f"tasks: found {', '.join(network.heads)}, expected {CLASSIFICATION} among them for Grad-CAM")
+    device = next(network.parameters()).device
+    # In evaluation mode itself, since MONAI puts what it explains back into the mode that it came in, after every slice.
+    cam = GradCAM(_Classifier(network).eval(), "deepest", postprocessing=lambda heat: heat)
+    shares, sums, drawn = {name: [] for name in classes}, dict.fromkeys(classes, 0), {name: [] for name in classes}
+    for batch in tqdm(batches, "Grad-CAM", disable=None):
+        rows = batch[ANNOTATED][CLASSIFICATION]
+        for image, label in zip(batch[IMAGE][rows], batch[CLASS][rows].tolist()):
+            heat = cam(image[None].to(device))[0, 0].detach().cpu().numpy()
+            lung, name = lung_region(image[0].numpy()), classes[label]
+            if heat.sum() > 0 and lung.any():
+                shares[name].append((heat[lung].sum() / heat.sum(), lung.mean()))
+                sums[name] = sums[name] + np.stack([heat / heat.sum(), lung])
+            if len(drawn[name]) < columns:
+                with torch.no_grad():
+                    scores = network.heads[CLASSIFICATION](network.encoder(image[None].to(device)))
+                probabilities = scores.softmax(1)[0].cpu().numpy()
+                drawn[name].append((image[0].numpy(), heat, probabilities))
+    if not any(drawn.values()):
+        raise UserError("Grad-CAM: found no slice with a class, expected some; choose another split")
+    _draw(drawn, classes, Path(path), columns)
+    means = {name: total / len(shares[name]) for name, total in sums.items() if shares[name]}
+    if means:
+        _draw_means(means, Path(path))
+    found = {
+        name: {"slices": len(values), **dict(zip(("heat_in_lung", "lung"), np.mean(values, axis=0).round(4).tolist()))}
+        for name, values in shares.items()
+        if values
+    }
+    for name, values in found.items():
+        logger.info(
+            f"{path}: {name}: {values['heat_in_lung']:.0%} of the heat lies in the lungs, which are {values['lung']:.0%} of "
+            f"the picture ({values['slices']} slices)"
+        )
+    return found
+
+
+def _draw(drawn: dict, classes: Sequence[str], path: Path, columns: int) -> None:
+    figure = Figure(figsize=(2 * columns, 2.3 * len(classes)), layout="constrained")
+    axes = figure.subplots(len(classes), columns, squeeze=False)
+    for row, (name, pictures) in zip(axes, drawn.items()):
+        for axis in row:
+            axis.set_axis_off()
+        for axis, (image, heat, probabilities) in zip(row, pictures):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.imshow(heat, cmap="jet", alpha=0.45 * heat / max(heat.max(), 1e-12))
+            predicted = int(probabilities.argmax())
+            right = classes[predicted] == name
+            title = f"{name}\n→ {classes[predicted]} {probabilities[predicted]:.2f}"
+            axis.set_title(title, fontsize=8, color="black" if right else "firebrick")
+    save_figure(figure, path)
+
+
+def _draw_means(means: dict[str, np.ndarray], path: Path) -> None:
+    """Mean heat of each class, in multiples of heat spread evenly, and the outline of the mean lungs."""
+    figure = Figure(figsize=(3.2 * len(means) + 0.8, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(means), squeeze=False)[0]
+    most = max(heat.max() * heat.size for heat, _ in means.values())
+    for axis, (name, (heat, lung)) in zip(axes, means.items()):
+        picture = axis.imshow(heat * heat.size, cmap="magma", vmin=0, vmax=most)
+        axis.contour(lung, [0.5], colors="white", linestyles="dashed", linewidths=1)
+        axis.set_title(name)
+        axis.set_axis_off()
+    figure.colorbar(picture, ax=axes, label="mean heat; 1: spread evenly")
+    save_figure(figure, path.with_name(f"{path.stem}_mean.png"))

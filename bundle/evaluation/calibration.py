@@ -1,0 +1,85 @@
+"""Probabilities that mean what they say: temperature scaling of the classification (Guo et al., arXiv 1706.04599)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch.nn import functional
+
+from bundle.errors import UserError
+from bundle.training.engines import prepare_batch
+from bundle.files import write_checkpoint
+from bundle.evaluation import calibration_error
+from bundle.networks import MultiTaskNet, read_weights
+from bundle.names import ANNOTATED, CLASS, CLASSIFICATION
+
+logger = logging.getLogger(__name__)
+
+LIMITS = (0.05, 20.0)  # of the temperature
+
+
+def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) -> float:
+    """Find the temperature that explains the classes of validation slices best, and write the weights with it built in.
+
+    Logits are divided by the temperature, one number: which class is the most probable does not change, how sure the
+    network is does. The last layer of the head is linear, so that its weights take the division over, and everything that
+    reads the weights has calibrated probabilities.
+
+    Args:
+        network: with its weights; its last layer is changed in place.
+        batches: of `bundle.data.batch.collate`, of slices that the network was not trained on.
+        checkpoint: file of these weights, whose heads that the network does not have are taken over.
+        path: of the weights, written under a temporary name, then renamed.
+
+    Returns:
+        The temperature: above 1 if the network was too sure.
+
+    Raises:
+        UserError: if the network has no classification, no slice is annotated for it, or no temperature fits.
+    """
+    if CLASSIFICATION not in network.heads:
+        raise UserError(f"tasks: found {', '.join(network.heads)}, expected {CLASSIFICATION} among them to calibrate it")
+    logits, labels = _logits(network, batches)
+
+    def loss(log_temperature: float) -> float:
+        return float(functional.cross_entropy(logits / np.exp(log_temperature), labels))
+
+    found = minimize_scalar(loss, bounds=np.log(LIMITS), method="bounded")
+    temperature = float(np.exp(found.x))
+    if not LIMITS[0] * 1.01 < temperature < LIMITS[1] / 1.01:
+        raise UserError(f"temperature: found {temperature:.3g}, expected one within {LIMITS}; is the network trained?")
+    last = network.heads[CLASSIFICATION][-1]
+    with torch.no_grad():
+        last.weight /= temperature
+        last.bias /= temperature
+    write_checkpoint({**read_weights(checkpoint), **network.state_dict()}, path)
+    errors = [calibration_error(*_confidence(logits / t, labels)) for t in (1, temperature)]
+    logger.info(
+        f"{path}: temperature {temperature:.3f} from {len(labels)} slices: cross-entropy {loss(0):.3f} before, {found.fun:.3f} "
+        f"after; expected calibration error {errors[0]:.3f} before, {errors[1]:.3f} after"
+    )
+    return temperature
+
+
+@torch.no_grad()
+def _logits(network: MultiTaskNet, batches: Iterable[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    network.eval()
+    device, logits, labels = next(network.parameters()).device, [], []
+    for batch in batches:
+        rows = batch[ANNOTATED][CLASSIFICATION]
+        if rows.any():
+            image, *_ = prepare_batch(batch, device)
+            logits.append(network.heads[CLASSIFICATION](network.encoder(image[rows.to(device)])).double().cpu())
+            labels.append(batch[CLASS][rows])
+    if not logits:
+        raise UserError("split validation: found no record with a class, expected some to calibrate the classification")
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _confidence(logits: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    confidence, predicted = logits.softmax(1).max(1)
+    return confidence.numpy(), (predicted == labels).numpy(), np.ones(len(labels))

@@ -1,0 +1,159 @@
+"""A picture of the cases that an evaluation did worst on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ignite.distributed as idist
+import numpy as np
+from ignite.engine import Events
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from monai.utils.enums import CommonKeys
+
+from bundle.errors import UserError
+from bundle.evaluation.cases import FOUND_SCORE, cases_of
+from bundle.evaluation.figures import save_figure
+from bundle.names import (
+    ANNOTATED,
+    CLASSIFICATION,
+    DETECTION,
+    IMAGE,
+    MASK,
+    RECONSTRUCTION,
+    RECORD,
+    SEGMENTATION,
+    TARGET,
+    check_tasks,
+)
+
+logger = logging.getLogger(__name__)
+
+ANNOTATION_COLOR, ANSWER_COLOR = "#4cc9f0", "#ff8c42"
+OUTLINED = (SEGMENTATION, DETECTION)  # tasks whose failures can be shown without the image
+
+
+class FailureGallery:
+    """Handler of MONAI's SupervisedEvaluator that draws the worst cases of every task, worst first, as one PNG.
+
+    Worst is: the least probability of the annotated class; the lowest Dice; the most lesions missed (IoU 0.1) and boxes
+    invented at a score of 0.5 or more; the lowest SSIM. Annotations are dashed and blue, answers orange; of a reconstruction
+    the absolute error is laid over the slice.
+
+    Args:
+        tasks: tasks to draw, a row each; a task without annotated cases has none.
+        classes: names of the classes.
+        path: of the PNG, written under a temporary name, then renamed; its folder is made.
+        columns: cases of a task.
+        with_images: False draws outlines alone, for data whose images may not be shown, of segmentation and detection only.
+
+    Raises:
+        UserError: if no task can be drawn without its images; after the evaluation, if no case was annotated.
+    """
+
+    def __init__(self, tasks: Iterable[str], classes: Sequence[str], path, columns: int = 6, with_images: bool = True) -> None:
+        self.tasks = check_tasks(tasks)
+        if not with_images:
+            self.tasks = tuple(task for task in self.tasks if task in OUTLINED)
+        if not self.tasks:
+            raise UserError(f"with_images: found false, expected {' or '.join(OUTLINED)} among the tasks, or true")
+        self.classes = list(classes)
+        self.path = Path(path)
+        self.columns = columns
+        self.with_images = with_images
+        self.worst: dict[str, list[dict]] = {}
+
+    def attach(self, engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
+
+    def reset(self, engine) -> None:
+        self.worst = {task: [] for task in self.tasks}
+        self.seen = 0  # cases so far
+
+    def update(self, engine) -> None:
+        label, pred = engine.state.output[CommonKeys.LABEL], engine.state.output[CommonKeys.PRED]
+        for task in filter(pred.__contains__, self.tasks):
+            cases = cases_of(task, pred[task], label, with_distance=False)
+            for index in label[ANNOTATED][task].nonzero().flatten().tolist():
+                item = self._item(task, cases[index], pred[task][index], label, index)
+                # In the whole data set: rank r of n evaluates the records r, r + n, … (`bundle.training.distributed.shard`).
+                item["place"] = (self.seen + index) * idist.get_world_size() + idist.get_rank()
+                self.worst[task].append(item)
+            self._keep_worst(task)
+        self.seen += len(label[RECORD])
+
+    def draw(self, engine) -> None:
+        if idist.get_world_size() > 1:
+            parts = idist.all_gather(self.worst)
+            self.worst = {task: [item for part in parts for item in part[task]] for task in self.tasks}
+        if idist.get_rank() > 0:
+            return
+        for task in self.tasks:
+            self._keep_worst(task)
+        rows = {task: items for task, items in self.worst.items() if items}
+        if not rows:
+            raise UserError(f"gallery: found no case annotated for {', '.join(self.tasks)}, expected some")
+        self._draw(rows)
+        logger.info(f"{self.path}: the worst cases of {', '.join(rows)}")
+
+    def _keep_worst(self, task: str) -> None:
+        self.worst[task] = sorted(self.worst[task], key=lambda item: (item["goodness"], item["place"]))[: self.columns]
+
+    def _item(self, task: str, case: dict, answer, label: dict, index: int) -> dict:
+        """What is drawn of a case; `goodness` puts the worst first."""
+        goodness, text = self._judge(task, case)
+        item = {"goodness": goodness, "text": f"{Path(label[RECORD][index][IMAGE]).name}\n{text}"}
+        item["image"] = label[TARGET][index, 0].cpu().numpy()
+        if task == SEGMENTATION:
+            item["masks"] = label[MASK][index].cpu().numpy() > 0, (answer > 0).cpu().numpy()
+        elif task == DETECTION:
+            found = answer["scores"] >= FOUND_SCORE
+            item["boxes"] = label[DETECTION][index]["boxes"].cpu().numpy(), answer["boxes"][found].cpu().numpy()
+        elif task == RECONSTRUCTION:
+            item["error"] = (answer[0].float().cpu() - label[TARGET][index, 0].cpu()).abs().numpy()
+        return item
+
+    def _judge(self, task: str, case: dict) -> tuple[float, str]:
+        if task == CLASSIFICATION:
+            probabilities, right = case["probabilities"], case["label"]
+            predicted = int(np.argmax(probabilities))
+            text = f"{self.classes[right]} → {self.classes[predicted]} {probabilities[predicted]:.2f}"
+            return float(probabilities[right]), text
+        if task == SEGMENTATION:
+            return case["dice"], f"Dice {case['dice']:.2f}"
+        if task == DETECTION:
+            missed, invented = case["n_boxes"] - case["true_positives"], case["false_positives"]
+            return -(missed + invented), f"{missed} of {case['n_boxes']} missed, {invented} invented"
+        return case["ssim"], f"SSIM {case['ssim']:.2f}"
+
+    def _draw(self, rows: dict[str, list[dict]]) -> None:
+        figure = Figure(figsize=(2.2 * self.columns, 2.6 * len(rows)), layout="constrained")
+        axes = figure.subplots(len(rows), self.columns, squeeze=False)
+        for row, items in zip(axes, rows.values()):
+            for axis in row[len(items) :]:
+                axis.set_axis_off()
+            for axis, item in zip(row, items):
+                self._draw_item(axis, item)
+        figure.suptitle("the worst cases: annotation dashed blue, answer orange", fontsize=9)
+        save_figure(figure, self.path)
+
+    def _draw_item(self, axis, item: dict) -> None:
+        image = item["image"] if self.with_images else np.zeros_like(item["image"])
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+        if "error" in item:
+            axis.imshow(item["error"], cmap="magma", vmin=0, vmax=0.5, alpha=(4 * item["error"]).clip(0, 1))
+        annotation, answer = ({"colors": ANNOTATION_COLOR, "linestyles": "dashed"}, {"colors": ANSWER_COLOR})
+        for masks, style in zip(item.get("masks", ()), (annotation, answer)):
+            for mask in filter(np.any, masks):
+                axis.contour(mask, [0.5], linewidths=1, **style)
+        for boxes, style in zip(item.get("boxes", ()), (annotation, answer)):
+            for x1, y1, x2, y2 in boxes - 0.5:  # imshow has the centre of the first pixel at 0, boxes have its edge there
+                line = {"edgecolor": style["colors"], "linestyle": style.get("linestyles", "solid")}
+                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **line))
+        axis.set_title(item["text"], fontsize=7)
+        axis.set_xticks([])
+        axis.set_yticks([])

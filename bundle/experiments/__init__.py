@@ -1,7 +1,0 @@
-"""The study: experiments that compare arms under one budget, and their tables and figures. docs/experiments.md describes it."""
-
-from bundle.experiments.experiment import FIGURES, Experiment, experiment_names, read_results
-from bundle.experiments.report import write_report
-from bundle.experiments.study import Study, open_ensemble
-
-__all__ = ["FIGURES", "Experiment", "Study", "experiment_names", "open_ensemble", "read_results", "write_report"]

@@ -1,0 +1,269 @@
+"""Run what an experiment asks for and is not done yet.
+
+A loop over a pool of processes is enough of a scheduler: a run knows itself whether it is done or where to go on
+(`bundle.training.engines.RunRecorder`), all runs share one machine, and a tool for pipelines such as Snakemake or DVC would start Python
+and its libraries anew for each of some hundred short runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date
+from functools import reduce
+from itertools import chain, zip_longest
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from monai.bundle import ConfigParser
+
+from bundle.config import check_ids
+from bundle.errors import UserError
+from bundle.training.engines import environment, overlay, run_workflow, trained_tasks
+from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
+from bundle.networks import EnsembleNet, MultiTaskNet, load_weights
+
+logger = logging.getLogger(__name__)
+
+PLACES = {"bundle_root", "dataset_dir", "output_dir"}  # the command line says where things lie
+SPEED = {"device", "num_workers", "cache_rate"}  # how fast it is computed, not what the result is
+SCALE_IDS = ("budget", "shrink")  # of scale_NAME.json, for the expressions of experiments
+MEMBER_SEED = 1000  # times the number of an ensemble's member is added to the seed
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is trained and measured for an arm with a seed.
+
+    Args:
+        arm: values of `ARM`.
+        workflow: of the experiment.
+        configs: configuration of each of its networks, one or, of an ensemble, several.
+    """
+
+    arm: tuple[str, ...]
+    workflow: str
+    configs: Sequence[Mapping]
+
+    @property
+    def name(self) -> str:
+        """Names of the folders of its networks."""
+        return "+".join(Path(config["output_dir"]).name for config in self.configs)
+
+
+class Study:
+    """Experiments on one data set at one scale.
+
+    Args:
+        config_dir: folder of train.json, evaluate.json, the experiments and the overlays they name.
+        scale: overlay file with the size and the budget of every run, scale_NAME.json.
+        entries: configuration entries of every run, such as dataset_dir.
+        output_dir: folder of the runs, those of a data set in a folder of its name.
+        results: CSV file of the figures, written after every run. A run that is in it is not run again, for whatever
+            experiment it was made; a run is known by all entries on top of train.json and the name of the data set's
+            folder, not by the code and what lies in that folder.
+
+    Raises:
+        UserError: if there is no such scale.
+    """
+
+    def __init__(self, config_dir, scale, entries: Mapping, output_dir, results) -> None:
+        self.config_dir, self.scale = Path(config_dir), Path(scale)
+        self.entries, self.results = dict(entries), Path(results)
+        self.scale_name = self.scale.stem.removeprefix("scale_")
+        self.data = Path(self.entries.get("dataset_dir", "phantom")).name
+        self.output_dir = Path(output_dir) / self.data
+        if not self.scale.is_file():
+            raise UserError(f"scale: found no {scale}, expected an overlay such as configs/scale_reduced.json")
+
+    def run(self, experiments: Sequence[Experiment], jobs: int = 1) -> None:
+        """Train and measure every arm with every seed, except what the results have already.
+
+        Every configuration is checked before the first run begins. The first seed of all experiments comes before the second
+        of any: after an interruption no arm is more than one seed ahead.
+
+        Args:
+            experiments: what to run.
+            jobs: runs at a time, each in a process with its share of the threads.
+
+        Raises:
+            UserError: for an overlay that is not there.
+            UserError: for an unknown id, see `bundle.config.check_ids`, or if `jobs` is below 1.
+        """
+        if jobs < 1:
+            raise UserError(f"jobs: found {jobs}, expected at least 1")
+        plan, known, missing = self._plan(experiments), {}, {}
+        for rows in by_arm(read_results(self.results)).values():
+            if rows[0]["data"] == self.data:
+                known.setdefault(rows[0]["run"], rows)
+        for run in plan:
+            if run.name not in known:
+                missing.setdefault(run.name, run)
+        for name, rows in chain(known.items(), self._measured(missing.values(), jobs)):
+            arms = [dict(zip(ARM, run.arm)) for run in plan if run.name == name]
+            if arms:
+                add_results(self.results, [{**row, **arm} for arm in arms for row in rows])
+
+    def rows(self, experiment: Experiment) -> list[dict[str, str]]:
+        """Results of an experiment as it is planned now; those of what its arms once were are left out, and logged."""
+        plan = {run.arm: run.name for run in self._plan([experiment])}
+        place, kept, others = (experiment.name, self.scale_name, self.data), [], set()
+        for arm, rows in by_arm(read_results(self.results)).items():
+            if plan.get(arm) == rows[0]["run"]:
+                kept += rows
+            elif arm[:3] == place:
+                others.add(f"{arm[3]} with seed {arm[4]}")
+        if others:
+            logger.warning(f"{self.results}: left out {', '.join(sorted(others))}: not what {experiment.name} would run now")
+        return kept
+
+    def _plan(self, experiments: Sequence[Experiment]) -> list[_Run]:
+        plan = []
+        for seeds in zip_longest(*(experiment.seeds for experiment in experiments)):
+            for experiment, seed in zip(experiments, seeds):
+                for arm in experiment.arms if seed is not None else ():
+                    members = enumerate(experiment.members(arm))
+                    configs = [self.config(experiment, parts, seed, member) for member, parts in members]
+                    id = (experiment.name, self.scale_name, self.data, arm, str(seed))
+                    plan.append(_Run(id, experiment.workflow, configs))
+        return plan
+
+    def _measured(self, runs: Iterable[_Run], jobs: int) -> Iterator[tuple[str, list[dict]]]:
+        """Name and rows of each run, as they are done."""
+        if jobs == 1:
+            yield from ((run.name, self._measure(run)) for run in runs)
+            return
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _start_job, (jobs,)) as pool:
+            names = {pool.submit(self._measure, run): run.name for run in runs}
+            try:
+                yield from ((names[future], future.result()) for future in as_completed(names))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def config(self, experiment: Experiment, parts: Sequence, seed: int, member: int = 0) -> dict:
+        """Configuration of one network: train.json, scale, settings and arm, merged in this order.
+
+        Raises:
+            UserError: for an unknown id, and for one of `PLACES` in the scale, the settings or the arm.
+        """
+        parts = [self.scale, *experiment.settings, *parts, {"seed": seed + MEMBER_SEED * member}]
+        changes = [part if isinstance(part, Mapping) else self._load(part) for part in parts]
+        merged = {"workflow": experiment.workflow}
+        for id, value in chain.from_iterable(change.items() for change in changes):
+            merged[id] = [*merged.get(id, []), value] if id.startswith("+") else value
+            merged.pop(f"+{id}", None)  # what was added before is overwritten
+        if found := sorted(PLACES & merged.keys()):
+            raise UserError(
+                f"experiment {experiment.name}: found {', '.join(found)} in its arms, settings or scale, expected it from the "
+                "command line, the same for every run; to use other data in an arm, set datalist or train::data"
+            )
+        # Sorted by id alone: within an entry the order may count, as that of the stages does.
+        identity = json.dumps(sorted(item for item in merged.items() if item[0] not in SPEED))
+        folder = self.output_dir / hashlib.sha256(identity.encode()).hexdigest()[:12]
+        places = {**self.entries, "output_dir": str(folder)}
+        # An id without use is refused, and not every experiment, nor every stage of one, has a use for these.
+        places["+initialize"] = [f"$({', '.join(f'@{id}' for id in SCALE_IDS if id in merged)})"]
+        if experiment.workflow == "training":
+            places["training"] = [f"$bundle.training.engines.run_curriculum(@output_dir, {str(self.config_dir)!r})"]
+        config = overlay(self._load("train.json"), *changes, places)
+        check_ids(config, self.config_dir, [experiment.workflow])
+        return config
+
+    def _load(self, name) -> dict:
+        path = self.config_dir / name  # an absolute name stands for itself
+        if not path.is_file():
+            raise UserError(f"experiment: found no overlay {path}")
+        return ConfigParser.load_config_file(str(path))
+
+    def _measure(self, run: _Run) -> list[dict]:
+        """Rows of a run, trained and measured; waits where another run or command trains a network of it."""
+        logger.info(f"experiment {', '.join(run.arm)}: run {run.name}")
+        with ExitStack() as locks:
+            for folder in sorted({Path(config["output_dir"]) for config in run.configs}):  # in one order: none waits for ever
+                folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(folder / ".lock"))
+            return self._measure_alone(run)
+
+    def _measure_alone(self, run: _Run) -> list[dict]:
+        begin, steps = time.perf_counter(), 0
+        for config in run.configs:
+            folder = Path(config["output_dir"])
+            if not (folder / "model.pt").exists():
+                run_workflow(config, folder / "study.json", str(self.config_dir), run.workflow)
+            steps += sum(_steps(file) for file in folder.glob("**/last.pt"))
+        evaluation = self.output_dir / run.name / "test"
+        self._evaluate(run.configs, evaluation)
+        rows = [{"stage": "end", "split": "test", **_figures(evaluation)}]
+        for stage in run.configs[0]["stages"] if run.workflow == "training" else ():
+            rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run.name / stage / "validation")})
+        machine = environment()
+        facts = {
+            "steps": steps,
+            "seconds": round(time.perf_counter() - begin),
+            "date": date.today().isoformat(),
+            "machine": f"{machine['gpu'] or machine['cpu']}; PyTorch {machine['torch']}, MONAI {machine['monai']}",
+            "run": run.name,
+        }
+        return [{**row, **facts} for row in rows]
+
+    def _evaluate(self, configs: Sequence[Mapping], evaluation: Path) -> None:
+        """Measure the network of a finished run, or the ensemble of those of several, on the test split."""
+        folders = [config["output_dir"] for config in configs]
+        tasks = {task: 1.0 for folder in folders for task in trained_tasks(Path(folder) / "model.pt")}
+        entries = {"tasks": tasks, "bootstrap": 0, "evaluation_dir": str(evaluation)}
+        if len(configs) > 1:
+            entries["imports"] = [*configs[0]["imports"], "$import bundle.study"]
+            entries["network"] = f"$bundle.study.open_ensemble({folders}).to(@device)"
+            entries["run"] = ["$@evaluator.run()"]
+        config = overlay(configs[0], self._load("evaluate.json"), entries)
+        run_workflow(config, evaluation / "evaluate.json", str(self.config_dir))
+
+
+def _start_job(jobs: int) -> None:
+    """Let one of several processes log as the first does, take its share of the threads, and end when the first does."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A job that outlived a killed study would hold up the next one, which waits for its network."""
+    parent_process().join()
+    os._exit(1)
+
+
+def open_ensemble(folders: Iterable[str]) -> EnsembleNet:
+    """Ensemble of the networks of finished runs, with their weights."""
+    return EnsembleNet([_open_network(Path(folder)) for folder in folders])
+
+
+def _open_network(folder: Path) -> MultiTaskNet:
+    parser = ConfigParser(json.loads((folder / "config.json").read_text()))
+    network = parser.get_parsed_content("network_def")
+    load_weights(network, folder / "model.pt", strict=True)
+    return network
+
+
+def _steps(checkpoint: Path) -> int:
+    """Steps of the optimiser that a run has made."""
+    states = torch.load(checkpoint, map_location="cpu", weights_only=True)["optimizer"]["state"].values()
+    return max(int(state["step"]) for state in states)
+
+
+def _figures(evaluation: Path) -> dict[str, float]:
+    report, found = json.loads((evaluation / "metrics.json").read_text()), {}
+    for column, path in FIGURES.items():
+        figure = reduce(lambda part, key: part.get(key, {}), path, report)
+        if "value" in figure:
+            found[column] = round(figure["value"], 5)
+    return found

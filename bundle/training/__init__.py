@@ -1,0 +1,1 @@
+"""Training: the trainer, the run folder, the curriculum, the loss, several processes."""

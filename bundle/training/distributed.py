@@ -1,0 +1,98 @@
+"""Several processes, started by torchrun, that work as one; a process alone needs nothing of it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import islice
+
+import ignite.distributed as idist
+import torch
+from monai.data.utils import set_rnd
+from torch import distributed
+from torch.utils.data import Sampler, get_worker_info
+
+from bundle.errors import UserError
+
+
+def local_device() -> torch.device:
+    """The GPU of this process if there is one, by LOCAL_RANK of torchrun; otherwise the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join() -> None:
+    """Join the processes that torchrun started, with nccl on GPUs and gloo on CPUs, until this one ends.
+
+    Only the first process goes on to log what is no warning. Processes wait for one another as long as it takes: torchrun
+    ends them all where one dies.
+
+    Raises:
+        UserError: if torchrun started none.
+    """
+    if distributed.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        raise UserError(
+            "multi_gpu: found a process that torchrun has not started, expected "
+            "torchrun --nproc_per_node=N -m monai.bundle run …; leave the multi_gpu config away for one process"
+        )
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    atexit.register(distributed.destroy_process_group)
+    if idist.get_rank() > 0:
+        logging.disable(logging.INFO)
+
+
+def shard(records: Sequence) -> list:
+    """The records that this process evaluates: every n-th of n processes', beginning with its own rank.
+
+    Raises:
+        UserError: if there are fewer records than processes, or torchrun started processes that `join` did not join.
+    """
+    started, processes = int(os.environ.get("WORLD_SIZE", 1)), idist.get_world_size()
+    if started != processes:
+        raise UserError(
+            f"torchrun: found {started} processes that do not know of one another, expected configs/multi_gpu_train.json or "
+            "configs/multi_gpu_evaluate.json as the last config_file"
+        )
+    if len(records) < processes:
+        raise UserError(f"torchrun: found {len(records)} records for {processes} processes, expected at least one for each")
+    return list(records)[idist.get_rank() :: processes]
+
+
+def seed_worker(worker: int) -> None:
+    """Seed the random transforms in a worker of a data loader, differently in every worker of every process.
+
+    MONAI's own seeds are those of PyTorch's workers, which are the same in processes that draw the same order of samples.
+
+    Args:
+        worker: unused: PyTorch passes its number, but tells dataset and seed only where it is asked.
+    """
+    info = get_worker_info()
+    set_rnd(info.dataset, seed=info.seed + info.num_workers * int(os.environ.get("RANK", 0)))
+
+
+class ShardedSampler(Sampler):
+    """What a sampler draws, dealt out to the processes in turn.
+
+    n processes with batches of b see together, batch by batch, what one process with batches of n b sees, as long as the
+    random numbers of all processes are in the same state when an epoch begins. The rest that n does not divide is left out.
+
+    Args:
+        sampler: with a length, the same in all processes.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler) // idist.get_world_size()
+
+    def __iter__(self):
+        processes = idist.get_world_size()
+        return islice(iter(self.sampler), idist.get_rank(), len(self) * processes, processes)

@@ -1,0 +1,300 @@
+"""Files and folders become scans whose slices are where the scanner put them."""
+
+import errno
+import os
+import pickle
+import tracemalloc
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.uid import RLELossless
+
+from bundle.data.volumes import find_scans, open_scan
+from bundle.data.sources.volumes import read_volume
+from bundle.errors import UserError
+
+SERIES, STUDY = "1.2.3.4", "1.2.3"
+
+
+@pytest.fixture
+def write_series(write_dicom):
+    """Function that writes slices of constant HU at the given heights, the last of them first, as one series."""
+
+    def write(folder, heights, series=SERIES, **tags):
+        folder.mkdir(exist_ok=True)
+        for number, height in reversed(list(enumerate(heights))):
+            path = write_dicom(folder / f"{series}-{number}", np.full((6, 8), 10 * number - 1000))
+            dataset = pydicom.dcmread(path)
+            dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.InstanceNumber = STUDY, series, 100 - number
+            dataset.ImagePositionPatient = [-50, -40, height]
+            for name, value in tags.items():
+                setattr(dataset, name, value)
+            dataset.save_as(path)
+
+    return write
+
+
+def read(scan):
+    return [float(scan.read(index).mean()) for index in range(len(scan))]
+
+
+def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path, write_series):
+    write_series(tmp_path / "in", [0, 5, 10, 15])
+    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and scan.warnings == [] and scan.kind == "dicom" and scan.hounsfield
+    assert read(scan) == [-1000, -990, -980, -970] and scan.positions == [0, 5, 10, 15] and scan.thickness == [5] * 4
+    assert scan.shape == (8, 6, 4) and scan.spacing == (0.75, 1.5)
+    np.testing.assert_allclose(scan.affine[:3, 3], [50, 40, 0])
+    assert read(pickle.loads(pickle.dumps(scan))) == read(scan)
+
+
+@pytest.mark.parametrize(
+    ("heights", "words", "count"),
+    [
+        ([0, 5, 15, 20], "about 1 slices are missing: gaps up to 10.00 mm, usually 5.00 mm", 4),
+        ([0, 5, 11, 16], "unequal spacing of the slices: 5.00 to 6.00 mm", 4),
+        ([0, 5, 5, 10], "left out 1 images at the place of another one", 3),
+    ],
+)
+def test_gaps_and_duplicates_are_reported(tmp_path, write_series, heights, words, count):
+    write_series(tmp_path / "in", heights)
+    (scan,), _ = find_scans(tmp_path / "in", tmp_path / "out")
+    assert words in scan.warnings and len(scan) == count
+    assert sum(scan.thickness) == pytest.approx((heights[-1] - heights[0]) * count / (count - 1), rel=0.2)
+
+
+def test_images_without_a_position_are_left_out_of_a_series_that_has_them(tmp_path, write_series):
+    write_series(tmp_path / "in", [0, 5, 10])
+    lost = pydicom.dcmread(tmp_path / f"in/{SERIES}-2")
+    del lost.ImagePositionPatient
+    lost.save_as(tmp_path / f"in/{SERIES}-2")
+    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and scan.warnings == ["left out 1 images without a position"] and scan.positions == [0, 5]
+
+
+@pytest.mark.parametrize("name", ["x.mhd", "x.nhdr"])
+def test_other_pixels_are_another_scan_where_they_lie_beside_the_header(tmp_path, name):
+    header = tmp_path / name
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 5, 4), np.int16)), str(header))
+    (pixels,) = set(tmp_path.iterdir()) - {header}
+    before = open_scan(header).stamp
+    os.utime(pixels, (4e9, 4e9))
+    assert open_scan(header).stamp != before
+
+
+def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path, write_series, write_dicom):
+    folder = tmp_path / "in"
+    write_series(folder, [0, 5], ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series(folder, [0, 2, 4, 6], series="1.2.3.5", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    coarse = pydicom.dcmread(folder / "1.2.3.5-3")
+    coarse.PixelSpacing = [3, 3]
+    coarse.save_as(folder / "1.2.3.5-3")
+    write_series(folder, [0], series="1.2.3.6", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(folder, [0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY", "REFORMATTED"])
+    write_series(folder, [0], series="1.2.3.8", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    scans, failures = find_scans(folder, tmp_path / "out")
+    assert sorted(map(len, scans)) == [1, 2, 3] and len({scan.name for scan in scans}) == 3
+    assert next(scan.spacing for scan in scans if len(scan) == 1) == (3, 3)
+    assert all({"left out 1 localizers", "left out 1 derived images"} <= set(scan.warnings) for scan in scans)
+    (failure,) = failures
+    assert "not axial" in failure["reason"] and not any("1.2.3" in scan.name for scan in scans)
+
+
+@pytest.mark.parametrize("other", ["localizer", "dose", "report"])
+def test_derived_images_are_the_scan_of_a_study_without_other_images(tmp_path, write_series, other):
+    folder, tags = tmp_path / "in", {
+        "localizer": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        "dose": {"Modality": "RTDOSE"},
+    }
+    write_series(folder, [0, 2, 4], ImageType=["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"])
+    write_series(folder, [0], series="1.2.3.6", **tags.get(other, {"Modality": "SR"}))
+    if other == "report":
+        dataset = pydicom.dcmread(folder / "1.2.3.6-0")
+        del dataset.Rows, dataset.PixelData
+        dataset.save_as(folder / "1.2.3.6-0")
+    (scan,), failures = find_scans(folder, tmp_path / "out")
+    assert len(scan) == 3 and failures == []
+    assert scan.warnings == [f"left out 1 {'localizers' if other == 'localizer' else 'objects without images'}"]
+
+
+def test_a_series_keeps_its_name_when_another_joins_it_in_the_folder(tmp_path, write_series):
+    folder = tmp_path / "in"
+    write_series(folder, [0])
+    (alone,), _ = find_scans(folder, tmp_path / "out")
+    write_series(folder, [0, 5], series="1.2.3.5")
+    scans, failures = find_scans(folder, tmp_path / "out")
+    assert alone.name in {scan.name for scan in scans} and len(scans) == 2 and failures == []
+
+
+@pytest.mark.parametrize("modality", ["SEG", "RTDOSE"])
+def test_pixels_that_are_no_picture_of_the_body_are_refused(tmp_path, write_dicom, modality):
+    dataset = pydicom.dcmread(write_dicom(tmp_path / "x.dcm", np.zeros((6, 8))))
+    dataset.Modality = modality
+    dataset.save_as(tmp_path / "x.dcm")
+    _, (failure,) = find_scans(tmp_path / "x.dcm", tmp_path / "out")
+    assert "found no image in it" in failure["reason"]
+
+
+def test_one_damaged_header_costs_one_file(tmp_path, write_series):
+    write_series(tmp_path / "in", [0, 5, 10])
+    path = tmp_path / f"in/{SERIES}-2"
+    content, tag = path.read_bytes(), b"\x20\x00\x0d\x00"  # StudyInstanceUID
+    assert content.count(tag + b"UI") == 1
+    path.write_bytes(content.replace(tag + b"UI", tag + b"ZZ"))
+    (scan,), (failure,) = find_scans(tmp_path / "in", tmp_path / "out")
+    assert len(scan) == 2 and failure["file"] == path.name and "\n" not in failure["reason"]
+
+
+def test_slices_too_thin_for_the_network_are_refused(tmp_path):
+    Image.new("L", (3, 2000)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x.png: .*found axial slices of 3 x 2000 pixels, expected no side 100 times"):
+        open_scan(tmp_path / "x.png")
+    thin = np.arange(150, dtype=np.int16).reshape(50, 1, 3)
+    nib.save(nib.Nifti1Image(thin, np.diag([1.0, 1, 2, 1])), tmp_path / "x.nii")
+    assert open_scan(tmp_path / "x.nii").read(1).shape == (1, 1, 50), "turned round along an axis of one pixel"
+
+
+def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (8, 6, 4)).astype(np.int16)
+    image = nib.Nifti1Image(voxels, None)
+    image.header.set_zooms((0.7, 0.8, 2.5))
+    nib.save(image, tmp_path / "x.nii")
+    scan, (pixels, itk) = open_scan(tmp_path / "x.nii"), read_volume(tmp_path / "x.nii")
+    assert not scan.oriented and len(scan.warnings) == 1 and "qform and sform codes 0" in scan.warnings[0]
+    assert scan.spacing == pytest.approx((0.8, 0.7)) and scan.positions == pytest.approx([0, 2.5, 5, 7.5])
+    for index in range(4):
+        np.testing.assert_array_equal(scan.read(index)[0], pixels[index])
+    np.testing.assert_allclose((np.diag([-1, -1, 1, 1]) @ scan.affine)[:3, :3], np.diag(itk.GetSpacing()), atol=1e-6)
+
+
+def test_a_thickness_that_is_not_told_is_warned_of(tmp_path, write_series):
+    write_series(tmp_path / "in", [0], SliceThickness=None)
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 8), np.int16)), str(tmp_path / "x.nrrd"))
+    nib.save(nib.Nifti1Image(np.zeros((6, 8), np.int16), np.eye(4)), tmp_path / "x.nii")
+    for source in ("in", "x.nrrd", "x.nii"):
+        (scan,), _ = find_scans(tmp_path / source, tmp_path / "out")
+        assert scan.warnings == ["the thickness of the slice is not told: volumes count 1 mm"] and scan.thickness == [1]
+
+
+def test_rle_and_other_modalities_are_decoded(tmp_path, write_dicom):
+    hu = np.arange(48).reshape(6, 8) * 2 - 100
+    for name in ("rle", "shadow"):
+        dataset = pydicom.dcmread(write_dicom(tmp_path / name, hu))
+        if name == "rle":
+            dataset.compress(RLELossless)
+        else:
+            dataset.Modality, dataset.PhotometricInterpretation = "DX", "MONOCHROME1"
+        dataset.save_as(tmp_path / name)
+    (rle,), _ = find_scans(tmp_path / "rle", tmp_path / "out")
+    np.testing.assert_array_equal(rle.read(0)[0], hu)
+    (shadow,), _ = find_scans(tmp_path / "shadow", tmp_path / "out")
+    np.testing.assert_array_equal(shadow.read(0)[0], hu.max() - hu)
+    assert rle.hounsfield and not shadow.hounsfield
+
+
+def test_an_enhanced_image_of_several_frames_is_one_scan(tmp_path, write_dicom):
+    hu = np.stack([np.full((6, 8), value) for value in (-600, -400, -800)])
+    dataset = pydicom.dcmread(write_dicom(tmp_path / "x", hu[0]))
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+        delattr(dataset, name)
+    shared, frames = pydicom.Dataset(), []
+    measures, plane = pydicom.Dataset(), pydicom.Dataset()
+    measures.PixelSpacing, measures.SliceThickness = [0.75, 1.5], 4
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    for height, slope in ((8, 1), (0, 2), (4, 1)):  # in no order, each with its own slope
+        frame, position, values = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+        position.ImagePositionPatient = [-50, -40, height]
+        values.RescaleSlope, values.RescaleIntercept = slope, -1000
+        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [position], [values]
+        frames.append(frame)
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], frames
+    dataset.NumberOfFrames, dataset.PixelRepresentation = 3, 1
+    dataset.PixelData = np.stack([hu[0] + 1000, (hu[1] + 1000) // 2, hu[2] + 1000]).astype("<i2").tobytes()
+    dataset.save_as(tmp_path / "x")
+    (scan,), failures = find_scans(tmp_path / "x", tmp_path / "out")
+    assert failures == [] and read(scan) == [-400, -800, -600] and scan.positions == [0, 4, 8]
+    assert scan.sources == [(str(tmp_path / "x"), frame) for frame in (1, 2, 0)] and scan.spacing == (0.75, 1.5)
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.nrrd", "x.mha"])
+def test_volumes_of_every_format_are_read_slice_by_slice(tmp_path, name):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (24, 50, 40)).astype(np.int16)  # slices, rows, columns
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing((0.7, 0.8, 2.5))
+    image.SetOrigin((3, 4, 5))
+    sitk.WriteImage(image, str(tmp_path / name))
+    (scan,), _ = find_scans(tmp_path / name, tmp_path / "out")
+    assert len(scan) == 24 and scan.spacing == pytest.approx((0.8, 0.7)) and scan.positions[1] == pytest.approx(7.5)
+    scan.read(0)
+    tracemalloc.start()
+    for index in range(24):
+        np.testing.assert_array_equal(scan.read(index)[0], voxels[index])
+    assert tracemalloc.get_traced_memory()[1] < voxels.nbytes, "no slice costs a copy of the volume"
+    tracemalloc.stop()
+
+
+def test_jpeg_ls_is_decoded_and_a_missing_decoder_is_named(tmp_path, monkeypatch):
+    scan = open_scan(get_testdata_file("MR_small_jpeg_ls_lossless.dcm", download=False))
+    uncompressed = open_scan(get_testdata_file("MR_small.dcm", download=False))
+    np.testing.assert_array_equal(scan.read(0), uncompressed.read(0))
+
+    def without_plugins(*arguments, **options):
+        raise RuntimeError("Unable to decompress: all plugins are missing dependencies:\n\tlibjpeg\n\tgdcm")
+
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", without_plugins)
+    with pytest.raises(ValueError, match=r"found JPEG-LS Lossless .* pip install 'chest-ct-multitask\[jpeg\]'"):
+        scan.read(0)
+
+
+def test_patterns_and_folders_without_images(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png", "c.jpg", ".hidden.png"):
+        Image.new("L", (9, 7)).save(tmp_path / "in" / name)
+    scans, _ = find_scans(tmp_path / "in/*.png", tmp_path / "out")
+    assert [(scan.name, scan.shape) for scan in scans] == [("a.png", (9, 7, 1)), ("b.png", (9, 7, 1))]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="found no image among 0 files"):
+        find_scans(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_scans(tmp_path / "*.gif", tmp_path / "out")
+    with pytest.raises(ValueError, match="^output_dir: .* expected a folder outside of it"):
+        find_scans(tmp_path / "in", tmp_path / "in/out")
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
+    closed, scandir = tmp_path / "in/closed", os.scandir
+    closed.mkdir(parents=True)
+    Image.new("L", (9, 7)).save(tmp_path / "in/a.png")
+
+    def refuse(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the administrator, who may run this test, can list every folder
+    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert scan.name == "a.png"
+    assert failures == [{"file": "closed", "reason": f"{closed}: cannot be listed (Permission denied)"}]
+    with pytest.raises(ValueError, match=r"found no image among 0 files, .*closed: cannot be listed"):
+        find_scans(closed, tmp_path / "out")
+
+
+def test_the_real_series_is_what_simpleitk_reads(real_data, tmp_path):
+    folder = real_data / "lung_pet_ct_dx/Lung_Dx-A0001_s2_L"
+    (scan,), failures = find_scans(folder, tmp_path)
+    assert failures == []
+    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    voxels = sitk.GetArrayViewFromImage(image)
+    assert scan.shape == image.GetSize()
+    for index in range(0, len(scan), 9):
+        np.testing.assert_array_equal(scan.read(index)[0], voxels[index])
+    lps = np.diag([-1.0, -1, 1, 1]) @ scan.affine
+    np.testing.assert_allclose(lps[:3, 3], image.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(lps[:3, :3], axis=0), image.GetSpacing(), atol=1e-5)

@@ -1,0 +1,347 @@
+"""Predictions come back on the very pixels they were made for; a network that marks what is bright stands in."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+import torch
+from monai.bundle import ConfigWorkflow
+from PIL import Image
+from torch import nn
+from torchvision.ops import masks_to_boxes
+
+from bundle.inference import BoxesToFiled
+
+ROOT = Path(__file__).parents[2]
+ROWS, COLUMNS, LESION = 40, 64, (slice(8, 20), slice(30, 54))
+# Axes of the file as (axis of the patient's L P S, direction): as drawn, flipped, turned by 90 degrees, slice axis first.
+ORIENTATIONS = {
+    "lps": [[0, 1], [1, 1], [2, 1]],
+    "ras": [[0, -1], [1, -1], [2, 1]],
+    "pls": [[1, 1], [0, 1], [2, 1]],
+    "ari": [[1, -1], [0, -1], [2, -1]],
+    "slp": [[1, 1], [2, 1], [0, 1]],
+}
+
+
+class Bright(nn.Module):
+    """Calls a lesion what is brighter than 0.6, boxes it with three scores, and copies the image."""
+
+    def forward(self, image):
+        lesion = image > 0.6
+        extents = [masks_to_boxes(mask) + torch.tensor([0, 0, 1, 1]) if mask.any() else torch.zeros(0, 4) for mask in lesion]
+        return {
+            "classification": torch.tensor([0.0, 2.0, 1.0]).repeat(len(image), 1),
+            "segmentation": torch.where(lesion, 9.0, -9.0),
+            "reconstruction": image,
+            "detection": [
+                {
+                    "boxes": extent.repeat(3, 1),
+                    "scores": torch.tensor([0.9, 0.6, 0.3])[: 3 * len(extent)],
+                    "masks": mask[None].float().repeat(3 * len(extent), 1, 1, 1),
+                }
+                for mask, extent in zip(lesion, extents)
+            ],
+            "embedding": image.mean((2, 3)),
+        }
+
+
+def predict(source, output_dir, network=None, **knobs):
+    """Run configs/inference.json in this process with a network that stands in; predictions by the name of the scan.
+
+    Without flips: the boxes of the network that stands in lie on one another and would be fused.
+    """
+    config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", "flips": False, **knobs}
+    files = [str(ROOT / f"configs/{name}.json") for name in ("inference", "preset_smoke")]
+    workflow = ConfigWorkflow(files, logging_file=False, **config)
+    workflow.parser["run"] = workflow.parser["run"][1:]  # no weights to load
+    workflow.parser["network"] = "$@stand_in.to(@device)"
+    workflow.parser["stand_in"] = network or Bright()
+    workflow.initialize()
+    workflow.run()
+    files = sorted(output_dir.rglob("predictions.json"))
+    return {prediction["scan"]: prediction for prediction in map(json.loads, map(Path.read_text, files))}
+
+
+def drawn(scale=1):
+    """HU of a slice that is wider than high, scaled, with a lesion off its middle."""
+    hu = np.full((ROWS, COLUMNS), -1000, np.int16)
+    hu[LESION] = 100
+    return hu.repeat(scale, 0).repeat(scale, 1)
+
+
+def as_nifti(pixels, orientation):
+    """A slice (rows, columns), or a volume (rows, columns, slices), with the axes of its file as they are named."""
+    affine = np.diag([-1.5, -0.75, 5.0, 1.0])
+    affine[:3, 3] = [9, 8, 7]
+    return nib.Nifti1Image(pixels.reshape(*pixels.shape[:2], -1).swapaxes(0, 1), affine).as_reoriented(
+        np.array(ORIENTATIONS[orientation])
+    )
+
+
+def extent(mask):
+    """[x1, y1, x2, y2] of a mask (x, y, …) of a file."""
+    x, y = np.nonzero(np.squeeze(mask))
+    return [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_nifti_of_any_orientation_gets_its_own_pixels_back(tmp_path):
+    (tmp_path / "in").mkdir()
+    stored = {name: as_nifti(drawn(), name) for name in ORIENTATIONS}
+    for name, image in stored.items():
+        nib.save(image, tmp_path / "in" / f"{name}.nii.gz")
+    predictions = predict(tmp_path / "in", tmp_path / "out")
+    assert list(predictions) == sorted(f"{name}.nii.gz" for name in ORIENTATIONS)
+    assert table(tmp_path / "out/failures.csv") == []
+    for name, prediction in predictions.items():
+        expected, folder = stored[name.removesuffix(".nii.gz")], tmp_path / "out" / name
+        mask = nib.load(folder / prediction["files"]["mask"])
+        np.testing.assert_array_equal(mask.get_fdata(), expected.get_fdata() == 100)
+        rebuilt = nib.load(folder / prediction["files"]["reconstruction"])
+        np.testing.assert_array_equal(rebuilt.get_fdata(), expected.get_fdata())
+        probability = nib.load(folder / prediction["files"]["probability"])
+        np.testing.assert_array_equal(probability.get_fdata() > 0.5, expected.get_fdata() == 100)
+        assert probability.get_fdata().max() == pytest.approx(1 / (1 + np.exp(-9)), abs=1 / 510)
+        assert nib.load(folder / prediction["files"]["reconstruction_error"]).get_fdata().max() < 1 / 255
+        for image in (mask, rebuilt, probability):
+            np.testing.assert_allclose(image.affine, expected.affine)
+            assert image.shape == expected.shape and image.header.get_xyzt_units()[0] == "mm"
+        (row,) = prediction["slices"]
+        boxes, scores = zip(*[(found["box"], found["score"]) for found in row["boxes"]])
+        np.testing.assert_allclose(boxes, [extent(expected.get_fdata() == 100)] * 2, atol=0.01)
+        assert scores == pytest.approx((0.9, 0.6)), "the score threshold is 0.5"
+        assert row["lesion_pixels"] == {"lesion": 12 * 24} and row["lesion_mm2"] == {"lesion": 12 * 24 * 1.5 * 0.75}
+        assert prediction["classification"]["predicted"] == "COVID-19"
+        assert sum(prediction["classification"]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_masks_of_a_file_that_does_not_tell_how_it_lies_lie_as_it_does(tmp_path):
+    pixels = np.full((ROWS, COLUMNS, 2), -1350, np.int16)
+    pixels[LESION] = 150
+    image = nib.Nifti1Image(pixels.transpose(1, 0, 2), None)
+    image.header.set_zooms((0.7, 0.8, 2.0))
+    nib.save(image, tmp_path / "x.nii.gz")
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out").values()
+    assert prediction["warnings"][0].startswith("the file does not tell how it lies (qform and sform codes 0)")
+    scan, mask = (sitk.ReadImage(str(path)) for path in (tmp_path / "x.nii.gz", tmp_path / "out/x.nii.gz/mask.nii.gz"))
+    for name in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(mask, name)() == pytest.approx(getattr(scan, name)())
+    shown = re.search(r'"spacing": ?\[([\d.]+), ([\d.]+)\]', (tmp_path / "out/x.nii.gz/report.html").read_text())
+    assert [float(side) for side in shown.groups()] == pytest.approx([0.8, 0.7]), "of rows and columns"
+    bright = sitk.GetArrayFromImage(scan) > 0
+    assert (bright == (sitk.GetArrayFromImage(mask) > 0)).mean() > 0.97
+    center = prediction["detection"][0]["center_mm"]
+    middle = scan.TransformContinuousIndexToPhysicalPoint(np.argwhere(bright)[:, ::-1].mean(0).tolist())
+    assert center == pytest.approx(middle, abs=1)
+
+
+def test_a_scan_of_several_batches_is_one_with_workers_too(tmp_path):
+    """A worker sends another Scan with each batch."""
+    volume = np.repeat(drawn()[..., None], 6, 2)
+    volume[..., [0, 1, 5]] = -1000
+    nib.save(as_nifti(volume, "ras"), tmp_path / "scan.nii.gz")
+    alone, workers = (
+        predict(tmp_path / "scan.nii.gz", tmp_path / str(number), batch_size=2, num_workers=number) for number in (0, 1)
+    )
+    (expected,), (found,) = alone.values(), workers.values()
+    assert len(found["slices"]) == 6 and found["detection"][0]["slices"] == [2, 4]
+    for name in ("slices", "classification", "segmentation", "detection", "reconstruction"):
+        assert found[name] == expected[name], name
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_lesion_of_an_oblique_anisotropic_volume_comes_back_on_its_voxels(tmp_path, orientation):
+    volume = np.repeat(drawn()[..., None], 6, 2)
+    volume[..., [0, 1, 5]] = -1000  # the lesion is on slices 2 to 4
+    image = as_nifti(volume, orientation)
+    turn = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, 0.1, 0.15))
+    nib.save(nib.Nifti1Image(image.get_fdata().astype(np.int16), turn @ image.affine), tmp_path / "x.nii.gz")
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", batch_size=4).values()
+    mask = nib.load(tmp_path / "out/x.nii.gz/mask.nii.gz")
+    np.testing.assert_array_equal(mask.get_fdata(), image.get_fdata() == 100)
+    np.testing.assert_allclose(mask.affine, turn @ image.affine, atol=1e-5)
+    assert mask.shape == image.shape
+    lesion = prediction["detection"][0]
+    voxels = np.argwhere(image.get_fdata() == 100)
+    middle = (turn @ image.affine)[:3] @ [*(voxels.min(0) + voxels.max(0)) / 2, 1]
+    np.testing.assert_allclose(np.array(lesion["center_mm"]) * [-1, -1, 1], middle, atol=0.01)
+    assert lesion["volume_ml"] == pytest.approx(3 * 12 * 24 * 1.5 * 0.75 * 5 / 1000, rel=1e-3)
+    assert prediction["segmentation"]["lesion"]["volume_ml"] == pytest.approx(lesion["volume_ml"], rel=1e-3)
+    assert lesion["slices"][1] - lesion["slices"][0] == 2 and len(lesion["boxes"]) == 3
+    (row,) = [row for row in table(tmp_path / "out/lesions.csv") if row["lesion"] == str(lesion["id"])]
+    assert float(row["volume_ml"]) == lesion["volume_ml"] and row["scan"] == "x.nii.gz"
+    assert len(table(tmp_path / "out/slices.csv")) == 6 and len(table(tmp_path / "out/scans.csv")) == 1
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_a_file_larger_than_the_network_sees_is_answered_at_its_size(tmp_path, scale):
+    image = as_nifti(drawn(scale), "pls")
+    nib.save(image, tmp_path / "x.nii.gz")
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out").values()
+    truth = image.get_fdata() == 100
+    mask = nib.load(tmp_path / "out/x.nii.gz/mask.nii.gz").get_fdata() > 0
+    # Corners are rounded off by the interpolation; edges are where they were.
+    assert extent(mask) == extent(truth) and (mask != truth).sum() <= 4 * scale**2
+    np.testing.assert_allclose(prediction["slices"][0]["boxes"][0]["box"], extent(truth), atol=0.01)
+
+
+def test_a_smaller_picture_comes_back_as_a_picture(tmp_path):
+    pixels = np.full((20, 32), 30, np.uint8)
+    pixels[4:10, 15:27] = 220
+    Image.fromarray(pixels).save(tmp_path / "x.jpeg.png")
+    (prediction,) = predict(tmp_path / "x.jpeg.png", tmp_path / "out").values()
+    assert prediction["segmentation"] == {"lesion": {"volume_ml": None, "share_of_lung": None, "pixels": 72}}
+    mask = np.asarray(Image.open(tmp_path / "out/x.jpeg.png/mask.png"))
+    np.testing.assert_array_equal(mask, np.where(pixels == 220, 255, 0))
+    rebuilt = np.asarray(Image.open(tmp_path / "out/x.jpeg.png" / prediction["files"]["reconstruction"]))
+    assert rebuilt.dtype == np.uint8 and rebuilt.shape == (20, 32)
+    assert rebuilt[6, 20] == 255 and rebuilt[15, 5] == 0
+    (row,) = prediction["slices"]
+    np.testing.assert_allclose(row["boxes"][0]["box"], [15, 4, 27, 10], atol=0.01)
+    assert prediction["lung"] is None and row["lung_mm2"] is None and row["position_mm"] is None
+
+
+def test_dicom_comes_back_as_nifti_in_its_own_geometry(tmp_path, write_dicom):
+    path = write_dicom(tmp_path / "IM0001", drawn(), spacing=(0.75, 1.5), orientation=(-1, 0, 0, 0, 1, 0))
+    (prediction,) = predict(path, tmp_path / "out").values()
+    folder = tmp_path / "out" / prediction["scan"]
+    mask = nib.load(folder / "mask.nii.gz")
+    np.testing.assert_array_equal(mask.get_fdata()[..., 0].T, drawn() == 100)
+    # DICOM's position [-50, -40, 30] is LPS, NIfTI's world RAS; columns run to the patient's right here.
+    np.testing.assert_allclose(mask.affine[:3, 3], [50, 40, 30])
+    np.testing.assert_allclose(mask.affine[:3, :2].T, [[1.5, 0, 0], [0, -0.75, 0]], atol=1e-6)
+    np.testing.assert_allclose(prediction["slices"][0]["boxes"][0]["box"], [30, 8, 54, 20], atol=0.01)
+
+
+def test_real_dicom_keeps_its_size_and_place(real_data, tmp_path):
+    path = real_data / "lung_pet_ct_dx/Lung_Dx-A0001_s2_L/030.dcm"
+    (prediction,) = predict(path, tmp_path / "out", image_size=256).values()
+    rebuilt = nib.load(tmp_path / "out" / prediction["scan"] / "reconstruction.nii.gz")
+    assert rebuilt.shape == (512, 512, 1)
+    np.testing.assert_allclose(rebuilt.header.get_zooms()[:2], 0.841796875)
+    dataset = pydicom.dcmread(path)
+    hu = np.clip(dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept), -1350, 150)
+    difference = np.abs(rebuilt.get_fdata()[..., 0].T - hu)
+    flipped = np.abs(rebuilt.get_fdata()[::-1, :, 0].T - hu)
+    assert difference.mean() < 60 < flipped.mean()
+
+
+def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, caplog):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a/x.png", "b/x.png", "b/x.bmp"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(source / name)
+    (source / "truncated.png").write_bytes((source / "a/x.png").read_bytes()[:60])
+    (source / "text.png").write_text("not a picture")
+    for name, shape, value in (("nan", (8, 8, 1), np.nan), ("movie", (8, 8, 3, 2), 0)):
+        nib.save(nib.Nifti1Image(np.full(shape, value, np.float32), np.eye(4)), source / f"{name}.nii.gz")
+    predictions = predict(source, out, batch_size=2)
+    assert list(predictions) == ["a/x.png", "b/x.bmp", "b/x.png"]
+    reasons = {failure["file"]: failure["reason"] for failure in table(out / "failures.csv")}
+    words = {"truncated.png": "cannot be read", "text.png": "cannot", "nan.nii.gz": "NaN", "movie.nii.gz": "(8, 8, 3, 2)"}
+    assert reasons.keys() == words.keys()
+    assert all(word in reasons[name] for name, word in words.items())
+    skipped = [record.message for record in caplog.records if record.message.startswith("skipped")]
+    assert len(skipped) == 4 and not any("\n" in line for line in skipped)
+    pictures = ["mask", "overlays/0000", "probability", "reconstruction", "reconstruction_error"]
+    files = [*(f"{name}.png" for name in pictures), "predictions.json", "report.html"]
+    expected = [f"{name}/{file}" for name in predictions for file in files]
+    expected += [f"{name}.csv" for name in ("failures", "lesions", "scans", "slices")]
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(expected)
+
+
+def test_nothing_readable_is_an_error_after_the_report(tmp_path):
+    nib.save(nib.Nifti1Image(np.full((8, 8, 1), np.nan, np.float32), np.eye(4)), tmp_path / "x.nii")
+    with pytest.raises(RuntimeError) as raised:  # MONAI wraps what an expression of a config raises
+        predict(tmp_path / "x.nii", tmp_path / "out")
+    assert str(raised.value.__cause__).startswith("input: nothing could be read; ")
+    assert len(table(tmp_path / "out/failures.csv")) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failures.csv"]
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "reconstruction", "detection"])
+def test_only_the_tasks_asked_for_are_answered(tmp_path, task):
+    Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
+    (prediction,) = predict(tmp_path / "x.png", tmp_path / "out", tasks={task: 1.0}).values()
+    assert prediction.keys() & {"classification", "segmentation", "reconstruction", "detection"} == {task}
+    files = {"segmentation": ["mask", "probability"], "reconstruction": ["reconstruction", "reconstruction_error"]}
+    written = {path.stem for path in (tmp_path / "out/x.png").glob("*.png")}
+    assert written == set(files.get(task, []))
+
+
+def test_lesions_of_several_classes(tmp_path):
+    class Two(Bright):
+        def forward(self, image):
+            probabilities = torch.zeros(2, 64, 64)
+            probabilities[0, 10:20, 10:20], probabilities[1, 15:20, 10:20], probabilities[1, 30:32, 5] = 0.7, 0.9, 0.6
+            return {**super().forward(image), "segmentation": torch.logit(probabilities, 1e-6)[None]}
+
+    nib.save(nib.Nifti1Image(np.zeros((64, 64, 1), np.int16), np.diag([-1, -1, 1, 1])), tmp_path / "x.nii.gz")
+    names = ["ground glass/GGO", "consolidation"]
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", Two(), segmentation_classes=names).values()
+    pixels = {name: value["pixels"] for name, value in prediction["segmentation"].items()}
+    assert pixels == {"ground glass/GGO": 50, "consolidation": 52}
+    mask = nib.load(tmp_path / "out/x.nii.gz/mask.nii.gz").get_fdata()
+    assert mask[12, 12, 0] == 1 and mask[12, 17, 0] == 2 and mask[5, 31, 0] == 2
+    glass = nib.load(tmp_path / "out/x.nii.gz" / prediction["files"]["probability_ground_glass_GGO"]).get_fdata()
+    assert glass[12, 12, 0] == pytest.approx(0.7, abs=1 / 255)
+    with pytest.raises(RuntimeError) as caught:
+        predict(tmp_path / "x.nii.gz", tmp_path / "again", Two(), segmentation_classes=["a b", "a_b"])
+    assert "segmentation_classes: found a b, a_b, expected names that differ" in str(caught.value.__cause__)
+
+
+def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypatch):
+    def interrupted(path, *arguments):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bundle.inference.results.draw_overlay", interrupted)
+        predict(tmp_path / "x.png", tmp_path / "out")
+    assert not (tmp_path / "out/x.png").exists()
+    assert list(predict(tmp_path / "x.png", tmp_path / "out")) == ["x.png"]
+    assert not list((tmp_path / "out").glob(".tmp*"))
+
+
+def test_a_knob_out_of_range_is_refused_before_any_scan_is_computed(tmp_path):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(RuntimeError) as error:
+        predict(tmp_path / "x.png", tmp_path / "out", link_iou=0)
+    assert "link_iou: found 0, expected a number above 0 and up to 1" in str(error.value.__cause__ or error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_score_threshold_must_be_a_probability():
+    with pytest.raises(ValueError, match="score_threshold: found 7"):
+        BoxesToFiled("detection", score_threshold=7)
+
+
+def test_a_slice_and_its_mirror_image_get_one_answer_unless_flips_are_off(tmp_path):
+    class Sided(nn.Module):
+        def forward(self, image):
+            return {"classification": 5 * image[..., : image.shape[-1] // 2].mean((1, 2, 3))[:, None] * torch.eye(3)[0]}
+
+    Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))).save(tmp_path / "a.png")
+    Image.open(tmp_path / "a.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
+
+    def probabilities(flips):
+        out, knobs = tmp_path / f"flips {flips}", {"tasks": {"classification": 1.0}, "flips": flips}
+        found = [predict(tmp_path / f"{x}.png", out / x, Sided(), **knobs) for x in "ab"]
+        return [next(iter(one.values()))["classification"]["probabilities"]["other"] for one in found]
+
+    one, mirrored = probabilities(flips=True)
+    assert one == pytest.approx(mirrored, abs=1e-5)
+    one, mirrored = probabilities(flips=False)
+    assert abs(one - mirrored) > 0.1

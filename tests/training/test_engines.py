@@ -1,0 +1,323 @@
+"""A run: what it leaves, that it is repeatable, resumable and never mixed with another; the curriculum's life."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+
+from bundle.training.engines import RunRecorder, remove_run, trained_tasks
+from bundle.names import TASKS
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke")]
+STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stage_joint"]
+FAST = {"classification": 1.0, "reconstruction": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    root, hook = logging.getLogger(), sys.excepthook
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level, sys.excepthook = handlers, level, hook
+
+
+@pytest.fixture(scope="module")
+def run(phantom_dir):
+    """Run a config workflow in this process, on the CPU, with an epoch of three steps."""
+
+    def run(out, run_id="run", overlays=(), **entries):
+        entries = {"dataset_dir": str(phantom_dir), "batch_size": 2, "device": "cpu", **entries}
+        files = CONFIGS + [str(ROOT / f"configs/{name}.json") for name in overlays]
+        workflow = ConfigWorkflow(files, run_id=run_id, bundle_root=str(ROOT), output_dir=str(out), **entries)
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+        return Path(out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """Folder of a finished run of FAST, to be left as it is."""
+    return run(tmp_path_factory.mktemp("engines") / "finished", tasks=FAST)
+
+
+def weights(folder, name="model.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def refusal(error) -> str:
+    """The line that a user sees: the first cause."""
+    error = error.value
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
+def test_two_runs_end_with_equal_weights_and_another_seed_with_others(run, tmp_path):
+    first, again, other = (run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert equal(weights(first), weights(again))
+    assert (first / "history.json").read_text() == (again / "history.json").read_text()
+    assert not equal(weights(first), weights(other))
+
+
+def test_a_run_keeps_what_is_needed_to_read_and_repeat_it(run, tmp_path):
+    out = run(tmp_path / "run", tasks=FAST, max_epochs=2, seed=5)
+    files = {"best.pt", "last.pt", "model.pt", "metrics.json", "history.json", "curves.png", "config.json", "environment.json"}
+    assert files <= {path.name for path in out.iterdir()}
+    assert not list(out.rglob("*.tmp"))
+    config, history = json.loads((out / "config.json").read_text()), json.loads((out / "history.json").read_text())
+    assert (config["seed"], config["backbone"], config["width"]) == (5, "vgg13_bn", 0.125), "overlay and override merged in"
+    assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__.split("+")[0]
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    assert history[0]["learning_rate"] < history[1]["learning_rate"], "rate of the epoch itself, warm-up first"
+    assert {"loss", "loss_classification", "loss_reconstruction", "classification_auroc", "score"} <= history[0].keys()
+    assert json.loads((out / "metrics.json").read_text()) == max(history, key=lambda entry: entry["score"])
+    assert list(out.glob("events.out.tfevents.*"))
+
+
+def test_the_last_epoch_is_validated_whatever_the_interval(run, tmp_path):
+    out = run(tmp_path / "run", tasks=FAST, max_epochs=3, val_interval=2)
+    assert ["score" in entry for entry in json.loads((out / "history.json").read_text())] == [False, True, True]
+
+
+def test_averaged_weights_start_from_the_checkpoint_and_are_what_is_validated_and_kept(run, finished, tmp_path):
+    entries = {"overlays": ["ema"], "tasks": FAST, "init_checkpoint": str(finished / "model.pt"), "ema_momentum": 0.5}
+    still = run(tmp_path / "still", learning_rate=0.0, **entries)
+    parameters = {key for key in weights(still) if not key.endswith(("mean", "var", "tracked"))}
+    assert all(torch.equal(weights(still)[key], weights(finished)[key]) for key in parameters)
+    moved = run(tmp_path / "moved", **entries)
+    assert equal(weights(moved), weights(moved, "last.pt")["average"])
+    assert not equal(weights(moved), weights(moved, "last.pt")["network"])
+    assert not equal(weights(moved), weights(still))
+
+
+def test_with_a_frozen_encoder_the_heads_of_the_tasks_are_trained_alone(run, finished, tmp_path):
+    entries = {"tasks": {"reconstruction": 1.0}, "init_checkpoint": str(finished / "model.pt")}
+    out = run(tmp_path / "run", overlays=["frozen_encoder"], **entries)
+    before, after = weights(finished), weights(out)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert before.keys() == after.keys() and changed and all(key.startswith("heads.reconstruction.") for key in changed)
+
+
+@pytest.mark.parametrize(
+    "scores, expected",
+    [([0.1, 0.3, 0.3], 2), ([0.3, 0.1], 1), ([np.nan, 0.2, np.nan], 2), ([None, 0.2], 2), ([None, np.nan], None)],
+)
+def test_the_best_epoch_is_the_earliest_of_the_highest_finite_scores(scores, expected, tmp_path):
+    recorder = RunRecorder(tmp_path, {}, None, None)
+    recorder.history = [{"epoch": n, **({} if s is None else {"score": s})} for n, s in enumerate(scores, 1)]
+    assert (recorder.best() or {}).get("epoch") == expected
+    if expected is None:
+        with pytest.raises(ValueError, match="no epoch with a validation score"):
+            recorder.finish(None)
+
+
+def test_a_loss_that_is_not_finite_names_the_images_and_leaves_no_checkpoint(run, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        run(tmp_path / "run", tasks=FAST, learning_rate=1e30)
+    assert "lower learning_rate" in refusal(error) and ".nii.gz" in refusal(error)
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_a_finished_run_is_resumed_without_training_and_may_move_to_other_workers(run, tmp_path):
+    out = run(tmp_path / "run", tasks=FAST)
+    before, last = weights(out), (out / "last.pt").stat().st_mtime_ns
+    (out / "model.pt").unlink()  # as if killed before the end
+    run(out, tasks=FAST, num_workers=1, cache_rate=0.5, device="$torch.device('cpu')")
+    assert equal(before, weights(out)) and (out / "last.pt").stat().st_mtime_ns == last
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"max_epochs": 2}, ["max_epochs 1, found 2", "init_checkpoint", "model.pt"]),
+        ({"seed": 1}, ["seed 0, found 1"]),
+        ({"tasks": {"classification": 2.0, "reconstruction": 1.0}}, ["tasks::classification 1.0, found 2.0"]),
+        ({"augmentation": {"_target_": "Compose", "transforms": []}}, ["augmentation::transforms"]),
+    ],
+)
+def test_a_run_is_not_resumed_under_another_configuration(run, finished, entries, words):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(RuntimeError) as error:
+        run(finished, **{"tasks": FAST, **entries})
+    assert all(word in refusal(error) for word in ["holds a run with", "resume false", *words])
+    assert "\n" not in refusal(error) and (finished / "config.json").read_text() == before
+
+
+def test_resume_false_starts_anew_and_leaves_nothing_old(run, tmp_path):
+    out = run(tmp_path / "run", tasks=FAST)
+    events = set(out.glob("events.out.tfevents.*"))
+    run(out, tasks=FAST, seed=1, resume=False)
+    assert json.loads((out / "config.json").read_text())["seed"] == 1
+    assert not events & set(out.glob("events.out.tfevents.*"))
+    for name in ("calibrated.pt", "reference.pt", "evaluation/metrics.json", "lungs_only/cases.csv", "mine.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+    remove_run(out)
+    assert {path.name for path in out.iterdir()} == {"config.json", "environment.json", "mine.txt"}
+
+
+def test_a_task_that_no_record_is_annotated_for_is_refused_unless_the_checkpoint_answers_it(run, finished, tmp_path):
+    select = "bundle.data.datalist.select(@records, 'training', @tasks, @dataset_dir)"
+
+    def without_classes(**entries):
+        data = f"$[{{key: value for key, value in record.items() if key != 'class'}} for record in {select}]"
+        return run(tmp_path / "run", tasks=FAST, **{"train::data": data, **entries})
+
+    with pytest.raises(RuntimeError) as error:
+        without_classes()
+    assert refusal(error).startswith("split training: found no record annotated for classification, expected one for each")
+    assert not (tmp_path / "run").exists()
+    out = without_classes(init_checkpoint=str(finished / "model.pt"))
+    assert trained_tasks(out / "model.pt") == ("classification", "reconstruction")
+
+
+def test_fewer_records_than_a_batch_are_one_smaller_batch(run, tmp_path):
+    out = run(tmp_path / "run", tasks=FAST, batch_size=100)
+    assert (out / "model.pt").exists() and json.loads((out / "history.json").read_text())[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["model.pt", "last.pt"])
+def test_heads_of_the_first_checkpoint_travel_along(run, finished, tmp_path, name):
+    tasks = {"segmentation": 1.0, "reconstruction": 1.0}
+    second = run(tmp_path / "second", tasks=tasks, init_checkpoint=str(finished / name))
+    assert trained_tasks(second / "model.pt") == ("classification", "segmentation", "reconstruction")
+    key = "heads.classification.0.weight"
+    assert torch.equal(weights(finished)[key], weights(second)[key])
+
+
+@pytest.fixture
+def curriculum(run, tmp_path):
+    def curriculum(**entries):
+        return run(tmp_path / "curriculum", run_id="training", **entries)
+
+    return curriculum
+
+
+def test_curriculum_measures_every_trained_task_after_every_stage_and_skips_what_is_finished(curriculum):
+    out = curriculum()
+    trained = {"classification", "reconstruction"}
+    for stage in STAGES:
+        trained |= {"segmentation"} if stage == "stage_segmentation" else set()
+        trained |= {"detection"} if stage in ("stage_detection", "stage_joint") else set()
+        assert set(trained_tasks(out / stage / "model.pt")) == trained
+        assert json.loads((out / stage / "validation/metrics.json").read_text()).keys() == trained
+        assert json.loads((out / stage / "train.json").read_text())["output_dir"] == str(out / stage)
+    table = (out / "stage_table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == STAGES
+    assert "-" not in table.splitlines()[-1].split("|")[2:], "after the last stage every task has a figure"
+    assert equal(weights(out), weights(out / "stage_joint"))
+
+    files = [path for path in out.rglob("*") if path.is_file() and path.parent != out]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    curriculum()
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert (out / "stage_table.md").read_text() == table
+
+    with pytest.raises(RuntimeError) as error:
+        curriculum(learning_rate=0.1)
+    assert "stage_joint: holds a run with learning_rate 0.0003, found 0.1" in refusal(error)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_a_head_for_other_classes_waits_for_the_stage_that_trains_it(curriculum, run, tmp_path):
+    first = weights(run(tmp_path / "first", tasks={"segmentation": 1.0, "reconstruction": 1.0}))
+    for name in ("weight", "bias"):
+        key = f"heads.segmentation.output.0.{name}"
+        first[key] = torch.cat([first[key], first[key]])
+    torch.save(first, tmp_path / "two_classes.pt")
+    out = curriculum(init_checkpoint=str(tmp_path / "two_classes.pt"), stages=dict.fromkeys(STAGES[:2], {}))
+    measured = [json.loads((out / stage / "validation/metrics.json").read_text()).keys() for stage in STAGES[:2]]
+    assert measured[0] == {"classification", "reconstruction"}, "the head of two lesion classes is not that of one"
+    assert measured[1] == {"classification", "segmentation", "reconstruction"}
+    block = "heads.segmentation.blocks.0.convs.conv_0.conv.weight"
+    assert torch.equal(weights(out / "stage_classification")[block], first[block]), "but is handed on"
+
+
+def test_stages_without_transfer_stand_alone(curriculum, tmp_path, run):
+    stages = {"stage_classification": {}, "stage_segmentation": {"transfer": False}}
+    out = curriculum(stages=stages)
+    assert trained_tasks(out / "stage_segmentation/model.pt") == ("segmentation", "reconstruction")
+    assert json.loads((out / "stage_segmentation/config.json").read_text())["init_checkpoint"] is None
+    rows = (out / "stage_table.md").read_text().splitlines()[2:]
+    assert rows[0].split("|")[2].strip() != "-" and rows[1].split("|")[2].strip() == "-"
+    alone = run(tmp_path / "alone", tasks={"segmentation": 1.0, "reconstruction": 1.0}, stages=stages)
+    assert equal(weights(alone), weights(out / "stage_segmentation")), "as trained by itself"
+
+
+def test_curriculum_starts_anew_as_a_whole(curriculum):
+    stages = {"stage_classification": {}, "stage_segmentation": {}}
+    out = curriculum(stages=stages)
+    before = weights(out / "stage_segmentation")
+    (out / "evaluation").mkdir()
+    (out / "evaluation/metrics.json").write_text("{}")
+    curriculum(stages=stages, seed=1, resume=False)
+    assert not (out / "evaluation").exists(), "it measured the weights that were removed"
+    assert not equal(before, weights(out / "stage_segmentation"))
+
+
+def test_a_stage_starts_anew_alone(curriculum):
+    out = curriculum(stages={"stage_classification": {}, "stage_segmentation": {}})
+    first, second = ((out / stage / "model.pt").stat().st_mtime_ns for stage in STAGES[:2])
+    curriculum(stages={"stage_classification": {}, "stage_segmentation": {"learning_rate": 0.001, "resume": False}})
+    assert (out / "stage_classification/model.pt").stat().st_mtime_ns == first
+    assert (out / "stage_segmentation/model.pt").stat().st_mtime_ns > second
+    assert json.loads((out / "stage_segmentation/config.json").read_text())["learning_rate"] == 0.001
+
+
+def test_what_a_user_measures_of_a_stage_is_not_taken_for_its_validation(curriculum, run):
+    stages = {"stage_classification": {}}
+    out = curriculum(stages=stages)
+    table = (out / "stage_table.md").read_text()
+    run(out / "stage_classification", overlays=["evaluate"], tasks=FAST, bootstrap=0)
+    assert (out / "stage_classification/evaluation/metrics.json").exists()
+    curriculum(stages=stages)
+    assert (out / "stage_table.md").read_text() == table
+
+
+def test_weights_that_starting_anew_would_remove_are_kept(run, curriculum, finished, tmp_path):
+    origin = tmp_path / "run/model.pt"
+    shutil.copytree(finished, origin.parent)
+    with pytest.raises(RuntimeError) as error:
+        run(origin.parent, tasks=FAST, init_checkpoint=str(origin), resume=False)
+    assert refusal(error).startswith(f"init_checkpoint: found {origin} in a folder that resume false would clear")
+    assert origin.exists()
+    stages = {"stage_classification": {}, "stage_segmentation": {}}
+    for folder in (tmp_path / "curriculum", tmp_path / "curriculum/stage_segmentation"):
+        shutil.copytree(finished, folder)
+        with pytest.raises(RuntimeError) as error:
+            curriculum(stages=stages, init_checkpoint=str(folder / "model.pt"), resume=False)
+        assert "in a folder that resume false would clear" in refusal(error) and (folder / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"stages": {"stage_x": {}}}, "found 'stage_x', expected"),
+        ({"stages": {}}, "found none, expected one or more"),
+        ({"stages": {"stage_joint": {"learning_rat": 1}}}, "learning_rate"),
+        ({"tasks": FAST}, "set stages::NAME::tasks instead"),
+    ],
+)
+def test_curriculum_refuses_stages_it_cannot_run(curriculum, entries, words):
+    with pytest.raises(RuntimeError) as error:
+        curriculum(**entries)
+    assert words in refusal(error)
+
+
+def test_all_tasks_are_trained_by_default(run, tmp_path):
+    assert trained_tasks(run(tmp_path / "run", uncertainty_weights=True) / "model.pt") == TASKS
+    assert set(weights(tmp_path / "run", "last.pt")["loss"]) == {f"log_variance.{task}" for task in TASKS}
