@@ -25,7 +25,9 @@ from torchvision.ops import box_iou
 
 from bundle.data.volumes import find_scans
 from bundle.errors import UserError
-from bundle.training.engines import MultiTaskTrainer, environment, loss_terms, prepare_batch
+from bundle.data.batch import prepare_batch
+from bundle.training.run_folder import environment
+from bundle.training.trainer import MultiTaskTrainer, loss_terms
 from bundle.inference.backends import PACKAGES, accelerate, one_by_one, run_onnxruntime
 from bundle.inference.slices import FAILURE, SliceDataset, collate
 from bundle.networks import load_weights

@@ -8,6 +8,8 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,6 +46,26 @@ def running_workflow() -> ConfigWorkflow:
         if isinstance(workflow, ConfigWorkflow):
             return workflow
     raise RuntimeError("found no ConfigWorkflow among the callers, expected an expression of a bundle config to call this")
+
+
+def overlay(base: Mapping, *changes: Mapping) -> dict:
+    """A configuration with entries (ids, nested ones too, to values) changed or added, later ones over earlier ones.
+
+    As in a list of configuration files, `+id` adds to the mapping or the list of that id.
+    """
+    parser = ConfigParser(deepcopy(dict(base)))
+    for id, value in chain.from_iterable(entries.items() for entries in changes):
+        merge_kv(parser, id, deepcopy(value))
+    return without_metadata(parser.get())
+
+
+def running_config() -> dict:
+    """The raw configuration whose expression is being evaluated, overlays and command line merged in, as JSON holds it."""
+    return json.loads(json.dumps(without_metadata(running_workflow().parser.get()), default=str))
+
+
+def without_metadata(config: Mapping) -> dict:
+    return {key: value for key, value in config.items() if key != ConfigParser.meta_key}
 
 
 def merge_overlays(file, overlays: Sequence) -> dict:

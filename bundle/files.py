@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import uuid
@@ -75,3 +76,28 @@ def write_checkpoint(content, path) -> None:
     """Write what torch.save takes."""
     with replacing(path) as temporary:
         torch.save(content, temporary)
+
+
+def write_figure(figure, path) -> None:
+    """Write a figure of matplotlib as a PNG."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a file; empty if there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+
+
+def log_artifacts(engine, paths: Iterable[Path]) -> None:
+    """Keep files, those of them that exist, with the run of an engine that MLflow tracks.
+
+    The MLFlowHandler that MONAI has added keeps the configuration only where `output_dir` is an expression, and no picture.
+    """
+    from monai.handlers import MLFlowHandler  # takes seconds, which those who only write need not wait for
+
+    handlers = {handler for handlers in engine._event_handlers.values() for handler, *_ in handlers}
+    for tracker in {getattr(handler, "__self__", None) for handler in handlers}:
+        if isinstance(tracker, MLFlowHandler):
+            for path in filter(Path.is_file, paths):
+                tracker.client.log_artifact(tracker.cur_run.info.run_id, str(path))

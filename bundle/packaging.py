@@ -18,8 +18,7 @@ from bundle.cli import ROOT, TRAINED_WITH
 from bundle.config import merge_overlays
 from bundle.errors import UserError, exit_in_one_line
 from bundle.files import replacing
-from bundle.inference import read_novelty
-from bundle.networks import load_weights
+from bundle.networks import load_weights, read_novelty
 
 NAME = "chest_ct_multitask"
 PARTS = ("LICENSE", "bundle", "configs", "docs", "models")

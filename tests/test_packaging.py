@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser, download_large_files
 
 import bundle
 from bundle import packaging
-from bundle.inference.worklist import file_hash
+from bundle.files import file_hash
 from bundle.packaging import NAME, PARTS, WEIGHTS, bundle_files, main, merge, package_bundle
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -99,3 +99,22 @@ def _cell(record: dict, task: str) -> tuple | None:
         RECONSTRUCTION: lambda: None,
     }[task]()
     return record.get(SOURCE), stratum
+
+
+def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
+    """Move a batch of `collate` to the device and split it for a MONAI engine.
+
+    Returns:
+        (image (B, 1, S, S), the whole batch as label, no positional and the network's keyword arguments: the detection
+        targets, and which images are annotated for which task).
+    """
+    batch = _to_device(batch, device, non_blocking)
+    return batch[IMAGE], batch, (), {"targets": batch[DETECTION], "annotated": batch[ANNOTATED]}
+
+
+def _to_device(item, device, non_blocking: bool):
+    if isinstance(item, torch.Tensor):
+        return item.to(device, non_blocking=non_blocking)
+    if isinstance(item, Mapping):
+        return {key: _to_device(value, device, non_blocking) for key, value in item.items()}
+    return [_to_device(value, device, non_blocking) for value in item] if isinstance(item, list) else item

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bundle.data.transforms import lung_region
 from bundle.errors import UserError
-from bundle.evaluation import save_figure
+from bundle.files import write_figure
 from bundle.networks import MultiTaskNet
 from bundle.names import ANNOTATED, CLASS, CLASSIFICATION, IMAGE
 
@@ -109,7 +109,7 @@ def _draw(drawn: dict, classes: Sequence[str], path: Path, columns: int) -> None
             right = classes[predicted] == name
             title = f"{name}\n→ {classes[predicted]} {probabilities[predicted]:.2f}"
             axis.set_title(title, fontsize=8, color="black" if right else "firebrick")
-    save_figure(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_means(means: dict[str, np.ndarray], path: Path) -> None:
@@ -123,4 +123,4 @@ def _draw_means(means: dict[str, np.ndarray], path: Path) -> None:
         axis.set_title(name)
         axis.set_axis_off()
     figure.colorbar(picture, ax=axes, label="mean heat; 1: spread evenly")
-    save_figure(figure, path.with_name(f"{path.stem}_mean.png"))
+    write_figure(figure, path.with_name(f"{path.stem}_mean.png"))

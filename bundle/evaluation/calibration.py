@@ -10,10 +10,10 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 
+from bundle.data.batch import prepare_batch
 from bundle.errors import UserError
-from bundle.training.engines import prepare_batch
 from bundle.files import write_checkpoint
-from bundle.evaluation import calibration_error
+from bundle.evaluation.statistics import calibration_error
 from bundle.networks import MultiTaskNet, read_weights
 from bundle.names import ANNOTATED, CLASS, CLASSIFICATION
 

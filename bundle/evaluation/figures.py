@@ -1,4 +1,4 @@
-"""Pictures and tables of metrics."""
+"""Pictures of metrics."""
 
 from __future__ import annotations
 
@@ -6,65 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay
 
-from bundle.files import replacing
+from bundle.files import write_figure
 from bundle.evaluation.statistics import CONFIDENCE_BINS, froc_curve
 from bundle.names import CLASSIFICATION, DETECTION, RECORD, SEGMENTATION, SOURCE
-
-STAGE_COLUMNS = {
-    "accuracy": ("classification", "accuracy"),
-    "AUROC": ("classification", "auroc"),
-    "Dice": ("segmentation", "dice"),
-    "IoU": ("segmentation", "iou"),
-    "SSIM": ("reconstruction", "ssim"),
-    "AP@0.1": ("detection", "ap10"),
-    "AP@0.5": ("detection", "ap50"),
-}
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
-    FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-
-
-def stage_table(reports: Mapping[str, Mapping]) -> str:
-    """Markdown table "task metric after each stage" from the report of each stage; "-" where there is no figure."""
-    lines = ["| after stage (validation split) | " + " | ".join(STAGE_COLUMNS) + " |", "|---|" + "---:|" * len(STAGE_COLUMNS)]
-    for stage, report in reports.items():
-        figures = [report.get(task, {}).get(name) for task, name in STAGE_COLUMNS.values()]
-        cells = [f"{figure['value']:.3f}" if figure else "-" for figure in figures]
-        lines.append(f"| {stage} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
-    """Losses (left) and validation metrics in [0, 1] (right) by epoch, as a PNG.
-
-    Losses have a logarithmic scale, unless one is not above 0, as may be with `uncertainty_weights`.
-    """
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, metrics = figure.subplots(1, 2)
-    shown = {"score"} | {f"{task}_{name}" for task, name in STAGE_COLUMNS.values()}
-    names = list(dict.fromkeys(name for entry in history for name in entry))
-    for name in names:
-        axis = losses if name.startswith("loss") else metrics if name in shown else None
-        if axis is not None:
-            points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
-            axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
-    positive = all(entry[name] > 0 for entry in history for name in entry if name.startswith("loss"))
-    losses.set(title="training loss", xlabel="epoch", yscale="log" if positive else "linear")
-    metrics.set(title="validation", xlabel="epoch", ylim=(0, 1))
-    for axis in (losses, metrics):
-        if axis.lines:
-            axis.legend(fontsize=7)
-    save_figure(figure, Path(path))
-
 
 def draw_report(report: Mapping, rows: Sequence[Mapping], folder: Path) -> None:
     """Confusion matrix, ROC curves and reliability, Dice by source, and the FROC curve, for the tasks that were measured."""
@@ -100,7 +48,7 @@ def _draw_classification(report: Mapping, cases: Sequence[Mapping], folder: Path
     counts, edges = np.histogram(confidence, CONFIDENCE_BINS, (0, 1))
     last.bar(edges[:-1], counts / len(confidence), 1 / CONFIDENCE_BINS, align="edge", color="0.85", label="share of cases")
     last.legend(loc="upper left")
-    save_figure(figure, folder / "classification.png")
+    write_figure(figure, folder / "classification.png")
 
 
 def _draw_dice(rows: Sequence[Mapping], folder: Path) -> None:
@@ -110,7 +58,7 @@ def _draw_dice(rows: Sequence[Mapping], folder: Path) -> None:
     axis = figure.subplots()
     axis.boxplot(dice, tick_labels=[f"{source}\nn = {len(d)}" for source, d in zip(sources, dice)])
     axis.set(title="Dice of each case", ylim=(-0.02, 1.02))
-    save_figure(figure, folder / "segmentation.png")
+    write_figure(figure, folder / "segmentation.png")
 
 
 def _draw_froc(cases: Sequence[Mapping], folder: Path) -> None:
@@ -121,4 +69,4 @@ def _draw_froc(cases: Sequence[Mapping], folder: Path) -> None:
     axis.set(title="FROC, IoU 0.1", xlabel="false positives per image", ylabel="sensitivity", ylim=(0, 1))
     axis.set_xscale("symlog", linthresh=0.125)
     axis.set_xlim(0, 8)
-    save_figure(figure, folder / "detection.png")
+    write_figure(figure, folder / "detection.png")

@@ -15,7 +15,7 @@ from monai.utils.enums import CommonKeys
 
 from bundle.errors import UserError
 from bundle.evaluation.cases import FOUND_SCORE, cases_of
-from bundle.evaluation.figures import save_figure
+from bundle.files import write_figure
 from bundle.names import (
     ANNOTATED,
     CLASSIFICATION,
@@ -139,7 +139,7 @@ class FailureGallery:
             for axis, item in zip(row, items):
                 self._draw_item(axis, item)
         figure.suptitle("the worst cases: annotation dashed blue, answer orange", fontsize=9)
-        save_figure(figure, self.path)
+        write_figure(figure, self.path)
 
     def _draw_item(self, axis, item: dict) -> None:
         image = item["image"] if self.with_images else np.zeros_like(item["image"])

@@ -10,10 +10,9 @@ from pathlib import Path
 import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Events
-from monai.handlers import MLFlowHandler
 from monai.utils.enums import CommonKeys
 
-from bundle.files import write_json, write_table
+from bundle.files import log_artifacts, write_json, write_table
 from bundle.evaluation import figures
 from bundle.evaluation.cases import cases_of
 from bundle.evaluation.statistics import confusion, with_intervals
@@ -173,15 +172,3 @@ def _cases(task: str, rows: Sequence[dict]) -> list[dict]:
         case if source in masked else {name: value for name, value in case.items() if name != "mask_match"}
         for source, case in zip(sources, cases)
     ]
-
-
-def log_artifacts(engine, paths: Iterable[Path]) -> None:
-    """Keep files, those of them that exist, with the run of an engine that MLflow tracks.
-
-    The MLFlowHandler that MONAI has added keeps the configuration only where `output_dir` is an expression, and no picture.
-    """
-    handlers = {handler for handlers in engine._event_handlers.values() for handler, *_ in handlers}
-    for tracker in {getattr(handler, "__self__", None) for handler in handlers}:
-        if isinstance(tracker, MLFlowHandler):
-            for path in filter(Path.is_file, paths):
-                tracker.client.log_artifact(tracker.cur_run.info.run_id, str(path))

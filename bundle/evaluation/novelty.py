@@ -1,9 +1,8 @@
-"""How far a slice is from those the network was trained on, and the warnings that a scan is none for it."""
+"""The reference of a network: what the slices that it was trained on look like to it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,93 +10,12 @@ from monai.data import MetaTensor
 from sklearn.covariance import LedoitWolf
 from tqdm import tqdm
 
-from bundle.errors import UserError
-from bundle.files import write_checkpoint
-from bundle.inference.worklist import file_hash
-from bundle.networks import MultiTaskNet
+from bundle.files import file_hash, write_checkpoint
 from bundle.names import IMAGE
+from bundle.networks import MultiTaskNet, Novelty
 
 VALIDATION_SHARE = 0.97  # of the validation slices lie within the threshold
-# A scan is unusual with more than this share of its slices beyond the threshold, and no chest CT with less than this share
-# with lung: the three chest CTs that were tried have 77 to 96 %, an abdomen CT, with the base of the lung, 5 %.
-UNUSUAL_SHARE, LUNG_SHARE = 0.5, 0.25
 AIR = -1000  # HU
-
-
-class Novelty:
-    """Mahalanobis distance of a slice's embedding from those of the training slices (arXiv 1807.03888, with one class).
-
-    Args:
-        mean: (F,) of the embeddings of the training slices.
-        scale: (F,), their standard deviations.
-        precision: (F, F), inverse of the shrunk covariance of the embeddings, brought to mean 0 and deviation 1.
-        threshold: distance beyond which a slice is unusual.
-    """
-
-    def __init__(self, mean: torch.Tensor, scale: torch.Tensor, precision: torch.Tensor, threshold: float = np.inf) -> None:
-        self.mean, self.scale, self.precision, self.threshold = mean, scale, precision, float(threshold)
-
-    def distance(self, embedding: torch.Tensor) -> torch.Tensor:
-        """(B, F) embeddings, "embedding" of the network's answer, to (B,) distances, at least 0."""
-        offset = (torch.as_tensor(embedding).cpu().double() - self.mean) / self.scale
-        return ((offset @ self.precision.double()) * offset).sum(1).clamp(min=0).sqrt()
-
-
-def assess(
-    novelty: Novelty | None, distances: Sequence[float | None], bearing: Sequence[bool] | None
-) -> tuple[dict[str, float] | None, list[str]]:
-    """Judge whether the network knows scans like this one.
-
-    Args:
-        novelty: of `read_novelty`.
-        distances: of all slices; not read where `novelty` is None.
-        bearing: whether each slice shows lung, of `lungs.lung_bearing`; None where the values are not HU.
-
-    Returns:
-        ({"distance", the median; "threshold"; "unusual_share", of the slices beyond it} of the slices with lung, or of all
-        if that is not known or none has, or None without `novelty`; warnings, one line each).
-    """
-    summary, warnings = None, []
-    if novelty is not None:
-        kept = np.array([d for d, lung in zip(distances, bearing) if lung] if bearing and any(bearing) else distances)
-        share = float((kept > novelty.threshold).mean())
-        numbers = {"distance": np.median(kept), "threshold": novelty.threshold, "unusual_share": share}
-        summary = {key: round(float(value), 4) for key, value in numbers.items()}
-        if share > UNUSUAL_SHARE:
-            warnings.append(
-                f"unlike the training data: {share:.0%} of {len(kept)} slices are farther from it than "
-                f"{novelty.threshold:.1f} (median {np.median(kept):.1f}); do not trust the results"
-            )
-    if bearing is not None and sum(bearing) < LUNG_SHARE * len(bearing):
-        found = f"lung in {sum(bearing)} of {len(bearing)} slices" if any(bearing) else "no lung found"
-        warnings.append(f"{found}: this is no chest CT, or its values are not HU; do not trust the results")
-    return summary, warnings
-
-
-def read_novelty(path, checkpoint) -> Novelty | None:
-    """Read the reference that configs/reference.json made for a checkpoint; None if none lies beside the checkpoint.
-
-    Raises:
-        UserError: if there is no such file in another place, which somebody has named.
-        UserError: in one line, if the file cannot be read, or belongs to other weights.
-    """
-    if not Path(path).is_file():
-        if Path(path) != Path(checkpoint).with_name("reference.pt"):
-            raise UserError(f"reference: found no file {path}, expected one made with configs/reference.json")
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        made_for = saved.pop("checkpoint")
-        novelty = Novelty(**saved)
-    except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        raise UserError(
-            f"{path}: cannot be read as a reference ({type(error).__name__}), expected one made with configs/reference.json"
-        ) from None
-    if made_for != file_hash(checkpoint):
-        raise UserError(
-            f"{path}: found the reference of other weights than {checkpoint}; make it anew with configs/reference.json"
-        )
-    return novelty
 
 
 def make_reference(

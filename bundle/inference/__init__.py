@@ -1,12 +1,13 @@
 """From scans to predictions, files and a report."""
 
 import bundle
+from bundle.files import file_hash
 from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer
-from bundle.evaluation.novelty import read_novelty
 from bundle.inference.results import ScanWriter
 from bundle.inference.slices import BoxesToFiled, LoadScanSlice, SliceDataset, SplitBatch, collate
-from bundle.inference.worklist import Worklist, file_hash, fingerprint
+from bundle.inference.worklist import Worklist, fingerprint
+from bundle.networks import read_novelty
 
 __all__ = [
     "BoxesToFiled",

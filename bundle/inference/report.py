@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bundle.errors import UserError
-from bundle.evaluation.novelty import UNUSUAL_SHARE
+from bundle.inference.novelty import UNUSUAL_SHARE
 from bundle.inference.overlay import BOX, LESIONS, STRONG
 
 TEMPLATE = Path(__file__).with_name("report_template.html")

@@ -21,12 +21,13 @@ from bundle.inference import lungs
 from bundle.inference.lesions import check_link_iou, link_boxes
 from bundle.inference.markups import write_markups
 from bundle.inference.nifti import NiftiFile
-from bundle.evaluation.novelty import Novelty, assess
+from bundle.inference.novelty import assess
 from bundle.inference.overlay import draw_overlay
 from bundle.inference.report import Report
 from bundle.inference.slices import FAILURE, INDEX, SCAN, SLICE
 from bundle.inference.worklist import PREDICTIONS, Worklist
 from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, IMAGE, RECONSTRUCTION, SEGMENTATION, check_tasks
+from bundle.networks import Novelty
 
 logger = logging.getLogger(__name__)
 

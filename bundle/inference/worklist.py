@@ -18,7 +18,7 @@ import bundle
 from bundle.config import running_workflow
 from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError
-from bundle.files import write_table
+from bundle.files import file_hash, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -160,11 +160,6 @@ def fingerprint(*files) -> str:
     knobs = {id: value for id, value in config.items() if id not in WITHOUT_EFFECT and not id.startswith("_")}
     text = json.dumps(knobs, sort_keys=True, default=str)
     return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(text.encode()).hexdigest()])
-
-
-def file_hash(path) -> str:
-    """SHA-256 of a file; empty if there is none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
 
 
 def scan_row(prediction: Mapping) -> dict:

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from bundle.errors import UserError
 from bundle.files import write_table
-from bundle.evaluation import STAGE_COLUMNS
+from bundle.training.history import STAGE_COLUMNS
 
 # Figures of the tables: column -> where the report of an evaluation has it.
 FIGURES = {**STAGE_COLUMNS, "sensitivity at 1 FP": ("detection", "froc", "1")}

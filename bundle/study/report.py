@@ -15,7 +15,7 @@ from scipy.optimize import curve_fit
 from bundle.errors import UserError
 from bundle.study.experiment import Experiment
 from bundle.files import write_text
-from bundle.evaluation import save_figure
+from bundle.files import write_figure
 
 OUT_OF_REACH = 1000  # times the largest amount of data: a fit that asks for more says that the curve is flat
 END = "end"  # stage of the rows that hold what a run has led to
@@ -218,7 +218,7 @@ def _draw(experiment: Experiment, rows: Sequence[Mapping], path: Path) -> None:
     else:
         for axis, column in zip(axes, columns):
             _draw_arms(experiment, rows, axis, column)
-    save_figure(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_arms(experiment: Experiment, rows: Sequence[Mapping], axis, column: str) -> None:

@@ -1,7 +1,7 @@
 """Run what an experiment asks for and is not done yet.
 
 A loop over a pool of processes is enough of a scheduler: a run knows itself whether it is done or where to go on
-(`bundle.training.engines.RunRecorder`), all runs share one machine, and a tool for pipelines such as Snakemake or DVC would start Python
+(`bundle.training.trainer.RunRecorder`), all runs share one machine, and a tool for pipelines such as Snakemake or DVC would start Python
 and its libraries anew for each of some hundred short runs.
 """
 
@@ -27,9 +27,10 @@ import torch
 from filelock import FileLock
 from monai.bundle import ConfigParser
 
-from bundle.config import check_ids
+from bundle.config import check_ids, overlay
 from bundle.errors import UserError
-from bundle.training.engines import environment, overlay, run_workflow, trained_tasks
+from bundle.training.curriculum import run_workflow, trained_tasks
+from bundle.training.run_folder import environment
 from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
 from bundle.networks import EnsembleNet, MultiTaskNet, load_weights
 
@@ -174,7 +175,7 @@ class Study:
         # An id without use is refused, and not every experiment, nor every stage of one, has a use for these.
         places["+initialize"] = [f"$({', '.join(f'@{id}' for id in SCALE_IDS if id in merged)})"]
         if experiment.workflow == "training":
-            places["training"] = [f"$bundle.training.engines.run_curriculum(@output_dir, {str(self.config_dir)!r})"]
+            places["training"] = [f"$bundle.training.curriculum.run_curriculum(@output_dir, {str(self.config_dir)!r})"]
         config = overlay(self._load("train.json"), *changes, places)
         check_ids(config, self.config_dir, [experiment.workflow])
         return config

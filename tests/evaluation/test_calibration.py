@@ -11,11 +11,11 @@ from monai.bundle import ConfigWorkflow
 from bundle.evaluation.calibration import calibrate
 from bundle.data.batch import collate
 from bundle.files import write_checkpoint
-from bundle.evaluation import calibration_error
+from bundle.evaluation.statistics import calibration_error
 from bundle.networks import MultiTaskNet, load_weights
 from bundle.names import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {"width": 0.125, "image_size": 64, "decoder_channels": (16, 8, 8, 8, 8)}
 
 

@@ -15,10 +15,11 @@ from scipy.spatial.distance import mahalanobis
 from bundle.data.datalist import load_datalist
 from bundle.data.phantom import make_phantom
 from bundle.errors import UserError
-from bundle.files import write_json
+from bundle.files import file_hash, write_json
 from bundle.inference.lungs import lung_bearing, lung_mask
-from bundle.evaluation.novelty import Novelty, assess, embed, make_reference, read_novelty, views
-from bundle.inference.worklist import file_hash
+from bundle.evaluation.novelty import embed, make_reference, views
+from bundle.inference.novelty import assess
+from bundle.networks import Novelty, read_novelty
 
 ROOT = Path(__file__).parents[2]
 WINDOW = (-1350, 150)

@@ -16,7 +16,7 @@ from bundle.training.loss import MultiTaskLoss
 from bundle.networks import MultiTaskNet
 from bundle.names import ANNOTATED, DETECTION, TASKS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = 64
 # Without batch normalisation, whose statistics are those of the images of one process.
 NETWORK = {"tasks": TASKS, "backbone": "vgg13", "width": 0.125, "image_size": SIZE, "decoder_channels": (8,), "dropout": 0.0}

@@ -11,10 +11,12 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from bundle.training.engines import RunRecorder, remove_run, trained_tasks
+from bundle.training.curriculum import trained_tasks
+from bundle.training.run_folder import remove_run
+from bundle.training.trainer import RunRecorder
 from bundle.names import TASKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke")]
 STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stage_joint"]
 FAST = {"classification": 1.0, "reconstruction": 1.0}

@@ -1,0 +1,56 @@
+"""How far an image is from those a network was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bundle.errors import UserError
+from bundle.files import file_hash
+
+
+class Novelty:
+    """Mahalanobis distance of a slice's embedding from those of the training slices (arXiv 1807.03888, with one class).
+
+    Args:
+        mean: (F,) of the embeddings of the training slices.
+        scale: (F,), their standard deviations.
+        precision: (F, F), inverse of the shrunk covariance of the embeddings, brought to mean 0 and deviation 1.
+        threshold: distance beyond which a slice is unusual.
+    """
+
+    def __init__(self, mean: torch.Tensor, scale: torch.Tensor, precision: torch.Tensor, threshold: float = np.inf) -> None:
+        self.mean, self.scale, self.precision, self.threshold = mean, scale, precision, float(threshold)
+
+    def distance(self, embedding: torch.Tensor) -> torch.Tensor:
+        """(B, F) embeddings, "embedding" of the network's answer, to (B,) distances, at least 0."""
+        offset = (torch.as_tensor(embedding).cpu().double() - self.mean) / self.scale
+        return ((offset @ self.precision.double()) * offset).sum(1).clamp(min=0).sqrt()
+
+
+def read_novelty(path, checkpoint) -> Novelty | None:
+    """Read the reference that configs/reference.json made for a checkpoint; None if none lies beside the checkpoint.
+
+    Raises:
+        UserError: if there is no such file in another place, which somebody has named.
+        UserError: in one line, if the file cannot be read, or belongs to other weights.
+    """
+    if not Path(path).is_file():
+        if Path(path) != Path(checkpoint).with_name("reference.pt"):
+            raise UserError(f"reference: found no file {path}, expected one made with configs/reference.json")
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        made_for = saved.pop("checkpoint")
+        novelty = Novelty(**saved)
+    except Exception as error:  # the unpickler raises anything on bytes that are no pickle
+        raise UserError(
+            f"{path}: cannot be read as a reference ({type(error).__name__}), expected one made with configs/reference.json"
+        ) from None
+    if made_for != file_hash(checkpoint):
+        raise UserError(
+            f"{path}: found the reference of other weights than {checkpoint}; make it anew with configs/reference.json"
+        )
+    return novelty

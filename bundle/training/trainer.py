@@ -1,0 +1,201 @@
+"""The trainer, and the recorder that makes its run repeatable, resumable and readable."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.data.utils import set_rnd
+from monai.engines import SupervisedTrainer
+from monai.utils import set_determinism
+from monai.utils.enums import CommonKeys
+
+from bundle.data.datalist import annotated_tasks
+from bundle.errors import UserError
+from bundle.files import log_artifacts, write_checkpoint, write_json
+from bundle.names import IMAGE, RECORD, check_tasks
+from bundle.networks import load_weights, read_weights
+from bundle.training.history import plot_curves
+
+logger = logging.getLogger(__name__)
+
+
+def check_annotated(records: Iterable[Mapping], tasks: Iterable[str], init_checkpoint=None) -> None:
+    """Refuse a training after which a head would still be as it was drawn at random.
+
+    Args:
+        records: of the training, see `bundle.data.datalist.select`.
+        tasks: of the network.
+        init_checkpoint: weights that the run starts from; a head that they hold needs no record.
+
+    Raises:
+        UserError: naming the tasks.
+    """
+    weights = read_weights(init_checkpoint) if init_checkpoint else ()
+    known = {key.split(".")[1] for key in weights if key.startswith("heads.")}.union(*map(annotated_tasks, records))
+    if missing := [task for task in check_tasks(tasks) if task not in known]:
+        raise UserError(
+            f"split training: found no record annotated for {', '.join(missing)}, expected one for each of tasks; leave it out "
+            "of them, or set init_checkpoint to weights that have its head"
+        )
+
+
+class MultiTaskTrainer(SupervisedTrainer):
+    """MONAI's SupervisedTrainer that keeps every loss term, under "loss_terms" of its output, and stops on NaN.
+
+    The output is a list of one dictionary, since the handlers of MONAI that log a loss look for it in a list's first item.
+
+    Raises:
+        UserError: naming the images of the batch, if the loss is not finite.
+    """
+
+    def _iteration(self, engine, batchdata):
+        output = super()._iteration(engine, batchdata)
+        terms = {"loss": output[CommonKeys.LOSS].item(), **engine.loss_function.terms}
+        if not np.isfinite(terms["loss"]):
+            images = ", ".join(record[IMAGE] for record in batchdata[RECORD])
+            raise UserError(
+                f"loss: found {terms} in iteration {engine.state.iteration} ({images}), expected finite values; "
+                "lower learning_rate"
+            )
+        output["loss_terms"] = terms
+        return [output]
+
+
+def loss_terms(output: list[dict]) -> dict[str, float]:
+    """Output transform of MONAI's StatsHandler and TensorBoardStatsHandler: the loss and each of its terms."""
+    return output[0]["loss_terms"]
+
+
+class RunRecorder:
+    """Handler that makes a training run repeatable, resumable and readable; attach it last.
+
+    Every epoch is seeded from (seed, epoch) alone, so an epoch depends on nothing but the state it starts from. After every
+    epoch the folder holds `last.pt` (network, optimiser, schedule, loss, gradient scaler, history; state_dicts and plain
+    numbers), `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. The
+    evaluator's network may be an average of the trained one: then it is what `best.pt` and `model.pt` hold, and `last.pt`
+    holds both. A run that finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of
+    `init_checkpoint` that this run did not have, and `metrics.json` the best epoch. All are written under a temporary name,
+    then renamed; `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both. Of
+    several processes (see `bundle.training.distributed`) all keep the history and the first one writes.
+
+    Args:
+        output_dir: folder of the run.
+        state: name -> object with a state_dict, "network" among them.
+        dataset: training dataset, whose random transforms are seeded.
+        evaluator: engine that is run for the validation; its `state.metrics` then hold the metrics, "score" among them.
+        val_interval: epochs between validations; the last epoch is always validated.
+        seed: of the run.
+        init_checkpoint: weights that the run starts from; None for fresh ones.
+        resume: go on from `last.pt`; False leaves it alone until it is written anew.
+    """
+
+    def __init__(
+        self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None, resume=True
+    ) -> None:
+        self.folder = Path(output_dir)
+        self.state = dict(state)
+        self.dataset = dataset
+        self.evaluator = evaluator
+        self.val_interval = val_interval
+        self.seed = seed
+        self.init_checkpoint = init_checkpoint
+        self.resume = resume
+        self.history: list[dict] = []
+
+    def attach(self, trainer) -> None:
+        trainer.add_event_handler(Events.STARTED, self.start)
+        trainer.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.add_terms)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save_epoch)
+        trainer.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, trainer) -> None:
+        if trainer.scaler is not None and trainer.scaler.is_enabled():
+            self.state["scaler"] = trainer.scaler
+        if self.evaluator.network is not self.state["network"]:
+            self.state["average"] = self.evaluator.network
+        if self.history:  # federated learning trains on, epoch by epoch, with weights that it sets itself
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = self.folder / "last.pt"
+        if self.resume and last.exists():
+            saved = torch.load(last, map_location=trainer.state.device, weights_only=True)
+            for name in self.state.keys() & saved.keys():
+                self.state[name].load_state_dict(saved[name])
+            self.history = saved["history"]
+            trainer.state.epoch = len(self.history)
+            trainer.state.iteration = len(self.history) * trainer.state.epoch_length
+            logger.info(f"{self.folder}: resumed after epoch {len(self.history)}")
+        elif self.init_checkpoint:
+            for network in {self.state["network"], self.evaluator.network}:
+                loaded = load_weights(network, self.init_checkpoint)
+            logger.info(f"{self.folder}: started from {self.init_checkpoint} ({', '.join(loaded)})")
+
+    def start_epoch(self, trainer) -> None:
+        seed = int(np.random.SeedSequence([self.seed, trainer.state.epoch]).generate_state(1)[0])
+        set_determinism(seed)
+        set_rnd(self.dataset, seed=seed + idist.get_rank())
+        self.learning_rate = trainer.optimizer.param_groups[0]["lr"]
+        self.terms = defaultdict(list)
+
+    def add_terms(self, trainer) -> None:
+        for name, value in loss_terms(trainer.state.output).items():
+            self.terms[name].append(value)
+
+    def save_epoch(self, trainer) -> None:
+        epoch, epochs = trainer.state.epoch, trainer.state.max_epochs
+        entry = {"epoch": epoch, "learning_rate": self.learning_rate}
+        entry |= {name if name == "loss" else f"loss_{name}": float(np.mean(v)) for name, v in self.terms.items()}
+        if epoch % self.val_interval == 0 or epoch == epochs:
+            self._share_statistics()
+            self.evaluator.run(epoch)
+            entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
+        self.history.append(entry)
+        trainer.state.metrics = {name: value for name, value in entry.items() if name != "epoch"}  # for those who log them
+        if idist.get_rank() == 0:
+            self.write_epoch(entry)
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name.startswith(("loss", "score")))
+            logger.info(f"{self.folder}: epoch {epoch} of {epochs}: {figures}")
+
+    def _share_statistics(self) -> None:
+        """Give all processes the running statistics of the first, whose network is the one that is kept."""
+        if idist.get_world_size() > 1:
+            for buffer in self.evaluator.network.buffers():
+                buffer.copy_(idist.broadcast(buffer))
+
+    def write_epoch(self, entry: dict) -> None:
+        """Write the checkpoints, history and curves after the epoch of this entry, the last of the history."""
+        if self.best() is entry:
+            write_checkpoint(self.evaluator.network.state_dict(), self.folder / "best.pt")
+        states = {name: item.state_dict() for name, item in self.state.items()}
+        write_checkpoint({**states, "history": self.history}, self.folder / "last.pt")
+        write_json(self.history, self.folder / "history.json")
+        plot_curves(self.history, self.folder / "curves.png")
+
+    def best(self) -> dict | None:
+        """Entry of the epoch with the highest validation score, the earliest of equals; None before a validation."""
+        scored = [entry for entry in self.history if np.isfinite(entry.get("score", np.nan))]
+        return max(scored, key=lambda entry: entry["score"]) if scored else None
+
+    def finish(self, trainer) -> None:
+        if self.best() is None:
+            raise UserError(
+                f"{self.folder}: found no epoch with a validation score, expected one to choose the weights by; is the "
+                "validation split annotated for the tasks?"
+            )
+        if idist.get_rank() == 0:
+            weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
+            if self.init_checkpoint:
+                before = read_weights(self.init_checkpoint)
+                weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
+            write_json(self.best(), self.folder / "metrics.json")
+            write_checkpoint(weights, self.folder / "model.pt")
+            log_artifacts(trainer, [self.folder / "config.json", self.folder / "curves.png"])
+        idist.barrier()  # what comes next, in any process, finds them written
