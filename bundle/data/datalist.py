@@ -122,8 +122,9 @@ def _record_complaints(record: Mapping, num_classes: int, dataset_dir):
         if not isinstance(record.get(field, ""), str):
             yield f"{field}: found {record[field]!r}, expected text"
     label = record.get(CLASS, 0)
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
-        yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}"
+    labels = label if isinstance(label, list) and len(set(map(str, label))) == len(label) > 1 else [label]
+    if not all(type(item) is int and 0 <= item < num_classes for item in labels):
+        yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}, or a list of those it may be"
     if INSTANCES in record and BOXES not in record:
         yield f"{INSTANCES}: found without boxes, expected one box for each instance"
     sizes = {}

@@ -13,11 +13,12 @@ from monai.visualize import GradCAM
 from torch import nn
 from tqdm import tqdm
 
+from bundle.data.batch import known_classes
 from bundle.data.transforms import lung_region
 from bundle.errors import UserError
 from bundle.files import write_figure
 from bundle.networks import MultiTaskNet
-from bundle.names import ANNOTATED, CLASS, CLASSIFICATION, IMAGE
+from bundle.names import CLASSIFICATION, IMAGE
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
     cam = GradCAM(_Classifier(network).eval(), "deepest", postprocessing=lambda heat: heat)
     shares, sums, drawn = {name: [] for name in classes}, dict.fromkeys(classes, 0), {name: [] for name in classes}
     for batch in tqdm(batches, "Grad-CAM", disable=None):
-        rows = batch[ANNOTATED][CLASSIFICATION]
-        for image, label in zip(batch[IMAGE][rows], batch[CLASS][rows].tolist()):
+        rows, labels = known_classes(batch)
+        for image, label in zip(batch[IMAGE][rows], labels.tolist()):
             heat = cam(image[None].to(device))[0, 0].detach().cpu().numpy()
             lung, name = lung_region(image[0].numpy()), classes[label]
             if heat.sum() > 0 and lung.any():

@@ -10,12 +10,12 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 
-from bundle.data.batch import prepare_batch
+from bundle.data.batch import known_classes, prepare_batch
 from bundle.errors import UserError
 from bundle.files import write_checkpoint
 from bundle.evaluation.statistics import calibration_error
 from bundle.networks import MultiTaskNet, read_weights
-from bundle.names import ANNOTATED, CLASS, CLASSIFICATION
+from bundle.names import CLASSIFICATION
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ def _logits(network: MultiTaskNet, batches: Iterable[dict]) -> tuple[torch.Tenso
     network.eval()
     device, logits, labels = next(network.parameters()).device, [], []
     for batch in batches:
-        rows = batch[ANNOTATED][CLASSIFICATION]
+        rows, classes = known_classes(batch)
         if rows.any():
             image, *_ = prepare_batch(batch, device)
             logits.append(network.heads[CLASSIFICATION](network.encoder(image[rows.to(device)])).double().cpu())
-            labels.append(batch[CLASS][rows])
+            labels.append(classes)
     if not logits:
         raise UserError("split validation: found no record with a class, expected some to calibrate the classification")
     return torch.cat(logits), torch.cat(labels)

@@ -20,9 +20,11 @@ FOUND_SCORE = 0.5  # of detections that are counted as such in per_case.csv and 
 
 
 def classification_cases(pred: torch.Tensor, label: dict) -> list[dict]:
-    """Logits (B, K) to annotated class and probabilities."""
-    probabilities = pred.float().softmax(1).cpu().numpy()
-    return [{"label": int(c), "probabilities": p} for c, p in zip(label[CLASS], probabilities)]
+    """Logits (B, K) to annotated class and probabilities; {} for a sample that has not exactly one class."""
+    probabilities, candidates = pred.float().softmax(1).cpu().numpy(), label[CLASS].cpu().numpy()
+    return [
+        {"label": int(row.argmax()), "probabilities": p} if row.sum() == 1 else {} for row, p in zip(candidates, probabilities)
+    ]
 
 
 def segmentation_cases(pred: torch.Tensor, label: dict, with_distance: bool) -> list[dict]:
@@ -106,7 +108,7 @@ def _mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def cases_of(task: str, pred, label: dict, with_distance: bool) -> list[dict]:
-    """Rows of a task for every image of the batch; which of them are annotated is for the caller to select."""
+    """Rows of a task for every image of the batch; which of them are annotated is for the caller to select; {} is no row."""
     if task == SEGMENTATION:
         return segmentation_cases(pred, label, with_distance)
     return {

@@ -78,7 +78,7 @@ class FailureGallery:
         label, pred = engine.state.output[CommonKeys.LABEL], engine.state.output[CommonKeys.PRED]
         for task in filter(pred.__contains__, self.tasks):
             cases = cases_of(task, pred[task], label, with_distance=False)
-            for index in label[ANNOTATED][task].nonzero().flatten().tolist():
+            for index in filter(cases.__getitem__, label[ANNOTATED][task].nonzero().flatten().tolist()):
                 item = self._item(task, cases[index], pred[task][index], label, index)
                 # In the whole data set: rank r of n evaluates the records r, r + n, … (`bundle.training.distributed.shard`).
                 item["place"] = (self.seen + index) * idist.get_world_size() + idist.get_rank()

@@ -90,7 +90,7 @@ class MultiTaskMetrics:
             for row, case, annotated in zip(
                 rows, cases_of(task, pred[task], label, self.folder is not None), label[ANNOTATED][task].tolist()
             ):
-                if annotated:
+                if annotated and case:
                     row[task] = case
         self.rows += rows
 

@@ -80,9 +80,10 @@ class LesionAndComplementLoss(nn.Module):
 class MultiTaskLoss(nn.Module):
     """L = sum over tasks of w_t L_t (arXiv 2308.01137), each over the samples annotated for the task.
 
-    Classification: cross-entropy. Segmentation: see `LesionAndComplementLoss`. Reconstruction: mean squared error to the
-    clean slice. Detection: the sum of the five Mask R-CNN losses, which the network computes itself. A task without an
-    annotated sample in the batch has no term; a batch without any term gives zero.
+    Classification: cross-entropy; of a sample that has one of several classes, -log of the sum of their probabilities.
+    Segmentation: see `LesionAndComplementLoss`. Reconstruction: mean squared error to the clean slice. Detection: the sum of
+    the five Mask R-CNN losses, which the network computes itself. A task without an annotated sample in the batch has no
+    term; a batch without any term gives zero.
 
     Args:
         tasks: task -> weight.
@@ -153,7 +154,11 @@ class MultiTaskLoss(nn.Module):
         return self.weights[task] * torch.exp(-log_variance) * term + log_variance / 2
 
     def _classification(self, logits, label, rows):
-        return F.cross_entropy(logits[rows], label[CLASS][rows], label_smoothing=self.label_smoothing)
+        """Cross-entropy: -log of the summed probabilities of the classes that a sample may have."""
+        log_probability, candidates = logits[rows].log_softmax(1), label[CLASS][rows]
+        candidates = F.pad(candidates, (0, logits.shape[1] - candidates.shape[1]))
+        likelihood = log_probability.masked_fill(~candidates, -torch.inf).logsumexp(1)
+        return -((1 - self.label_smoothing) * likelihood + self.label_smoothing * log_probability.mean(1)).mean()
 
     def _segmentation(self, logits, label, rows):
         return self.segmentation(logits[rows], label[MASK][rows])

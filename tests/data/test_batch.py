@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.utils.data import WeightedRandomSampler
 
-from bundle.data.batch import balanced_weights, collate
+from bundle.data.batch import balanced_weights, collate, known_classes
+from bundle.errors import UserError
 from bundle.names import TASKS
 
 
@@ -23,7 +24,7 @@ def test_collate_joins_partially_labelled_samples():
     )
     assert batch["image"].shape == batch["target"].shape == (5, 1, 8, 8)
     assert batch["mask"].shape == (5, 2, 8, 8) and batch["mask"].sum((1, 2, 3)).tolist() == [0, 128, 0, 0, 0]
-    assert batch["class"].tolist() == [2, 0, 0, 0, 0]
+    assert batch["class"].tolist() == [[False, False, True], *[[False] * 3] * 4]
     assert {task: rows.tolist() for task, rows in batch["annotated"].items()} == {
         "classification": [True, False, False, False, False],
         "segmentation": [False, True, False, False, False],
@@ -36,29 +37,66 @@ def test_collate_joins_partially_labelled_samples():
     assert batch["target"][4].sum() == 0
 
 
+def test_a_class_known_in_part_is_a_set_of_candidates():
+    batch = collate([sample(**{"class": [0, 2]}), sample(**{"class": 1}), sample()])
+    assert batch["class"].tolist() == [[True, False, True], [False, True, False], [False, False, False]]
+    assert batch["annotated"]["classification"].tolist() == [True, True, False]
+    rows, classes = known_classes(batch)
+    assert rows.tolist() == [False, True, False] and classes.tolist() == [1]
+
+
 RECORDS = (
     [{"class": 0, "source": "a"}] * 40
-    + [{"class": 1, "source": "a"}] * 4
+    + [{"class": 1, "source": "a"}] * 3
+    + [{"class": [0, 1], "source": "a"}] * 2
     + [{"class": 2, "source": "b"}] * 2
     + [{"mask": "m.png", "source": "c"}] * 3
-    + [{"boxes": [], "source": "d"}] * 20
-    + [{"boxes": [[0, 0, 1, 1]], "source": "d"}] * 5
-    + [{"source": "e"}] * 50
+    + [{"mask": "m.png", "source": "d"}] * 30
+    + [{"mask": "empty", "source": "d"}] * 20
+    + [{"boxes": [[0, 0, 1, 1]], "source": "e"}] * 5
+    + [{"source": "f"}] * 50
 )
 
 
-def test_every_task_source_and_class_has_its_share():
-    weights = balanced_weights(RECORDS, ("classification", "segmentation", "detection"))
+def shares_of(weights):
+    """Share of the draws by source, class, mask and boxes."""
     shares = {}
     for record, weight in zip(RECORDS, weights.tolist()):
-        key = record["source"], record.get("class"), len(record.get("boxes", []))
+        key = record["source"], *(str(record[field])[:5] for field in ("class", "mask", "boxes") if field in record)
         shares[key] = shares.get(key, 0) + weight
-    expected = {("a", 0, 0): 1 / 12, ("a", 1, 0): 1 / 12, ("b", 2, 0): 1 / 6, ("c", None, 0): 1 / 3}
-    expected |= {("d", None, 0): 1 / 6, ("d", None, 1): 1 / 6, ("e", None, 0): 0}
-    assert shares == pytest.approx(expected)
+    return shares
 
 
-def test_reconstruction_reaches_unlabelled_records_and_draws_repeat():
+def test_sources_and_classes_and_slices_with_and_without_lesion_have_their_shares():
+    expected = {("a", "0"): 1 / 18, ("a", "1"): 1 / 18, ("a", "[0, 1"): 1 / 18, ("b", "2"): 1 / 6}
+    expected |= {("c", "m.png"): 1 / 12, ("d", "m.png"): 1 / 12, ("d", "empty"): 1 / 6}  # halves first, then sources
+    expected |= {("e", "[[0, "): 1 / 3, ("f",): 0}  # no slice without a box: the half goes to the others
+    assert shares_of(balanced_weights(RECORDS, ("classification", "segmentation", "detection"))) == pytest.approx(expected)
+
+
+def test_reconstruction_has_a_share_of_the_records_without_another_annotation_alone():
+    shares = shares_of(balanced_weights(RECORDS, TASKS))
+    assert shares["f",] == pytest.approx(1 / 4) and shares["b", "2"] == pytest.approx(1 / 8)
+    annotated = [record for record in RECORDS if len(record) > 1]
+    assert torch.equal(balanced_weights(annotated, TASKS), balanced_weights(annotated, TASKS, {"reconstruction": 5}))
+    shares = shares_of(balanced_weights(RECORDS, ["reconstruction"]))
+    assert shares["f",] == pytest.approx(1 / 6) and shares["a", "0"] == pytest.approx(1 / 6 * 40 / 45), "alone: by source"
+
+
+def test_shares_of_the_tasks_are_a_knob():
+    draws = {"classification": 3, "detection": 1, "reconstruction": 0, "segmentation": 7}
+    shares = shares_of(balanced_weights(RECORDS, ("classification", "reconstruction", "detection"), draws))
+    assert shares["b", "2"] == pytest.approx(3 / 8) and shares["e", "[[0, "] == pytest.approx(1 / 4)
+    assert shares["f",] == shares["c", "m.png"] == 0
+    with pytest.raises(UserError, match="draws: found detection: -1, expected classification, .*number from 0 up"):
+        balanced_weights(RECORDS, TASKS, {"detection": -1})
+    with pytest.raises(UserError, match="draws: found boxes: 1, expected classification, segmentation"):
+        balanced_weights(RECORDS, TASKS, {"boxes": 1})
+    with pytest.raises(UserError, match="draws: found no record to draw for segmentation, expected a share above 0"):
+        balanced_weights(RECORDS, ["segmentation"], {"segmentation": 0})
+
+
+def test_draws_repeat():
     weights = balanced_weights(RECORDS, TASKS)
     assert (weights > 0).all() and weights.sum() == pytest.approx(1)
     draws = [list(WeightedRandomSampler(weights, 50, generator=torch.Generator().manual_seed(3))) for _ in range(2)]

@@ -46,7 +46,7 @@ def datalist():
             {"image": "a.png", "class": 2, "boxes": [[50, 30, 60, 40]], "instances": "instances.png", "group": "p1"},
             {"image": "b.png", "mask": "mask.png", "group": "p1", "source": "x"},
         ],
-        "validation": [{"image": "c.png", "mask": "empty", "boxes": []}],
+        "validation": [{"image": "c.png", "class": [0, 2], "mask": "empty", "boxes": []}],
         "test": [{"image": "d.png"}],
     }
 
@@ -68,17 +68,21 @@ def test_a_good_datalist_is_read_as_it_was_written(folder, datalist):
     assert [path.name for path in (folder / "new").iterdir()] == ["datalist.json"]
 
 
+LIST = "a list of those it may be"
 BAD_RECORDS = {
     "missing file": ({"image": "z.png"}, "image: found no file z.png, expected it there; check dataset_dir"),
     "missing mask": ({"mask": "z.png"}, "mask: found no file z.png, expected it there; check dataset_dir"),
     "image null": ({"image": None}, "image: found None, expected a path relative to dataset_dir"),
     "mask null": ({"mask": None}, "mask: found None, expected a path relative to dataset_dir"),
     "instances empty": ({"instances": "empty"}, "instances: found no file empty, expected it there; check dataset_dir"),
-    "class above": ({"class": 3}, "class: found 3, expected a whole number from 0 to 2"),
-    "class below": ({"class": -1}, "class: found -1, expected a whole number from 0 to 2"),
-    "class bool": ({"class": True}, "class: found True, expected a whole number from 0 to 2"),
-    "class float": ({"class": 1.0}, "class: found 1.0, expected a whole number from 0 to 2"),
-    "class text": ({"class": "1"}, "class: found '1', expected a whole number from 0 to 2"),
+    "class above": ({"class": 3}, "class: found 3, expected a whole number from 0 to 2, or " + LIST),
+    "class below": ({"class": -1}, "class: found -1, expected a whole number from 0 to 2, or " + LIST),
+    "class bool": ({"class": True}, "class: found True, expected a whole number from 0 to 2, or " + LIST),
+    "class float": ({"class": 1.0}, "class: found 1.0, expected a whole number from 0 to 2, or " + LIST),
+    "class list of one": ({"class": [1]}, "class: found [1], expected a whole number from 0 to 2, or " + LIST),
+    "class list twice": ({"class": [1, 1]}, "class: found [1, 1], expected a whole number from 0 to 2, or " + LIST),
+    "class list above": ({"class": [0, 3]}, "class: found [0, 3], expected a whole number from 0 to 2, or " + LIST),
+    "class text": ({"class": "1"}, "class: found '1', expected a whole number from 0 to 2, or " + LIST),
     "x2 below x1": ({"boxes": [[50, 30, 40, 40]]}, "boxes: found [50, 30, 40, 40], expected x1 < x2 and y1 < y2"),
     "y2 equals y1": ({"boxes": [[50, 30, 60, 30]]}, "boxes: found [50, 30, 60, 30], expected x1 < x2 and y1 < y2"),
     "beyond the right": (
@@ -183,7 +187,8 @@ def test_an_image_in_two_records_is_refused(folder, datalist, split, again):
 
 def test_the_number_of_complaints_is_told(folder, datalist):
     datalist["training"][0] |= {"class": 9, "boxes": [[5, 5, 1, 9], [0, 0, 99, 9]]}
-    expected = "training[0] a.png: class: found 9, expected a whole number from 0 to 2 (and 2 more complaints)"
+    expected = "training[0] a.png: class: found 9, expected a whole number from 0 to 2, or a list of those it may be (and 2 more "
+    expected += "complaints)"
     assert complaint(datalist, folder) == expected
 
 

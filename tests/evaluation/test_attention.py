@@ -37,7 +37,7 @@ def test_the_classifier_is_the_network(network):
 
 def test_heat_is_measured_against_the_lungs_and_drawn(network, tmp_path):
     samples = [{IMAGE: make_slice() + 0.05 * torch.rand(1, 64, 64), CLASS: label, "record": {}} for label in (0, 1, 1)]
-    samples.append({IMAGE: make_slice(), "record": {}})  # not annotated
+    samples += [{IMAGE: make_slice(), "record": {}}, {IMAGE: make_slice(), CLASS: [1, 2], "record": {}}]  # of no known class
     found = draw_attention(network, [collate(samples[:2]), collate(samples[2:])], CLASSES, tmp_path / "cam.png", columns=2)
     assert found and all(values["slices"] <= {"other": 1, "COVID-19": 2}[name] for name, values in found.items())
     for values in found.values():

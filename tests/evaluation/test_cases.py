@@ -70,7 +70,7 @@ def test_reconstruction_by_hand():
 
 def test_classification_gives_probabilities_of_the_annotated_and_other_classes():
     scores = torch.tensor([[0.0, math.log(3.0), 0.0]])
-    (case,) = cases_of("classification", scores, {"class": torch.tensor([2])}, False)
+    (case,) = cases_of("classification", scores, {"class": torch.tensor([[False, False, True]])}, False)
     assert case["label"] == 2
     np.testing.assert_allclose(case["probabilities"], [0.2, 0.6, 0.2], rtol=1e-6)
 

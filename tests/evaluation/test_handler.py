@@ -22,7 +22,7 @@ def batch(annotated, source="covid_ct", start=0, size=4):
     masks[:, 4:12, 4:20] = 1
     found = {"boxes": box + 1, "scores": torch.tensor([0.9]), "labels": torch.ones(1), "masks": masks[:, None].float()}
     label = {
-        "class": torch.arange(size) % 3,
+        "class": torch.eye(3, dtype=torch.bool)[torch.arange(size) % 3],
         "mask": (torch.rand(size, 1, 32, 32) > 0.7).float(),
         "target": torch.rand(size, 1, 32, 32),
         "detection": [{"boxes": box, "labels": torch.ones(1), "masks": masks} if row else None for row in rows[DETECTION]],
@@ -99,14 +99,21 @@ def test_only_annotated_samples_count():
     counts = {CLASSIFICATION: 4, SEGMENTATION: 2, RECONSTRUCTION: 8, DETECTION: 4}
     first = {CLASSIFICATION: "accuracy", SEGMENTATION: "dice", RECONSTRUCTION: "mse", DETECTION: "ap50"}
     assert {task: metrics.report[task][first[task]]["n"] for task in TASKS} == counts
-    one = batch(some)
-    logits, label = one["pred"][CLASSIFICATION], one["label"]["class"]
-    two = batch(some, start=4)
     right = [
-        (p[CLASSIFICATION].argmax(1) == c)[[0, 3]] for p, c in ((one["pred"], label), (two["pred"], two["label"]["class"]))
+        (one["pred"][CLASSIFICATION].argmax(1) == one["label"]["class"].int().argmax(1))[[0, 3]]
+        for one in (batch(some), batch(some, start=4))
     ]
     assert metrics.report[CLASSIFICATION]["accuracy"]["value"] == pytest.approx(torch.cat(right).float().mean().item())
-    assert logits.shape == (4, 3)
+
+
+def test_a_class_known_in_part_has_no_part_in_the_figures(tmp_path):
+    one = batch(ALL)
+    one["label"]["class"][1] = torch.tensor([True, True, False])
+    report = evaluate([one], output_dir=tmp_path)[0].report
+    assert report[CLASSIFICATION]["accuracy"]["n"] == 3 and np.sum(report[CLASSIFICATION]["confusion_matrix"]["counts"]) == 3
+    assert report[SEGMENTATION]["dice"]["n"] == 4
+    rows = list(csv.DictReader((tmp_path / "per_case.csv").open()))
+    assert [row["class"] for row in rows] == ["0", "", "2", "0"]
 
 
 def test_a_task_without_annotated_sample_has_no_figure_and_no_part_in_the_score():

@@ -3,6 +3,7 @@ import math
 import ignite.distributed as idist
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bundle.training.loss import SEGMENTATION_LOSSES, LesionAndComplementLoss, MultiTaskLoss
 from bundle.names import TASKS
@@ -14,7 +15,7 @@ def batch(size=4, **annotated):
     rows = {task: torch.tensor(annotated.get(task, [False] * size)) for task in TASKS}
     rows["reconstruction"] = torch.ones(size, dtype=torch.bool)
     return {
-        "class": torch.arange(size) % 3,
+        "class": torch.eye(3, dtype=torch.bool)[torch.arange(size) % 3],
         "mask": (torch.rand(size, 1, 16, 16) > 0.7).float(),
         "target": torch.rand(size, 1, 16, 16),
         "annotated": rows,
@@ -85,8 +86,38 @@ def test_only_annotated_samples_count():
     assert loss.terms.keys() == {"classification", "segmentation", "reconstruction"}
     assert pred["classification"].grad.abs().sum(1).gt(0).tolist() == [True, False, False, True]
     assert pred["segmentation"].grad.abs().sum((1, 2, 3)).gt(0).tolist() == [False, True, False, False]
-    expected = torch.nn.functional.cross_entropy(pred["classification"][[0, 3]], label["class"][[0, 3]])
+    expected = F.cross_entropy(pred["classification"][[0, 3]], label["class"][[0, 3]].int().argmax(1))
     assert loss.terms["classification"] == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_known_class_costs_the_cross_entropy(smoothing):
+    torch.manual_seed(0)
+    pred, label = prediction(), batch(classification=[True] * 4)
+    loss = MultiTaskLoss({"classification": 1.0}, label_smoothing=smoothing)(pred, label)
+    expected = F.cross_entropy(pred["classification"], label["class"].int().argmax(1), label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_class_known_in_part_costs_minus_log_of_the_summed_probabilities():
+    torch.manual_seed(0)
+    pred, label = prediction(1), batch(1, classification=[True])
+    label["class"] = torch.tensor([[True, False, True]])
+    loss = MultiTaskLoss({"classification": 1.0})(pred, label)
+    loss.backward()
+    p = pred["classification"].detach().softmax(1)[0]
+    assert loss.item() == pytest.approx(-math.log(p[0] + p[2]), abs=1e-6)
+    # Towards the two classes in the proportion that they have, and away from the third: none of the two is preferred.
+    expected = torch.stack([p[0] - p[0] / (p[0] + p[2]), p[1], p[2] - p[2] / (p[0] + p[2])])
+    torch.testing.assert_close(pred["classification"].grad[0], expected)
+
+
+def test_candidates_beyond_the_last_column_are_no_candidates():
+    pred, label = prediction(), batch(classification=[True] * 4)
+    whole = MultiTaskLoss({"classification": 1.0})(pred, label)
+    label["annotated"]["classification"][2] = False  # the only one of class 2
+    pruned = {**label, "class": label["class"][:, :2]}
+    assert MultiTaskLoss({"classification": 1.0})(pred, pruned) == MultiTaskLoss({"classification": 1.0})(pred, label) != whole
 
 
 def test_weights_and_the_sum_of_detection_losses():

@@ -202,7 +202,7 @@ def table(datalist: dict) -> str:
             if not records:
                 continue
             tasks = Counter(task for record in records for task in annotated_tasks(record))
-            labels = Counter(record.get(CLASS) for record in records)
+            labels = Counter(record[CLASS] for record in records if isinstance(record.get(CLASS), int))  # those known alone
             counts = [len(records), len({record[GROUP] for record in records}), *(tasks[task] for task in TASKS)]
             counts.append(sum(len(record.get(BOXES, [])) for record in records))
             counts += [labels[index] for index in range(len(classes))]
