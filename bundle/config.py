@@ -1,35 +1,43 @@
-"""The configuration that is being run, and the refusal of ids that mean nothing in it."""
+"""The configuration that is being run, and its check against the schema of the knobs before any work begins.
+
+An id is MONAI's word for the name of anything in a configuration. A knob is a top-level id that a user sets; bundle/knobs.json
+describes every knob of every workflow.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import json
+import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 
 import torch
+from jsonschema import Draft202012Validator, ValidationError, validators
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import merge_kv
 
 from bundle.errors import UserError
 
-WORKFLOWS = ("train.json", "evaluate.json", "inference.json")
-# Lowest values that make sense, and shares that end at 1.
-LEAST = {
-    **dict.fromkeys(("batch_size", "max_epochs", "val_interval"), 1),
-    **dict.fromkeys(("epoch_size", "num_workers", "learning_rate", "weight_decay", "dropout", "label_smoothing"), 0),
-}
-SHARES = {"dropout", "label_smoothing"}
-# What is expected where the default is of a type. A text counts as true, has the length of its letters, or fails far from here.
-NO_TEXT = ((bool, "True or False"), ((int, float), "a number"), (list, "a list"))
-OR_A_PATH = {"pretrained"}
+SCHEMA = json.loads(Path(__file__).with_name("knobs.json").read_text(encoding="utf-8"))
+WORKFLOWS = ("train", "evaluate", "inference")  # the config files; evaluate.json lies over train.json
 # Ids that MONAI itself reads, or adds when an experiment is tracked.
 READ_BY_MONAI = {ConfigParser.meta_key, "imports", "initialize", "run", "finalize", "run_name", "save_execute_config"}
+TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "True or False",
+    "string": "a text",
+    "array": "a list",
+    "object": "names with values",
+    "null": "None",
+}
 
 
 def running_workflow() -> ConfigWorkflow:
@@ -61,11 +69,15 @@ def overlay(base: Mapping, *changes: Mapping) -> dict:
 
 def running_config() -> dict:
     """The raw configuration whose expression is being evaluated, overlays and command line merged in, as JSON holds it."""
-    return json.loads(json.dumps(without_metadata(running_workflow().parser.get()), default=str))
+    return _as_json(running_workflow().parser.get())
 
 
 def without_metadata(config: Mapping) -> dict:
     return {key: value for key, value in config.items() if key != ConfigParser.meta_key}
+
+
+def _as_json(config: Mapping) -> dict:
+    return json.loads(json.dumps(without_metadata(config), default=str))
 
 
 def merge_overlays(file, overlays: Sequence) -> dict:
@@ -91,76 +103,149 @@ def merge_overlays(file, overlays: Sequence) -> dict:
                     f"{overlay}: found {id!r}, which does not fit {Path(file).name}, expected overlays that describe the "
                     "network, such as configs/preset_cpu.json; leave those out that tell how it was trained"
                 ) from None
-    return {id: value for id, value in parser.get().items() if id != ConfigParser.meta_key}
+    return without_metadata(parser.get())
 
 
-def refuse_unknown_ids() -> None:
-    """`check_ids` on the running configuration; made for the id `initialize` of a config, so that no work has begun.
+def check_running(workflow: str) -> None:
+    """`check_config` on the running configuration; made for the id `initialize` of a config, so that no work has begun.
 
-    Raises:
-        UserError: see `check_ids`.
+    Where the phantom data are used because no other were named, a line says so.
+
+    Args:
+        workflow: one of `WORKFLOWS`.
     """
-    workflow = running_workflow()
-    check_ids(workflow.parser.get(), workflow.config_root_path, (workflow.run_id, workflow.init_id, workflow.final_id))
+    running = running_workflow()
+    config = running.parser.get()
+    check_config(config, workflow, (running.run_id, running.init_id, running.final_id))
+    knob = "input" if workflow == "inference" else "dataset_dir"
+    source = config["dataset_dir"] if config[knob] == "@dataset_dir" else config[knob]
+    if "make_phantom(" in source and os.environ.get("RANK", "0") == "0":
+        _announce_phantom(knob)
 
 
-def check_ids(config: Mapping, config_dir, also: Iterable[str] = ()) -> None:
-    """Refuse a top-level id that no workflow has and nothing refers to, which MONAI would ignore.
+@functools.cache  # once, not for every stage of a curriculum
+def _announce_phantom(knob: str) -> None:
+    print(f"{knob} is not set: using the phantom data, which are artificial; to use your own, set --{knob} PATH", flush=True)
+
+
+def check_config(config: Mapping, workflow: str, also: Iterable[str] = ()) -> None:
+    """Refuse a knob with a value that makes no sense, and a top-level id that means nothing, which MONAI would ignore.
+
+    An id is known if it is a knob or a component of the workflow in bundle/knobs.json, or if something refers to it as @id.
+    Expressions pass unchecked.
 
     Args:
         config: the raw configuration, overlays and command line merged in.
-        config_dir: folder of the bundle's train.json, evaluate.json and inference.json, whose ids are the known ones.
+        workflow: one of `WORKFLOWS`.
         also: further ids that are known, such as the one to run.
 
     Raises:
-        UserError: naming the id and the known ids nearest to it; for a text "true", "false" or "null", which the command
-            line makes of these words and which would count as true; for another text where the default is a switch, a number
-            or a list, a number below `LEAST` or a share above 1, or a device that is not there.
+        UserError: naming the id, what was found and what was expected.
     """
-    files = [file for name in WORKFLOWS if (file := Path(config_dir) / name).is_file()]
-    defaults = {id: value for file in files for id, value in json.loads(file.read_text()).items()}
-    known = defaults.keys()
-    referred = set(re.findall(r"[@%](\w+)", json.dumps(config, default=str)))
-    for id, value in config.items():
-        if not (isinstance(value, str) and isinstance(defaults.get(id), str)):
-            _refuse_words(value, id)
+    config = _as_json(config)
+    for id, value in leaves(config):
+        if isinstance(value, str) and value.lower() in ("true", "false", "null"):  # all of which would count as true
+            raise UserError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")
+    schema = {**SCHEMA, "properties": knobs(workflow)}
+    for error in _Validator(schema).iter_errors(config):
+        raise UserError(_describe(error))
+    known = {*components(workflow), *re.findall(r"[@%](\w+)", json.dumps(config)), *READ_BY_MONAI, *also}
+    _check_ids(config, workflow, known, "configuration")
+    stages = config.get("stages")
+    for name, entries in stages.items() if isinstance(stages, dict) else ():
+        _check_ids(entries, workflow, known, f"stages::{name}")
+
+
+def knobs(workflow: str) -> dict[str, dict]:
+    """Schema of every knob of a workflow by id; evaluation has those of training too."""
+    inherited = knobs("train") if workflow == "evaluate" else {}
+    return {**inherited, **SCHEMA["$defs"][workflow]["properties"]}
+
+
+def components(workflow: str) -> list[str]:
+    """Ids of a workflow that are no knobs."""
+    return [*(components("train") if workflow == "evaluate" else ()), *SCHEMA["$defs"][workflow]["components"]]
+
+
+def leaves(config, id: str = "") -> Iterator[tuple[str, object]]:
+    """(id, value) of everything in a configuration that is neither a dictionary nor a list, and of the empty ones."""
+    if not isinstance(config, (dict, list)) or not config:
+        yield id, config
+        return
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        yield from leaves(value, f"{id}::{key}" if id else str(key))
+
+
+def _check_ids(ids: Iterable[str], workflow: str, known: set[str], place: str) -> None:
+    own = knobs(workflow)
+    parts = (f"{id}::{part}" for id, schema in own.items() for part in schema.get("properties", ()))
+    names = dict.fromkeys([*own, *known, *parts])
+    for id in ids:
+        if (top := re.split("#|::", id.lstrip("+"))[0]) in names:
+            continue
+        others = " and ".join(other for other in WORKFLOWS if top in knobs(other))
+        why = f"a knob of {others} that {workflow} does not use" if others else "which no workflow has and nothing refers to"
+        near = difflib.get_close_matches(top, names, n=3, cutoff=0.65)
+        hint = f"; near matches: {', '.join(near)}" if near else ""
+        raise UserError(f"{place}: found {top!r}, {why}, expected an id of docs/configuration.md{hint}")
+
+
+def _describe(error: ValidationError) -> str:
+    """One line on what does not fit the schema."""
+    id, found, expected = "::".join(map(str, error.absolute_path)), repr(error.instance), _expected(error.schema)
+    if error.validator == "additionalProperties":
+        allowed = error.schema["properties"]
+        found = ", ".join(repr(name) for name in error.instance if name not in allowed)
+        expected = f"one or more of {', '.join(allowed)}"
+    reason = f" ({error.message})" if error.validator == "device" else ""
+    return f"{id}: found {found}, expected {expected}{reason}"
+
+
+def _expected(schema: Mapping) -> str:
+    """The values that a schema allows, in words."""
+    if "expected" in schema:
+        return schema["expected"]
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    words = " or ".join(TYPES[kind] for kind in kinds)
+    if "maximum" in schema:
+        words += f" from {schema['minimum']} to {schema['maximum']}"
+    elif "minimum" in schema:
+        words += f" of at least {schema['minimum']}"
+    elif "exclusiveMinimum" in schema:
+        words += f" above {schema['exclusiveMinimum']}"
+    return words + (f", a multiple of {schema['multipleOf']}" if "multipleOf" in schema else "")
+
+
+def _check_increasing(validator, _, value, schema) -> Iterator[ValidationError]:
+    """Keyword `increasing`: every number of the list is above the one before."""
+    if validator.is_type(value, "array") and any(not low < high for low, high in zip(value, value[1:])):
+        yield ValidationError("not increasing")
+
+
+def _check_device(validator, _, value, schema) -> Iterator[ValidationError]:
+    """Keyword `device`: PyTorch can use it here."""
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
+        yield ValidationError(str(error).splitlines()[0])
+
+
+def _unless_expression(check):
+    """The check of a keyword for values that are known before the configuration is evaluated."""
+
+    def checked(validator, keyword, value, schema):
         if not (isinstance(value, str) and value.startswith(("$", "@", "%"))):
-            _refuse_value(value, id, defaults.get(id))
-    for id in config if known else ():  # a folder without any of the three holds a workflow of its own
-        if id not in known | referred | READ_BY_MONAI | set(also):
-            near = difflib.get_close_matches(id, known, n=3)
-            hint = f"; near matches: {', '.join(near)}" if near else ""
-            raise UserError(
-                f"configuration: found {id!r}, which no workflow has and nothing refers to as @{id}, expected an id of "
-                f"docs/configuration.md{hint}"
-            )
+            yield from check(validator, keyword, value, schema) or ()
+
+    return checked
 
 
-def _refuse_value(value, id: str, default) -> None:
-    expected = next((words for kind, words in NO_TEXT if isinstance(default, kind)), None)
-    if expected and isinstance(value, str) and id not in OR_A_PATH:
-        raise UserError(f"{id}: found the text {value!r}, expected {expected}")
-    if id in LEAST and isinstance(value, (int, float)) and not value >= LEAST[id]:
-        raise UserError(f"{id}: found {value}, expected at least {LEAST[id]}")
-    if id in SHARES and isinstance(value, (int, float)) and value > 1:
-        raise UserError(f"{id}: found {value}, expected at most 1")
-    if id == "device" and isinstance(value, str):
-        try:
-            torch.empty(0, device=value)
-        except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"device: found {value!r}, which PyTorch cannot use here ({reason}), expected one such as cpu"
-            ) from None
-
-
-def _refuse_words(value, id: str) -> None:
-    """Refuse the texts "true", "false" and "null" in a value, however deep."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            _refuse_words(part, f"{id}::{key}")
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            _refuse_words(part, f"{id}::{index}")
-    elif isinstance(value, str) and value.lower() in ("true", "false", "null"):
-        raise UserError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")
+_KEYWORDS = {**Draft202012Validator.VALIDATORS, "increasing": _check_increasing, "device": _check_device}
+_Validator = validators.extend(
+    Draft202012Validator,
+    {keyword: _unless_expression(check) for keyword, check in _KEYWORDS.items()},
+    # JSON Schema counts 2.0 as a whole number; PyTorch does not.
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int),
+)

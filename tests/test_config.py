@@ -1,14 +1,20 @@
 import json
 import re
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from bundle.config import WORKFLOWS, check_ids, running_workflow
+from bundle.config import SCHEMA, WORKFLOWS, check_config, components, knobs, running_workflow
+from bundle.errors import UserError
+from bundle.inference.backends import PACKAGES
 from bundle.names import EMBEDDING, TASKS, check_tasks
+from bundle.networks.detection import MaskRCNNHead
+from bundle.training.loss import SEGMENTATION_LOSSES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -16,7 +22,7 @@ DOCUMENT = (ROOT / "docs/configuration.md").read_text()
 OVERLAYS = sorted(
     path.name
     for path in CONFIGS.glob("*.json")
-    if path.name not in (*WORKFLOWS, "metadata.json") and not path.name.startswith(("experiment_", "scale_"))
+    if path.stem not in (*WORKFLOWS, "metadata") and not path.name.startswith(("experiment_", "scale_"))
 )
 
 # What the document says of defaults that are computed or long.
@@ -31,37 +37,27 @@ IN_WORDS = {
     json.dumps(json.loads((CONFIGS / "preset_cpu.json").read_text())["detection"]): "that of preset_cpu.json",
     '{"stage_classification": {}, "stage_segmentation": {}, "stage_detection": {}, "stage_joint": {}}': "the four stages",
 }
-MADE_OF_COMPONENTS = {"records", "network", "data", "inferer"}  # expressions that are no knobs
 
 
 def read(name):
     return json.loads((CONFIGS / name).read_text())
 
 
+def merged(workflow):
+    """Configuration of a workflow, as MONAI's runner merges it."""
+    names = ["train.json", "evaluate.json"] if workflow == "evaluate" else [f"{workflow}.json"]
+    return {id: value for id, value in parser(*names).get().items() if id != "_meta_"}
+
+
+def parser(*names, **override):
+    result = ConfigParser()
+    result.read_config([str(CONFIGS / name) for name in names])
+    result.update(override)
+    return result
+
+
 def section(title):
     return re.split(r"^## ", DOCUMENT.split(f"\n## {title}\n")[1], flags=re.M)[0]
-
-
-def table(title):
-    """Knob -> default of the table of a section."""
-    rows = re.findall(
-        r"^\| `(\w+)` \| (.*?) \| ", section(title).split("| knob | default | meaning |")[1].split("\n\n")[0], re.M
-    )
-    assert len(rows) == len(dict(rows)), "a knob has one line"
-    return dict(rows)
-
-
-def shared():
-    """Knobs that inference.json has with the meaning and default of train.json, by the sentence that says so."""
-    (names,) = re.findall(r"((?:`\w+`(?:, |,\n| and\n?)? ?)+)are those of train\.json", section("configs/inference.json"))
-    return set(re.findall(r"`(\w+)`", names))
-
-
-def is_knob(id, value):
-    if id in MADE_OF_COMPONENTS or id == "imports":
-        return False
-    is_run = isinstance(value, list) and any(str(item).startswith("$") for item in value)
-    return not is_run and "_target_" not in json.dumps(value)
 
 
 def in_document(value):
@@ -78,15 +74,32 @@ def in_document(value):
     return f"`{value.removeprefix('@')}`" if value.startswith(("@", ".")) else value
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_every_knob_is_documented_with_its_default_and_nothing_else_is(name):
-    documented, config = table(f"configs/{name}"), read(name)
-    knobs = {id: in_document(value) for id, value in config.items() if is_knob(id, value)}
-    if name == "inference.json":
-        same, train = shared(), read("train.json")
-        assert {id: config[id] for id in same} == {id: train[id] for id in same}
-        knobs = {id: value for id, value in knobs.items() if id not in same}
-    assert documented == knobs
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_the_document_lists_every_knob_with_its_default_and_nothing_else(workflow):
+    own, config, text = SCHEMA["$defs"][workflow]["properties"], read(f"{workflow}.json"), section(f"configs/{workflow}.json")
+    rows = {id: f"| `{id}` | {in_document(config[id])} | {own[id]['description']} |" for id in own if "description" in own[id]}
+    table = "\n".join(["| knob | default | meaning |", "|---|---|---|", *rows.values()])
+    assert table in text, f"docs/configuration.md: expected in configs/{workflow}.json\n{table}"
+    if shared := own.keys() - rows.keys():  # those of inference.json with the meaning and default of train.json
+        (names,) = re.findall(r"((?:`\w+`(?:, |,\n| and\n?)? ?)+)are those of train\.json", text)
+        assert set(re.findall(r"`(\w+)`", names)) == shared
+        assert {id: config[id] for id in shared} == {id: read("train.json")[id] for id in shared}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_the_schema_has_every_id_of_a_workflow_and_no_other(workflow):
+    config = merged(workflow)
+    assert set(config) == {*knobs(workflow), *components(workflow)}
+    assert not {*knobs(workflow)} & {*components(workflow)}
+    check_config(config, workflow)
+
+
+def test_the_schema_is_one_and_allows_what_the_code_knows():
+    Draft202012Validator.check_schema(SCHEMA)
+    train, inference = knobs("train"), knobs("inference")
+    assert train["segmentation_loss"]["enum"] == list(SEGMENTATION_LOSSES)
+    assert inference["backend"]["enum"] == list(PACKAGES)
+    assert list(train["detection"]["properties"]) == list(signature(MaskRCNNHead).parameters)[2:]
 
 
 def test_components_that_the_document_names_are_there():
@@ -103,18 +116,11 @@ def test_every_overlay_is_listed():
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_sets_ids_that_exist(name):
-    known, overlay = {id for workflow in WORKFLOWS for id in read(workflow)}, read(name)
+    known, overlay = {id for workflow in WORKFLOWS for id in (*knobs(workflow), *components(workflow))}, read(name)
     referred = set(re.findall(r"@(\w+)", json.dumps(overlay)))  # an overlay may have ids of its own, for its expressions
     assert overlay and {id.lstrip("+").split("#")[0].split("::")[0] for id in overlay} <= known | referred
     for entries in overlay.get("stages", {}).values():
         assert set(entries) <= known
-
-
-def parser(*names, **override):
-    result = ConfigParser()
-    result.read_config([str(CONFIGS / name) for name in names])
-    result.update(override)
-    return result
 
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name.startswith(("backbone_", "preset_"))])
@@ -149,62 +155,76 @@ def test_preset_cpu_parses_with_train_and_evaluate(phantom_dir, tmp_path):
     assert trainer.state.max_epochs == parse("max_epochs") and trainer.network is parse("evaluator").network
 
 
-# [entries added to train.json, near matches in the message]
+# [workflow, entries, words of the error]
 UNKNOWN = [
-    [{"learning_rat": 0.1}, "learning_rate"],
-    [{"task": {"segmentation": 1.0}}, "tasks"],
-    [{"max_epoch": 3}, "max_epochs"],
-    [{"checkpoints": "model.pt"}, "checkpoint"],
-    [{"a": 1, "b": "@a"}, None],
-    [{"zzzz": 1}, None],
+    ["train", {"learning_rat": 0.1}, "which no workflow has and nothing refers to, expected .*; near matches: learning_rate"],
+    ["train", {"optimizr": 0.1}, "near matches: optimizer$"],
+    ["train", {"task": {"segmentation": 1.0}}, "near matches: tasks"],
+    ["train", {"a": 1, "b": "@a"}, "docs/configuration.md$"],
+    ["train", {"zzzz": 1}, "docs/configuration.md$"],
+    ["train", {"checkpoint": "x.pt"}, "a knob of evaluate and inference that train does not use, .*: init_checkpoint"],
+    ["train", {"score_threshold": 0.3}, "a knob of inference that .* near matches: detection::score_threshold"],
+    ["train", {"split": "test"}, "a knob of evaluate that train does not use"],
+    ["evaluate", {"input": "scan"}, "a knob of inference that evaluate does not use"],
+    ["inference", {"epoch_size": 3}, "a knob of train and evaluate that inference does not use"],
+    ["inference", {"init_checkpoint": "x.pt"}, "a knob of train and evaluate .* near matches: checkpoint"],
 ]
 
 
-@pytest.mark.parametrize(("entries", "near"), UNKNOWN, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
-def test_an_id_that_means_nothing_is_refused(entries, near):
+@pytest.mark.parametrize(("workflow", "entries", "words"), UNKNOWN)
+def test_an_id_that_means_nothing_in_a_workflow_is_refused(workflow, entries, words):
     unknown = list(entries)[-1]
-    message = f"configuration: found '{unknown}', which no workflow has and nothing refers to as @{unknown}, expected an id of"
-    with pytest.raises(ValueError, match=message) as caught:
-        check_ids({**read("train.json"), **entries}, CONFIGS)
-    assert (f"; near matches: {near}" in str(caught.value)) if near else ("near matches" not in str(caught.value))
+    with pytest.raises(UserError, match=words) as caught:
+        check_config({**merged(workflow), **entries}, workflow)
+    assert str(caught.value).startswith(f"configuration: found '{unknown}', ")
+
+
+def test_an_unknown_id_of_a_stage_is_refused():
+    with pytest.raises(UserError, match="^stages::stage_joint: found 'batchsize', .*near matches: batch_size"):
+        check_config({**merged("train"), "stages": {"stage_joint": {"batchsize": 3}}}, "train")
+    deeper = {"optimizer::lr": 1, "train#trainer#amp": True, "+imports": []}
+    check_config({**merged("train"), "stages": {"stage_joint": deeper}}, "train")
 
 
 @pytest.mark.parametrize(
     "entries",
     [
-        {},
         {"my_rate": 0.1, "learning_rate": "@my_rate"},
         {"my_sizes": {"small": 64}, "image_size": "$@my_sizes['small']"},
         {"my": {"lr": 1}, "optimizer": {"lr": "@my::lr"}},
-        {"checkpoint": "model.pt", "score_threshold": 0.3},
         {"_meta_": {}, "finalize": [], "run_name": "trial"},
+        {"window": ["$-1000 + 1", "@top"], "top": 3, "tasks": {"segmentation": "$1 / 3"}},
     ],
 )
-def test_an_id_of_ones_own_is_known_where_something_refers_to_it(entries):
-    for name in WORKFLOWS:
-        check_ids({**read(name), **entries}, CONFIGS)
+def test_an_id_of_ones_own_is_known_where_something_refers_to_it_and_expressions_pass(entries):
+    for workflow in ("train", "evaluate"):
+        check_config({**merged(workflow), **entries}, workflow)
 
 
 def test_the_id_that_is_run_is_known():
-    with pytest.raises(ValueError, match="found 'predict'"):
-        check_ids({**read("train.json"), "predict": ["$1"]}, CONFIGS)
-    check_ids({**read("train.json"), "predict": ["$1"]}, CONFIGS, also=("predict",))
+    with pytest.raises(UserError, match="found 'predict'"):
+        check_config({**merged("train"), "predict": ["$1"]}, "train")
+    check_config({**merged("train"), "predict": ["$1"]}, "train", also=("predict",))
 
 
-def test_a_folder_without_workflows_has_ids_of_its_own(tmp_path):
-    check_ids({"anything": 1}, tmp_path)
-
-
-@pytest.mark.parametrize("files", [["train.json"], ["train.json", "preset_smoke.json", "evaluate.json"], ["inference.json"]])
-def test_every_workflow_refuses_unknown_ids_before_any_work(files, tmp_path):
+@pytest.mark.parametrize(
+    ("files", "foreign"),
+    [
+        (["train.json"], "checkpoint"),
+        (["train.json", "preset_smoke.json", "evaluate.json"], "score_threshold"),
+        (["inference.json"], "epoch_size"),
+    ],
+)
+def test_every_workflow_is_checked_as_what_it_is_before_any_work(files, foreign, tmp_path):
     def workflow(**override):
         paths = [str(CONFIGS / name) for name in files]
         return ConfigWorkflow(paths, logging_file=False, output_dir=str(tmp_path), **override)
 
     workflow().initialize()
-    with pytest.raises(RuntimeError) as caught:
-        workflow(batchsize=3).initialize()
-    assert str(caught.value.__cause__).startswith("configuration: found 'batchsize'")
+    for entries, words in (({foreign: 1}, f"configuration: found '{foreign}', a knob of"), ({"amp": 2}, "amp: found 2, exp")):
+        with pytest.raises(RuntimeError) as caught:
+            workflow(**entries).initialize()
+        assert str(caught.value.__cause__).startswith(words)
     assert not list(tmp_path.iterdir())
 
 
@@ -213,39 +233,51 @@ def test_outside_of_a_workflow_there_is_none_running():
         running_workflow()
 
 
-@pytest.mark.parametrize(("id", "word"), [("resume", "false"), ("skips", "False"), ("init_checkpoint", "null")])
-def test_words_that_would_count_as_true_are_refused(id, word):
-    with pytest.raises(ValueError, match=f"{id}: found the text '{word}', expected True, False or None"):
-        check_ids({**read("train.json"), id: word}, CONFIGS)
+WORDS = "expected True, False or None, as Python writes them"
+WINDOW = "expected two numbers in HU, the lower one first, such as [-1350, 150]"
 
 
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"amp": "yes"}, "amp: found the text 'yes', expected True or False"),
-        ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
-        ({"num_workers": -1}, "num_workers: found -1, expected at least 0"),
-        ({"learning_rate": -1}, "learning_rate: found -1, expected at least 0"),
-        ({"dropout": 1.5}, "dropout: found 1.5, expected at most 1"),
-        ({"image_size": "big"}, "image_size: found the text 'big', expected a number"),
-        ({"segmentation_classes": "lesion"}, "segmentation_classes: found the text 'lesion', expected a list"),
-        ({"device": "cudda"}, "device: found 'cudda', which PyTorch cannot use here"),
+        ({"batch_size": 0}, "batch_size: found 0, expected a whole number of at least 1"),
+        ({"batch_size": 2.5}, "batch_size: found 2.5, expected a whole number of at least 1"),
+        ({"batch_size": 2.0}, "batch_size: found 2.0, expected a whole number of at least 1"),
+        ({"batch_size": True}, "batch_size: found True, expected a whole number of at least 1"),
+        ({"num_workers": -1}, "num_workers: found -1, expected a whole number of at least 0"),
+        ({"learning_rate": "fast"}, "learning_rate: found 'fast', expected a number of at least 0"),
+        ({"learning_rate": (0, 1)}, "learning_rate: found [0, 1], expected a number of at least 0"),  # Fire makes this of 0,1
+        ({"dropout": 1.5}, "dropout: found 1.5, expected a number from 0 to 1"),
+        ({"image_size": 0}, "image_size: found 0, expected a whole number of at least 32, a multiple of 32"),
+        ({"image_size": 100}, "image_size: found 100, expected a whole number of at least 32, a multiple of 32"),
+        ({"window": [100, -100]}, f"window: found [100, -100], {WINDOW}"),
+        ({"window": 400}, f"window: found 400, {WINDOW}"),
+        ({"window": [1, 2, 3]}, f"window: found [1, 2, 3], {WINDOW}"),
+        ({"tasks": "segmentation"}, "tasks: found 'segmentation', expected task names with weights, such as {'segmentat"),
+        ({"tasks": {"segmentation": "much"}}, "tasks::segmentation: found 'much', expected a number"),
+        ({"classes": "lesion"}, "classes: found 'lesion', expected a list of different names"),
+        ({"classes": ["a", "a"]}, "classes: found ['a', 'a'], expected a list of different names"),
+        ({"amp": "yes"}, "amp: found 'yes', expected True or False"),
+        ({"amp": "false"}, f"amp: found the text 'false', {WORDS}"),
+        ({"resume": "True"}, f"resume: found the text 'True', {WORDS}"),
+        ({"init_checkpoint": "null"}, f"init_checkpoint: found the text 'null', {WORDS}"),
+        ({"train": {"handlers": [{"interval": "null"}]}}, f"train::handlers::0::interval: found the text 'null', {WORDS}"),
+        ({"init_checkpoint": 3}, "init_checkpoint: found 3, expected a text or None"),
+        ({"pretrained": None}, "pretrained: found None, expected True, False or the path of a file of weights"),
+        ({"segmentation_loss": "l1"}, "segmentation_loss: found 'l1', expected one of generalized_dice, gen"),
+        ({"decoder_channels": [8, 0]}, "decoder_channels::1: found 0, expected a whole number of at least 1"),
+        ({"detection": {"fpn": 3}}, "detection: found 'fpn', expected one or more of fpn_channels, box_features"),
+        ({"detection": {"nms_threshold": 3}}, "detection::nms_threshold: found 3, expected a number from 0 to 1"),
+        ({"stages": {"x": {"batch_size": 0}}}, "stages::x::batch_size: found 0, expected a whole number of at least 1"),
+        ({"stages": {"x": 3}}, "stages::x: found 3, expected knobs with values, such as {'max_epochs': 20}"),
+        ({"device": "cudda"}, "device: found 'cudda', expected one that PyTorch can use here, such as cpu (Expected one of"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(entries, words):
-    with pytest.raises(ValueError) as error:
-        check_ids({**read("train.json"), **entries}, CONFIGS)
-    assert words in str(error.value) and "\n" not in str(error.value)
-    (id,) = entries
-    check_ids({**read("train.json"), id: "$1", "device": "cpu"}, CONFIGS)
+def test_a_value_that_makes_no_sense_is_refused_in_one_line(entries, words):
+    with pytest.raises(UserError) as error:
+        check_config({**merged("train"), **entries}, "train")
+    assert str(error.value).startswith(words) and "\n" not in str(error.value)
 
 
 def test_pretrained_weights_may_be_a_path():
-    check_ids({**read("train.json"), "pretrained": "weights.pth", "device": "cpu"}, CONFIGS)
-
-
-def test_such_words_are_refused_however_deep():
-    config = read("train.json")
-    config["train"]["handlers"] = [{"_target_": "ValidationHandler", "interval": "null"}]
-    with pytest.raises(ValueError, match="train::handlers::0::interval: found the text 'null', expected True, False or None"):
-        check_ids(config, CONFIGS)
+    check_config({**merged("train"), "pretrained": "weights.pth"}, "train")

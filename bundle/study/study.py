@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from monai.bundle import ConfigParser
 
-from bundle.config import check_ids, overlay
+from bundle.config import check_config, overlay
 from bundle.errors import UserError
 from bundle.training.curriculum import run_workflow, trained_tasks
 from bundle.training.run_folder import environment
@@ -99,7 +99,7 @@ class Study:
 
         Raises:
             UserError: for an overlay that is not there.
-            UserError: for an unknown id, see `bundle.config.check_ids`, or if `jobs` is below 1.
+            UserError: for an unknown id, see `bundle.config.check_config`, or if `jobs` is below 1.
         """
         if jobs < 1:
             raise UserError(f"jobs: found {jobs}, expected at least 1")
@@ -177,7 +177,7 @@ class Study:
         if experiment.workflow == "training":
             places["training"] = [f"$bundle.training.curriculum.run_curriculum(@output_dir, {str(self.config_dir)!r})"]
         config = overlay(self._load("train.json"), *changes, places)
-        check_ids(config, self.config_dir, [experiment.workflow])
+        check_config(config, "train", [experiment.workflow])
         return config
 
     def _load(self, name) -> dict:

@@ -11,7 +11,7 @@ import ignite.distributed as idist
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from bundle.config import check_ids, overlay, running_config, running_workflow
+from bundle.config import check_config, overlay, running_config, running_workflow
 from bundle.errors import UserError
 from bundle.files import write_checkpoint, write_json, write_text
 from bundle.names import check_tasks
@@ -37,7 +37,7 @@ def run_curriculum(output_dir: str, config_dir: str) -> None:
     Raises:
         UserError: if a stage has no overlay.
         UserError: if there is no stage, `tasks` was changed, a stage has an unknown id (see
-            `bundle.config.check_ids`), or it was begun with another configuration.
+            `bundle.config.check_config`), or it was begun with another configuration.
     """
     folder, configs = Path(output_dir), _stage_configs(output_dir, config_dir)
     if idist.get_rank() == 0:
@@ -96,7 +96,7 @@ def _stage_configs(output_dir: str, config_dir: str) -> dict[str, dict]:
         folder = Path(output_dir) / name
         own = {**entries, "output_dir": str(folder), **_tracking(base, folder)}
         config = overlay(base, ConfigParser.load_config_file(str(file)), own)
-        check_ids(config, config_dir)
+        check_config(config, "train")
         if before and config["transfer"]:
             config["init_checkpoint"] = str(Path(before["output_dir"]) / "model.pt")
             config["resume"] = config["resume"] and before["resume"]

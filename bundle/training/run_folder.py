@@ -13,7 +13,7 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 
-from bundle.config import running_config
+from bundle.config import leaves, running_config
 from bundle.errors import UserError
 from bundle.files import write_json
 
@@ -70,22 +70,13 @@ def check_resumable(folder: Path, config: Mapping) -> None:
     kept = folder / "config.json"
     if not (folder / "last.pt").exists() or not kept.exists():
         return
-    before, now = dict(_leaves(json.loads(kept.read_text()))), dict(_leaves(config))
+    before, now = dict(leaves(json.loads(kept.read_text()))), dict(leaves(config))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key.split("::")[0] not in CHANGEABLE:
             raise UserError(
                 f"{folder}: holds a run with {key} {before.get(key)!r}, found {now.get(key)!r}; set another output_dir "
                 f"(with init_checkpoint {folder / 'model.pt'} to train on from its weights), or resume false to start anew"
             )
-
-
-def _leaves(config, id: str = ""):
-    """(id, value) of everything in a configuration that is neither a dictionary nor a list, and of the empty ones."""
-    if not isinstance(config, (dict, list)) or not config:
-        yield id, config
-        return
-    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
-        yield from _leaves(value, f"{id}::{key}" if id else key)
 
 
 def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:

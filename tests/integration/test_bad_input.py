@@ -63,6 +63,30 @@ def other_weights(folder, datalist):
 # [configs, arguments, what is done to the data, words of the line]; DATA stands for the folder
 CASES = {
     "unknown config key": [TRAIN, ["--learning_rat", "0.1"], None, r"found 'learning_rat', .* near matches: learning_rate"],
+    "value that is no whole number": [
+        TRAIN,
+        ["--batch_size", "2.5"],
+        None,
+        r"error: batch_size: found 2.5, expected a whole number of at least 1$",
+    ],
+    "text for a mapping": [
+        TRAIN,
+        ["--tasks", "segmentation"],
+        None,
+        r"error: tasks: found 'segmentation', expected task names with weights, such as {'segmentation': 1.0}$",
+    ],
+    "decimal comma": [
+        ["inference"],
+        ["--score_threshold", "0,3"],
+        None,
+        r"error: score_threshold: found \[0, 3\], expected a number from 0 to 1$",
+    ],
+    "knob of another workflow": [
+        TRAIN,
+        ["--checkpoint", "DATA/model.pt"],
+        None,
+        r"found 'checkpoint', a knob of evaluate and inference that train does not use, .*; near matches: init_checkpoint$",
+    ],
     "unknown backbone": [
         TRAIN,
         ["--backbone", "resnet5"],
@@ -154,3 +178,14 @@ def test_wrong_input_is_refused_in_one_line(name, small_data, tmp_path):
     assert len(lines) == 1 and lines[0] == done.stderr.splitlines()[-1]
     expected = CASES[name][-1].replace("DATA", str(data)).replace("OUT", str(out))
     assert re.search(expected, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(("names", "knob"), [(TRAIN, "dataset_dir"), (EVALUATE, "dataset_dir"), (["inference"], "input")])
+def test_the_first_line_says_that_the_phantom_data_are_used(names, knob, tmp_path):
+    files = str([f"configs/{name}.json" for name in names])
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, "--output_dir", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        first = process.stdout.readline()
+        process.kill()
+    expected = f"{knob} is not set: using the phantom data, which are artificial; to use your own, set --{knob} PATH\n"
+    assert first == expected
