@@ -166,8 +166,7 @@ UNKNOWN = [
     ["train", {"score_threshold": 0.3}, "a knob of inference that .* near matches: detection::score_threshold"],
     ["train", {"split": "test"}, "a knob of evaluate that train does not use"],
     ["evaluate", {"input": "scan"}, "a knob of inference that evaluate does not use"],
-    ["inference", {"epoch_size": 3}, "a knob of train and evaluate that inference does not use"],
-    ["inference", {"init_checkpoint": "x.pt"}, "a knob of train and evaluate .* near matches: checkpoint"],
+    ["inference", {"split": "test"}, "a knob of evaluate that inference does not use"],
 ]
 
 
@@ -212,7 +211,7 @@ def test_the_id_that_is_run_is_known():
     [
         (["train.json"], "checkpoint"),
         (["train.json", "preset_smoke.json", "evaluate.json"], "score_threshold"),
-        (["inference.json"], "epoch_size"),
+        (["inference.json", "preset_cpu.json"], "split"),
     ],
 )
 def test_every_workflow_is_checked_as_what_it_is_before_any_work(files, foreign, tmp_path):
