@@ -58,3 +58,17 @@ def write_dicom():
         return Path(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def chest_slice() -> tuple[np.ndarray, np.ndarray]:
+    """A slice in [0, 1] and its lungs: body, two lungs with a vessel in one, air around, a table below the body."""
+    y, x = np.mgrid[:128, :160]
+    ellipse = lambda cx, cy, rx, ry: ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1  # noqa: E731
+    image = np.full(x.shape, 0.02)
+    image[ellipse(80, 60, 70, 50)] = 0.8
+    lungs = ellipse(50, 60, 22, 32) | ellipse(110, 60, 22, 32)
+    image[lungs] = 0.15
+    image[ellipse(50, 60, 3, 3)] = 0.8
+    image[118:121] = 0.7
+    return image, lungs

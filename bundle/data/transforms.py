@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -15,6 +14,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.volumes import open_scan
 from bundle.errors import UserError
+from bundle.lungs import lung_region
 from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
 
 
@@ -166,42 +166,8 @@ class ScaleIntensityd(MapTransform):
         return data
 
 
-def lung_region(image: np.ndarray) -> np.ndarray:
-    """Find the region of the lungs in a slice in any grey scale: the dark parts inside the body, with what lies in them.
-
-    The body is the largest bright component (Otsu's threshold), filled. Dark parts in it, or cut by the edge of a picture that
-    was cropped to the lungs, are lung if they have 0.5 % of the picture; what holds a corner of the picture is air. They are
-    closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed, bowel gas
-    and the trachea are taken in. For measured volumes of lung in HU there is `bundle.inference.lungs`.
-
-    Args:
-        image: (rows, columns), air darker than tissue; rows and columns of zeros around the picture are passed over.
-
-    Returns:
-        bool (rows, columns).
-    """
-    region = np.zeros(image.shape, bool)
-    rows, columns = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
-    if not len(rows):
-        return region
-    crop = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    picture = sitk.GetImageFromArray(image[crop].astype(np.float32))
-    bright = sitk.OtsuThreshold(picture, 0, 1)
-    body = sitk.BinaryFillhole(sitk.RelabelComponent(sitk.ConnectedComponent(bright)) == 1)
-    parts = sitk.ConnectedComponent(bright == 0)
-    labels, inside = sitk.GetArrayFromImage(parts), sitk.GetArrayFromImage(body) > 0
-    edge = np.concatenate([labels[0], labels[:, 0], labels[:, -1]])  # not the lower one, where the table lies
-    air = labels[[0, 0, -1, -1], [0, -1, 0, -1]]
-    dark = (labels > 0) & (inside | np.isin(labels, edge)) & ~np.isin(labels, air)
-    side = max(image.shape)
-    kept = sitk.AreaOpening(sitk.GetImageFromArray(dark.astype(np.uint8)), int(0.005 * side**2))
-    closed = sitk.BinaryFillhole(sitk.BinaryMorphologicalClosing(kept, [round(0.03 * side)] * 2))
-    region[crop] = (sitk.GetArrayFromImage(closed) > 0) & (inside | dark)
-    return region
-
-
 class KeepLungd(MapTransform):
-    """Blacken what is outside of the lungs (`keep` "lung") or the lungs (`keep` "rest"): see `lung_region`.
+    """Blacken what is outside of the lungs (`keep` "lung") or the lungs (`keep` "rest"): see `bundle.lungs.lung_region`.
 
     To try whether a network looks at the lungs. Apply it to the preprocessed image, in [0, 1].
 

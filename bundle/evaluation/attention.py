@@ -14,9 +14,9 @@ from torch import nn
 from tqdm import tqdm
 
 from bundle.data.batch import known_classes
-from bundle.data.transforms import lung_region
 from bundle.errors import UserError
 from bundle.files import write_figure
+from bundle.lungs import lung_region
 from bundle.networks import MultiTaskNet
 from bundle.names import CLASSIFICATION, IMAGE
 

@@ -14,10 +14,10 @@ import torch
 from ignite.engine import Events
 from PIL import Image
 
+from bundle import lungs
 from bundle.data.volumes import Scan
 from bundle.data.transforms import move_boxes, to_file_grid
 from bundle.errors import UserError
-from bundle.inference import lungs
 from bundle.inference.lesions import check_link_iou, link_boxes
 from bundle.inference.markups import write_markups
 from bundle.inference.nifti import NiftiFile

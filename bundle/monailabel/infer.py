@@ -16,10 +16,10 @@ from bundle.data.volumes import NIFTI, Scan, open_scan
 from bundle.data.transforms import to_file_grid
 from bundle.errors import UserError
 from bundle.inference.lesions import link_boxes
-from bundle.inference.lungs import lung_bearing, lung_mask
 from bundle.inference.markups import lesion_axes
 from bundle.inference.results import classify_scan, to_labels
 from bundle.inference.slices import INDEX, SCAN, SLICE, collate, to_cpu
+from bundle.lungs import lung_bearing, lung_mask
 from bundle.networks import MultiTaskNet
 from bundle.names import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
 

@@ -16,7 +16,6 @@ from bundle.data.transforms import (
     LoadSliced,
     RandKeepLungd,
     ScaleIntensityd,
-    lung_region,
     move_boxes,
     to_file_grid,
 )
@@ -319,38 +318,8 @@ def test_box_through_affine_keeps_pixel_edges(record):
     torch.testing.assert_close(sample["boxes"], torch.tensor([BOX]))
 
 
-def chest(rows=128, columns=160):
-    """A slice in [0, 1] and its lungs: body, two lungs with a vessel in one, air around, a table below the body."""
-    y, x = np.mgrid[:rows, :columns]
-    ellipse = lambda cx, cy, rx, ry: ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1  # noqa: E731
-    image = np.full((rows, columns), 0.02)
-    image[ellipse(80, 60, 70, 50)] = 0.8
-    lungs = ellipse(50, 60, 22, 32) | ellipse(110, 60, 22, 32)
-    image[lungs] = 0.15
-    image[ellipse(50, 60, 3, 3)] = 0.8
-    image[118:121] = 0.7
-    return image, lungs
-
-
-def agreement(one, other):
-    return (one & other).sum() / (one | other).sum()
-
-
-def test_lungs_are_found_in_a_picture_and_in_one_cropped_to_them():
-    image, lungs = chest()
-    assert agreement(lung_region(image), lungs) > 0.95
-    assert lung_region(image)[60, 50], "a vessel belongs to the lung"
-    assert agreement(lung_region(0.1 + 0.5 * image), lungs) > 0.95, "whatever the grey scale"
-    cropped, part = image[30:90, 35:125], lungs[30:90, 35:125]
-    assert part[:, 0].any() and part[:, -1].any()
-    assert agreement(lung_region(cropped), part) > 0.9
-    padded = np.pad(cropped, ((20, 20), (0, 0)))
-    assert agreement(lung_region(padded)[20:-20], part) > 0.9 and not lung_region(padded)[:20].any()
-    assert not lung_region(np.zeros((64, 64))).any()
-
-
-def test_lungs_are_kept_or_removed():
-    image = torch.from_numpy(chest()[0][None])
+def test_lungs_are_kept_or_removed(chest_slice):
+    image = torch.from_numpy(chest_slice[0][None])
     lung, rest = (KeepLungd("image", keep)({"image": image, "class": 1}) for keep in ("lung", "rest"))
     assert torch.equal(lung["image"] + rest["image"], image) and lung["class"] == 1
     assert 0.1 < (lung["image"] > 0).float().mean() < 0.4
@@ -358,8 +327,8 @@ def test_lungs_are_kept_or_removed():
         KeepLungd("image", "lungs")
 
 
-def test_lungs_are_kept_at_random_where_nothing_can_be_cut_off():
-    image = torch.from_numpy(chest()[0][None])
+def test_lungs_are_kept_at_random_where_nothing_can_be_cut_off(chest_slice):
+    image = torch.from_numpy(chest_slice[0][None])
     always, never = RandKeepLungd("image", 1.0), RandKeepLungd("image", 0.0)
     assert torch.equal(always({"image": image})["image"], KeepLungd("image", "lung")({"image": image})["image"])
     for annotation in ({"mask": image > 2}, {"boxes": torch.zeros(0, 4)}):

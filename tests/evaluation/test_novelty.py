@@ -16,7 +16,7 @@ from bundle.data.datalist import load_datalist
 from bundle.data.phantom import make_phantom
 from bundle.errors import UserError
 from bundle.files import file_hash, write_json
-from bundle.inference.lungs import lung_bearing, lung_mask
+from bundle.lungs import lung_bearing, lung_mask
 from bundle.evaluation.novelty import embed, make_reference, views
 from bundle.inference.novelty import assess
 from bundle.networks import Novelty, read_novelty

@@ -1,8 +1,9 @@
 import nibabel
 import numpy as np
 import pytest
+import torch
 
-from bundle.inference.lungs import lung_bearing, lung_mask
+from bundle.lungs import body_region, lung_bearing, lung_mask, lung_region
 
 SPACING = (2.0, 1.0)  # rows 2 mm apart, columns 1 mm
 ROWS, COLUMNS = np.mgrid[:160, :320] * np.reshape(SPACING, (2, 1, 1)) - 160.0
@@ -89,6 +90,35 @@ def test_gas_in_the_bowel_is_no_lung():
 
 def test_a_slice_bears_lung_from_20_cm2():
     assert lung_bearing([0, 1999, 2000, 30000]) == [False, False, True, True]
+
+
+def test_a_speck_that_closing_makes_between_dark_pixels_is_no_lung():
+    hu = np.full((24, 24), 40.0)
+    hu[[15, 12, 10, 8], [13, 10, 8, 8]] = -800
+    assert not lung_mask(hu, (1, 1)).any()
+
+
+def test_lungs_are_found_in_a_picture_and_in_one_cropped_to_them(chest_slice):
+    image, lungs = chest_slice
+    assert overlap(lung_region(image), lungs) > 0.95
+    assert lung_region(image)[60, 50], "a vessel belongs to the lung"
+    assert overlap(lung_region(0.1 + 0.5 * image), lungs) > 0.95, "whatever the grey scale"
+    cropped, part = image[30:90, 35:125], lungs[30:90, 35:125]
+    assert part[:, 0].any() and part[:, -1].any()
+    assert overlap(lung_region(cropped), part) > 0.9
+    padded = np.pad(cropped, ((20, 20), (0, 0)))
+    assert overlap(lung_region(padded)[20:-20], part) > 0.9 and not lung_region(padded)[:20].any()
+    assert not lung_region(np.zeros((64, 64))).any()
+
+
+def test_the_body_is_found_without_its_table(chest_slice):
+    image, lungs = chest_slice
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
+    body = ((x - 80) / 70) ** 2 + ((y - 60) / 50) ** 2 < 1
+    found = body_region(torch.tensor(image[None]))
+    assert found.shape == (1, *image.shape) and found.dtype == torch.bool
+    assert overlap(found[0].numpy(), body) > 0.97 and found[0].numpy()[lungs].all()
+    assert body_region(torch.zeros(1, 32, 32)).all(), "all of a slice in which nothing stands out"
 
 
 def test_lungs_of_a_real_scan(real_data):

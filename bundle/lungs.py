@@ -1,0 +1,136 @@
+"""Body and lungs of an axial slice, by thresholds and connected components; nothing is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+# HU. Lung and air lie below the first. A part whose median lies below the second is air (-1000; lung has -900 to -500, in
+# severe emphysema -950). At the border of the picture the third holds, since the foam of a table has -940.
+TISSUE, AIR, AIR_AT_BORDER = -400, -950, -900
+WALL = 2  # mm, radius: what is thinner than twice this (bronchi, vessels, the shell of a table) separates nothing
+# mm2: the smallest part of a lung, the largest hole that is filled, and what makes a slice count as lung-bearing.
+SMALLEST_PART, LARGEST_HOLE, BEARING_AREA = 200, 1000, 2000
+
+DISC = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
+
+
+def body_region(image: torch.Tensor) -> torch.Tensor:
+    """Find the body in a slice, lungs included, so that tables and air can be cropped away.
+
+    Air around the body is what is dark (Otsu's threshold) and holds a corner of the slice: lungs that are cut by the edge of
+    a picture do not. The body is the largest component of the rest. Made as `select_fn` of MONAI's CropForegroundd, after
+    the intensities were scaled.
+
+    Args:
+        image: (1, rows, columns), air darker than tissue.
+
+    Returns:
+        bool of the same shape. All of it where the body would be below 5 % of the slice.
+    """
+    pixels = np.asarray(image[0], dtype=np.float32)
+    dark, _ = ndimage.label(pixels <= otsu_threshold(pixels))
+    corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]]
+    rest = ~np.isin(dark, corners[corners > 0])
+    region = _largest(ndimage.binary_opening(np.pad(rest, 2, mode="edge"), DISC)[2:-2, 2:-2])
+    if region.mean() < 0.05:
+        region[:] = True
+    return torch.as_tensor(region)[None]
+
+
+def lung_region(image: np.ndarray) -> np.ndarray:
+    """Find the region of the lungs in a slice in any grey scale: the dark parts inside the body, with what lies in them.
+
+    The body is the largest bright component (Otsu's threshold), filled. Dark parts in it, or cut by the edge of a picture that
+    was cropped to the lungs, are lung if they have 0.5 % of the picture; a part that holds a corner of the picture is air. They
+    are closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed, bowel gas
+    and the trachea are included. For measured volumes of lung in HU there is `lung_mask`.
+
+    Args:
+        image: (rows, columns), air darker than tissue; rows and columns of zeros around the picture are ignored.
+
+    Returns:
+        bool (rows, columns).
+    """
+    region = np.zeros(image.shape, bool)
+    rows, columns = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return region
+    crop = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    bright = image[crop] > otsu_threshold(image[crop])
+    body = ndimage.binary_fill_holes(_largest(bright))
+    labels, _ = ndimage.label(~bright)
+    edge = np.concatenate([labels[0], labels[:, 0], labels[:, -1]])  # not the lower one, where the table lies
+    dark = np.isin(labels, np.union1d(labels[body], edge)) & (body | np.isin(labels, edge))
+    dark &= (labels > 0) & ~np.isin(labels, labels[[0, 0, -1, -1], [0, -1, 0, -1]])
+    side = max(image.shape)
+    parts, _ = ndimage.label(dark)
+    kept = (np.bincount(parts.ravel()) >= int(0.005 * side**2))[parts] & dark
+    region[crop] = ndimage.binary_fill_holes(_close(kept, [round(0.03 * side)] * 2)) & (body | dark)
+    return region
+
+
+def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Find the lung in an axial slice in Hounsfield units.
+
+    Pixels below -400 HU, closed by 2 mm, are split into components. A component whose pixels below -400 HU have a median
+    below -950 HU is air, around the body, in the trachea or the bowel, and is removed, as is one of less than 2 cm2. Touching
+    the border is not enough to be air, since a cropped volume has lung there, but such a component needs a median of -900 HU,
+    which the foam of a table below a cropped body does not reach. The shell of a table is thin enough to be closed, so that its
+    foam belongs to the air around it. Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) counts as
+    air. Wrongly counted as lung: a trachea behind a thin wall, and bowel gas mixed with faeces.
+
+    Args:
+        hu: (rows, columns), in HU.
+        spacing: of rows and columns, in mm.
+
+    Returns:
+        bool (rows, columns).
+    """
+    hu, pixel = np.clip(hu, -1024, 0).astype(np.int16), spacing[0] * spacing[1]
+    light = hu < TISSUE
+    parts, _ = ndimage.label(_close(light, [max(1, round(WALL / side)) for side in spacing]))
+    measured = np.where(light, parts, 0)
+    large = 1 + np.flatnonzero(np.bincount(measured.ravel())[1:] * pixel >= SMALLEST_PART)
+    border = np.concatenate([measured[0], measured[-1], measured[:, 0], measured[:, -1]])
+    medians = ndimage.median(hu, measured, large)
+    lung = np.isin(parts, large[medians >= np.where(np.isin(large, border), AIR_AT_BORDER, AIR)])
+    holes, _ = ndimage.label(ndimage.binary_fill_holes(lung) & ~lung)
+    filled = np.bincount(holes.ravel()) * pixel < LARGEST_HOLE
+    return lung | (filled[holes] & (holes > 0))
+
+
+def lung_bearing(areas: Sequence[float]) -> list[bool]:
+    """Tell for each slice whether it shows enough lung to speak of: 20 cm2.
+
+    Args:
+        areas: of the lung in each slice, in mm2.
+    """
+    return [area >= BEARING_AREA for area in areas]
+
+
+def otsu_threshold(values: np.ndarray, bins: int = 128) -> float:
+    """Threshold that separates values best into two groups (Otsu, IEEE Trans. SMC 1979): the least within-group variance."""
+    counts, edges = np.histogram(values, bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below, above = np.cumsum(counts)[:-1], np.cumsum(counts[::-1])[::-1][1:]
+    sums = np.cumsum(counts * centres)
+    means = sums[:-1] / np.maximum(below, 1), (sums[-1] - sums[:-1]) / np.maximum(above, 1)
+    return float(edges[1:-1][np.argmax(below * 1.0 * above * (means[0] - means[1]) ** 2.0)])
+
+
+def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask; nothing if it is empty."""
+    labels, count = ndimage.label(mask)
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else np.zeros(mask.shape, bool)
+
+
+def _close(mask: np.ndarray, radii: Sequence[int]) -> np.ndarray:
+    """Close a mask by an ellipse of such radii in pixels, with nothing around the picture."""
+    how = {"sampling": [1 / (radius + 0.5) for radius in radii]}  # pixels of the ellipse are nearer than 1
+    grown = ndimage.distance_transform_edt(~np.pad(mask, [(2 * radius, 2 * radius) for radius in radii]), **how) < 1
+    closed = ndimage.distance_transform_edt(grown, **how) >= 1
+    return closed[tuple(slice(2 * radius, -2 * radius) for radius in radii)]
