@@ -29,7 +29,7 @@ from bundle.data.batch import prepare_batch
 from bundle.training.run_folder import environment
 from bundle.training.trainer import MultiTaskTrainer, loss_terms
 from bundle.inference.backends import PACKAGES, accelerate, one_by_one, run_onnxruntime
-from bundle.inference.slices import FAILURE, SliceDataset, collate
+from bundle.inference.slices import collate, slices_of
 from bundle.networks import load_weights
 from bundle.names import DETECTION, IMAGE, TASKS
 
@@ -233,11 +233,7 @@ def _slices(source, output_dir, preprocessing: Callable, image_size: int) -> tor
     scans, failures = find_scans(source, output_dir)
     if not scans:
         raise UserError(f"{source}: found no scan{''.join(': ' + failure['reason'] for failure in failures[:1])}")
-    samples = list(SliceDataset(scans, preprocessing, image_size))
-    for sample in samples:
-        if FAILURE in sample:
-            raise UserError(f"{source}: {sample[FAILURE]}")
-    return collate(samples)[IMAGE]
+    return collate(list(map(preprocessing, slices_of(scans))))[IMAGE]
 
 
 def _differences(answers: Mapping, expected: Mapping) -> Iterator[tuple[str, float]]:

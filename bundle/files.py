@@ -6,12 +6,15 @@ import csv
 import hashlib
 import json
 import os
+import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from bundle.errors import UserError
 
@@ -40,6 +43,36 @@ def replacing(path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):  # of a disk that has gone away: the first error says more
                 temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder) -> Iterator[None]:
+    """Keep a folder for this process while the block runs; it is made if missing.
+
+    The lock is of the file .lock in it, which stays; it ends with the process, however that ends.
+
+    Raises:
+        UserError: if another process has it, which is named, or if nothing can be written there.
+    """
+    folder = Path(folder)
+    lock, holder = FileLock(folder / ".lock"), folder / ".lock.holder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = "another process"
+        with suppress(OSError):  # it has only begun, or just ended
+            who = holder.read_text(encoding="utf-8")
+        raise UserError(f"{folder}: in use by {who}; wait for its end, or set another folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); check the disk and its permissions") from error
+    try:
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", holder)
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_text(text: str, path) -> None:

@@ -98,8 +98,8 @@ class Scan:
                 f"found axial slices of {sides[0]} x {sides[1]} pixels, expected no side {MAX_SIDES} times the other"
             )
         self.sources = [(self.path, index) for index in range(len(self))]
-        states = [os.stat(file) for file in files or [path]]
-        self.stamp = f"{len(states)} {sum(s.st_size for s in states)} {max(s.st_mtime_ns for s in states)}"
+        states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in files or [path]]
+        self.stamp = hashlib.sha256(repr(states).encode()).hexdigest()
 
     def _place(self, affine: np.ndarray) -> None:
         """Find the axial slices in the grid, how each is turned to LPS, and its place."""
@@ -413,10 +413,10 @@ def check_shape(shape: Sequence[int], dtype: np.dtype) -> None:
         raise UserError(f"found a size of {tuple(shape)}, expected at most {MAX_BYTES >> 30} GiB")
 
 
-def unreadable(path, error: Exception) -> ValueError:
+def unreadable(path, error: Exception) -> UserError:
     """One line for whatever a reader raised."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1].replace(str(path), Path(path).name)
-    return ValueError(f"{path}: cannot be read ({reason[:300]}), expected an intact picture, NIfTI or DICOM file")
+    return UserError(f"{path}: cannot be read ({reason[:300]}), expected an intact picture, NIfTI or DICOM file")
 
 
 def open_scan(path, name: str | None = None) -> Scan:

@@ -4,24 +4,29 @@ import bundle
 from bundle.files import file_hash
 from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer
-from bundle.inference.results import ScanWriter
-from bundle.inference.slices import BoxesToFiled, LoadScanSlice, SliceDataset, SplitBatch, collate
+from bundle.inference.predict import Predictor, predict_scans
+from bundle.inference.results import Result
+from bundle.inference.slices import BoxesToFiled, LoadScanSlice, SplitBatch, collate, slices_of
 from bundle.inference.worklist import Worklist, fingerprint
+from bundle.inference.writer import write_result
 from bundle.networks import read_novelty
 
 __all__ = [
     "BoxesToFiled",
     "FlipInferer",
     "LoadScanSlice",
-    "ScanWriter",
-    "SliceDataset",
+    "Predictor",
+    "Result",
     "SplitBatch",
     "Worklist",
     "accelerate",
     "collate",
     "fingerprint",
     "model_name",
+    "predict_scans",
     "read_novelty",
+    "slices_of",
+    "write_result",
 ]
 
 

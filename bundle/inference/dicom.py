@@ -275,6 +275,8 @@ def _writing(path, what: str):
         return
     except _Lacking as error:
         reason = str(error)
+    except OSError:  # of the disk
+        raise
     except Exception as error:
         reason = f"the headers of the series cannot be carried over ({type(error).__name__})"
     Path(path).unlink(missing_ok=True)

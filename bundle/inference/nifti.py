@@ -1,57 +1,79 @@
-"""NIfTI files written plane by plane, so that no volume is ever held in memory."""
+"""Volumes of NIfTI that grow plane by plane, compressed in memory; a disk that fills up cannot harm them."""
 
 from __future__ import annotations
 
 import gzip
-import shutil
-from collections.abc import Sequence
+import io
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
 
-class NiftiFile:
-    """A volume that grows on disk: uncompressed while planes are put in, compressed at the end.
-
-    The planes may lie along any array axis. Memory is that of one plane.
+class Volume:
+    """Voxels on the grid of a scan, stored as the stream of a .nii.gz file, so that they take as much memory as that file.
 
     Args:
-        path: of the finished file, ending in .nii.gz.
-        shape: of the volume, along the file's own axes.
+        shape: of the volume, along the file's own axes: three.
         affine: (4, 4) from voxel index to RAS in mm, or None where the geometry is not known.
+        axis: array axis along which the planes are appended, from first to last.
         dtype: of the stored values.
         slope: what a stored 1 means: a reader gets stored * slope.
-        oriented: say how the volume lies in space; otherwise of the affine its spacing alone.
+        oriented: whether the header states how the volume lies in space; if not, it states the spacing alone.
+        picture_scale: factor of the values where the volume is written as a picture.
     """
 
     def __init__(
-        self, path, shape: Sequence[int], affine: np.ndarray | None, dtype=np.uint8, slope: float = 1.0, oriented: bool = True
+        self,
+        shape: Sequence[int],
+        affine: np.ndarray | None,
+        axis: int = 2,
+        dtype=np.uint8,
+        slope: float = 1.0,
+        oriented: bool = True,
+        picture_scale: int = 1,
     ) -> None:
-        self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
-        self.raw = self.path.with_suffix("")
+        self.shape, self.axis, self.dtype, self.picture_scale = tuple(shape), axis, np.dtype(dtype), picture_scale
         header = nibabel.Nifti1Image(np.broadcast_to(self.dtype.type(0), self.shape), affine).header
         header.set_xyzt_units("mm" if affine is not None else "unknown")
         header.set_slope_inter(slope, 0)
         if not oriented:
             header.set_sform(None, code=0)
             header.set_qform(None, code=0)
-        header["magic"], self.offset = b"n+1", header.single_vox_offset
-        header["vox_offset"] = self.offset
-        with self.raw.open("wb") as file:
-            header.write_to(file)
-            file.truncate(self.offset + self.dtype.itemsize * int(np.prod(self.shape)))
+        header["magic"], header["vox_offset"] = b"n+1", header.single_vox_offset
+        self.header = header.binaryblock.ljust(header.single_vox_offset, b"\0")
+        self._compressor = zlib.compressobj(level=1, wbits=31)  # 31: gzip
+        self._parts = [self._compressor.compress(self.header)]
 
-    def voxels(self, mode: str = "r") -> np.memmap:
-        """The stored values, mapped from disk; until `finish`."""
-        return np.memmap(self.raw, self.dtype, mode, self.offset, self.shape, order="F")
+    def append(self, plane: np.ndarray) -> None:
+        """Store the next plane, of the shape of the volume without `axis`."""
+        self._parts.append(self._compressor.compress(plane.astype(self.dtype).tobytes("F")))
 
-    def put(self, plane: np.ndarray, axis: int, index: int) -> None:
-        """Store a plane, of the shape of the volume without `axis`, at `index` along it."""
-        np.moveaxis(self.voxels("r+"), axis, 0)[index] = plane
+    def planes(self) -> Iterator[np.ndarray]:
+        """The stored values, plane by plane."""
+        shape = np.delete(self.shape, self.axis)
+        with gzip.open(io.BytesIO(self._stream())) as file:
+            file.seek(len(self.header))
+            for _ in range(self.shape[self.axis]):
+                yield np.frombuffer(file.read(int(np.prod(shape)) * self.dtype.itemsize), self.dtype).reshape(shape, order="F")
 
-    def finish(self) -> None:
-        """Compress, and leave the finished file alone."""
-        with self.raw.open("rb") as raw, gzip.open(self.path, "wb", compresslevel=1) as file:
-            shutil.copyfileobj(raw, file, 1 << 20)
-        self.raw.unlink()
+    def voxels(self) -> np.ndarray:
+        """The stored values as one array."""
+        voxels = np.empty(self.shape, self.dtype, order="F")
+        for stored, plane in zip(np.moveaxis(voxels, self.axis, 0), self.planes()):
+            stored[:] = plane
+        return voxels
+
+    def write(self, path) -> None:
+        """Write the file, with a name that ends in .nii.gz."""
+        if self.axis == 2:  # the order in which the planes were appended is that of the file
+            Path(path).write_bytes(self._stream())
+            return
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(self.header)
+            file.write(self.voxels().tobytes("F"))
+
+    def _stream(self) -> bytes:
+        return b"".join([*self._parts, self._compressor.copy().flush()])

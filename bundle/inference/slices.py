@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from monai.config import KeysCollection
-from monai.data import Dataset
 from monai.engines.utils import IterationEvents
 from monai.transforms import MapTransform, Transform
 from monai.utils.enums import CommonKeys
@@ -20,7 +19,6 @@ from bundle.names import IMAGE
 # Keys of the samples here, beside those of `bundle.names`.
 SCAN, INDEX = "scan", "index"
 SLICE = "slice"  # the slice as it was read, before its values and its size are changed
-FAILURE = "failure"  # why it could not be read
 SAMPLES = "samples"  # of a batch
 
 
@@ -32,36 +30,9 @@ class LoadScanSlice(Transform):
         return {**sample, IMAGE: image, SLICE: image.clone()}
 
 
-class SliceDataset(Dataset):
-    """MONAI's Dataset of every slice of every scan, in order; an unreadable one becomes a blank image that says why.
-
-    One scan is open at a time.
-
-    Args:
-        scans: of `bundle.data.volumes.find_scans`.
-        transform: preprocessing, which raises ValueError or OSError for a slice that cannot be read.
-        image_size: side of the images in pixels.
-    """
-
-    def __init__(self, scans: Sequence[Scan], transform: Callable, image_size: int) -> None:
-        super().__init__([{SCAN: scan, INDEX: index} for scan in scans for index in range(len(scan))], transform)
-        self.image_size = image_size
-        self.open: Scan | None = None
-
-    def _transform(self, index: int):
-        sample = self.data[index]
-        if self.open is not None and self.open is not sample[SCAN]:
-            self.open.close()
-        self.open = sample[SCAN]
-        try:
-            return super()._transform(index)
-        except Exception as error:
-            cause = error
-            while cause.__cause__ is not None:  # MONAI wraps what a transform raises
-                cause = cause.__cause__
-            if not isinstance(cause, (ValueError, OSError)):
-                raise
-            return {**sample, IMAGE: torch.zeros(1, self.image_size, self.image_size), FAILURE: str(cause)}
+def slices_of(scans: Iterable[Scan]) -> list[dict]:
+    """Every slice of every scan, in order, as `LoadScanSlice` takes it."""
+    return [{SCAN: scan, INDEX: index} for scan in scans for index in range(len(scan))]
 
 
 def collate(samples: Sequence[dict]) -> dict:
@@ -72,8 +43,7 @@ def collate(samples: Sequence[dict]) -> dict:
 class SplitBatch:
     """Handler that splits batch and predictions into single slices, so that the engine's postprocessing gets each alone.
 
-    MONAI's own decollation would mix up detections, which are a list with an entry for each image. The prediction for a
-    slice that could not be read is dropped.
+    MONAI's own decollation would mix up detections, which are a list with an entry for each image.
     """
 
     def attach(self, engine) -> None:
@@ -83,8 +53,7 @@ class SplitBatch:
         samples, pred = engine.state.batch[SAMPLES], engine.state.output[CommonKeys.PRED]
         engine.state.batch = samples
         engine.state.output = [
-            {} if FAILURE in sample else {key: to_cpu(answer[index]) for key, answer in pred.items()}
-            for index, sample in enumerate(samples)
+            {key: to_cpu(answer[index]) for key, answer in pred.items()} for index in range(len(samples))
         ]
 
 

@@ -6,8 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+import traceback
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -15,22 +19,26 @@ from pathlib import Path
 import torch.distributed as dist
 
 import bundle
+from bundle import files
 from bundle.config import running_workflow
 from bundle.data.volumes import Scan, find_scans
-from bundle.errors import UserError
+from bundle.errors import UserError, user_message
 from bundle.files import file_hash, write_table
+from bundle.inference.results import TASK_RESULTS
+from bundle.inference.writer import PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions.json"
+LOG = "failures.log"  # tracebacks of this run
 UNFINISHED = ".tmp."  # how names of folders begin that are no results, or not yet
+LEFTOVER = re.compile(r"\.tmp\.[0-9a-f]{32}|\.[0-9a-f]{32}\.tmp")  # names that only a killed run leaves behind
 # Knobs that do not change what is predicted for a scan; the files behind checkpoint and reference count by their content.
 WITHOUT_EFFECT = ("bundle_root", "dataset_dir", "input", "output_dir", "checkpoint", "reference", "device", "batch_size")
 WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run", "network_def", "export_task")
 
 
 class Worklist:
-    """The scans that this process has to predict, in the order of their paths.
+    """The scans that this process has to predict, in the order of their paths, and the folder of their results.
 
     Every scan has a folder of results; it gets its name when all of it is written, so that one with predictions.json in it
     is done. A scan that is done with the same input, weights and knobs is left out. Processes started by torchrun take
@@ -42,33 +50,68 @@ class Worklist:
         run: text that stands for the weights and knobs, see `fingerprint`.
 
     Attributes:
-        scans: to be predicted by this process.
-        failures: {"scan" or file, "reason"} of what could not be read so far.
+        scans: of this process, done or not.
+        failures: {"scan", "reason", "log"} of what could not be predicted so far.
 
     Raises:
-        FileNotFoundError, ValueError: of `find_scans`.
-        UserError: if something else than results of a scan lies where its results belong.
+        UserError: of `find_scans`.
     """
 
     def __init__(self, source, output_dir, run: str) -> None:
-        self.folder, self.run = Path(output_dir), run
+        self.source, self.folder, self.run = source, Path(output_dir), run
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         scans, failures = find_scans(source, output_dir)
         for failure in failures:
             logger.warning(f"skipped {failure['reason']}")
         # Dealt out before looking at what is done: another process may have finished scans by now, and all must agree.
-        mine = scans[self.rank :: self.processes]
-        self.scans = [scan for scan in mine if not self._is_done(scan)]
-        for scan in self.scans:
-            self._check_place(self.folder / scan.name)
-        self.failures: list[dict] = failures if self.rank == 0 else []
-        share = "" if self.processes == 1 else f", {len(mine)} of them for process {self.rank}"
-        done = len(mine) - len(self.scans)
-        logger.info(f"{source}: {len(scans)} scans{share}, {done} of them done, {len(failures)} files unreadable")
+        self.scans, self.total = scans[self.rank :: self.processes], len(scans)
+        self.failures = [{"scan": row["file"], "reason": row["reason"]} for row in failures if self.rank == 0]
 
     def stamp(self, scan: Scan) -> str:
         """What the results of a scan depend on: its files, the weights and the knobs."""
         return hashlib.sha256(f"{scan.stamp} {self.run}".encode()).hexdigest()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the folder for this run while the block runs, and remove what killed runs have left in it.
+
+        Raises:
+            UserError: if another run has the folder.
+        """
+        if self.processes > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # the others may have much longer to go
+        try:
+            with files.locked(self.folder) if self.rank == 0 else nullcontext():
+                if self.rank == 0:
+                    self._remove_leftovers()
+                if self.processes > 1:
+                    dist.barrier()  # the first process has the lock
+                yield
+        finally:
+            if self.processes > 1:
+                dist.destroy_process_group()
+
+    def _remove_leftovers(self) -> None:
+        (self.folder / LOG).unlink(missing_ok=True)
+        for parent, folders, names in os.walk(self.folder):
+            for name in filter(LEFTOVER.fullmatch, [*folders, *names]):
+                path = Path(parent, name)
+                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
+            folders[:] = [name for name in folders if not LEFTOVER.fullmatch(name)]
+
+    def pending(self) -> list[Scan]:
+        """The scans that are not done.
+
+        Raises:
+            UserError: if something else than results of a scan lies where its results belong.
+        """
+        pending = [scan for scan in self.scans if not self._is_done(scan)]
+        for scan in pending:
+            self._check_place(self.folder / scan.name)
+        share = "" if self.processes == 1 else f", {len(self.scans)} of them for process {self.rank}"
+        done = len(self.scans) - len(pending)
+        logger.info(f"{self.source}: {self.total} scans{share}, {done} of them done, {len(self.failures)} files unreadable")
+        return pending
 
     def _is_done(self, scan: Scan) -> bool:
         found = _read_prediction(self.folder / scan.name / PREDICTIONS)
@@ -76,36 +119,59 @@ class Worklist:
 
     def _check_place(self, place: Path) -> None:
         """Refuse to put results where they would replace, or not be let in by, what this package has not written."""
-        files = [path for path in (place, *place.parents) if path.is_file()]
-        strange = place.is_dir() and any(place.iterdir()) and _read_prediction(place / PREDICTIONS) is None
-        if files or strange:
-            found = f"the file {files[0]}" if files else f"{place} with other content"
+        try:
+            blocking = [path for path in (place, *place.parents) if path.is_file()]
+            strange = place.is_dir() and any(place.iterdir()) and _read_prediction(place / PREDICTIONS) is None
+        except OSError:  # a name that is too long: this scan fails when its turn comes
+            return
+        if blocking or strange:
+            found = f"the file {blocking[0]}" if blocking else f"{place} with other content"
             raise UserError(f"output_dir: found {found}, expected a folder of results there or none; set another output_dir")
 
-    def fail(self, name: str, reason: str) -> None:
-        """Note that a scan could not be predicted; what was written of it is removed."""
-        logger.warning(f"skipped {reason}")
-        shutil.rmtree(self.unfinished(name), ignore_errors=True)
-        self.failures.append({"file": name, "reason": reason})
+    @contextmanager
+    def attempt(self, scan: Scan) -> Iterator[Path]:
+        """Give a new folder, which becomes that of the scan when the block ends, in place of older results.
 
-    def unfinished(self, name: str) -> Path:
-        """Folder of the results of a scan until all of them are written."""
-        return (self.folder / name).with_name(f"{UNFINISHED}{Path(name).name}")
+        Whatever the block raises fails this scan alone, see `fail`, and the folder is removed.
+        """
+        place = self.folder / scan.name
+        new, old = (place.with_name(f"{UNFINISHED}{uuid.uuid4().hex}") for _ in range(2))
+        try:
+            new.mkdir(parents=True)
+            yield new
+            if place.exists():  # moved away whole: killed in the middle of removing it, a half would be left
+                os.replace(place, old)
+            os.replace(new, place)
+        except Exception as error:
+            self.fail(scan, error)
+        finally:
+            scan.close()
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
-    def begin(self, name: str) -> Path:
-        """Make that folder anew."""
-        folder = self.unfinished(name)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
+    def fail(self, scan: Scan, error: Exception) -> None:
+        """Note in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
+        row = {"scan": scan.name, "reason": user_message(error)}
+        if row["reason"] is None and isinstance(error, OSError) and error.strerror:
+            place = self.folder / scan.name
+            row["reason"] = f"{place}: cannot be written ({error.strerror}); check the disk and its permissions"
+        elif row["reason"] is None:
+            cause = error
+            while cause.__cause__ is not None:  # MONAI wraps what a transform raises
+                cause = cause.__cause__
+            what = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+            row |= {"reason": f"{scan.path}: a bug of this program, {what}; see {LOG}", "log": LOG}
+            self._log(scan, error)
+        logger.warning(f"skipped {row['reason']}")
+        self.failures.append(row)
 
-    def complete(self, name: str) -> None:
-        """Give the folder its name, in place of older results."""
-        folder, older = self.folder / name, f"{UNFINISHED}older"
-        if folder.exists():  # moved away whole: killed in the middle of removing it, a half would be left
-            os.replace(folder, self.unfinished(name) / older)
-        os.replace(self.unfinished(name), folder)
-        shutil.rmtree(folder / older, ignore_errors=True)
+    def _log(self, scan: Scan, error: Exception) -> None:
+        text = f"{scan.name}\n{''.join(traceback.format_exception(error))}\n"
+        try:
+            with (self.folder / LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)  # at once: the processes of torchrun share the file
+        except OSError:
+            logger.error(text)
 
     def finish(self) -> None:
         """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything else in the folder.
@@ -119,25 +185,20 @@ class Worklist:
         """
         failures = self.failures
         if self.processes > 1:
-            dist.init_process_group("gloo", timeout=timedelta(days=7))  # the others may have much longer to go
             gathered = [None] * self.processes if self.rank == 0 else None
             dist.gather_object(failures, gathered)
-            dist.destroy_process_group()
             if self.rank:
                 return
             failures = [failure for part in gathered for failure in part]
-        failed = {self.folder / failure["file"] / PREDICTIONS for failure in failures}
+        write_table(failures, self.folder / "failures.csv", ("scan", "reason", "log"))
+        failed = {self.folder / failure["scan"] / PREDICTIONS for failure in failures}
         found = sorted(set(self.folder.glob(f"**/*/{PREDICTIONS}")) - failed)
         whole = [path for path in found if not path.parent.name.startswith(UNFINISHED)]
         predictions = [prediction for path in whole if (prediction := _read_prediction(path))]
-        write_table(failures, self.folder / "failures.csv", ("file", "reason"))
-        rows = {"scans": map(scan_row, predictions)}
-        rows["slices"] = chain.from_iterable(map(slice_rows, predictions))
-        rows["lesions"] = chain.from_iterable(map(lesion_rows, predictions))
-        for name, table in rows.items():
+        for name, rows in {"scans": scan_rows, "slices": slice_rows, "lesions": lesion_rows}.items():
             path = self.folder / f"{name}.csv"
             if predictions:
-                write_table(table, path, ("scan",))
+                write_table(chain.from_iterable(map(rows, predictions)), path, ("scan",))
             else:
                 path.unlink(missing_ok=True)  # of an earlier run
         if not predictions:
@@ -149,7 +210,7 @@ def _read_prediction(path: Path) -> dict | None:
     """Content of predictions.json; None if there is no such file or another program has written it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and "stamp" in found else None
 
@@ -162,38 +223,23 @@ def fingerprint(*files) -> str:
     return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(text.encode()).hexdigest()])
 
 
-def scan_row(prediction: Mapping) -> dict:
-    """Row of scans.csv: what is known of a scan as a whole."""
+def scan_rows(prediction: Mapping) -> Iterable[dict]:
+    """Rows of scans.csv, one: what is known of a scan as a whole."""
     row = {"scan": prediction["scan"]}
-    if classification := prediction.get("classification"):
-        row["predicted"] = classification["predicted"]
-        row |= {f"probability {name}": value for name, value in classification["probabilities"].items()}
-    for name, found in prediction.get("segmentation", {}).items():
-        row |= {f"{name} {key}": found[key] for key in ("volume_ml", "share_of_lung", "pixels")}
-    if "detection" in prediction:
-        row["lesions"] = len(prediction["detection"])
-        row["highest score"] = max((lesion["score"] for lesion in prediction["detection"]), default=None)
+    for task, results in TASK_RESULTS.items():
+        row |= results.scan_columns(prediction[task]) if task in prediction else {}
     row["lung_ml"] = prediction["lung"] and prediction["lung"]["volume_ml"]
-    if reconstruction := prediction.get("reconstruction"):
-        row["reconstruction_error"] = reconstruction["mean_error"]
     row["novelty"] = prediction["novelty"] and prediction["novelty"]["distance"]
-    return row | {"slices": len(prediction["slices"]), "warnings": "; ".join(prediction["warnings"])}
+    yield row | {"slices": len(prediction["slices"]), "warnings": "; ".join(prediction["warnings"])}
 
 
 def slice_rows(prediction: Mapping) -> Iterable[dict]:
     """Rows of slices.csv."""
     for found in prediction["slices"]:
         row = {"scan": prediction["scan"], "slice": found["index"], "position_mm": found["position_mm"]}
-        row |= {f"probability {name}": value for name, value in found.get("probabilities", {}).items()}
-        for name, pixels in found.get("lesion_pixels", {}).items():
-            row |= {f"{name} pixels": pixels, f"{name} mm2": found["lesion_mm2"] and found["lesion_mm2"][name]}
-        if "boxes" in found:
-            row |= {
-                "boxes": len(found["boxes"]),
-                "highest score": max((box["score"] for box in found["boxes"]), default=None),
-            }
-        keys = ("lung_mm2", "reconstruction_error", "novelty")
-        yield row | {key: found[key] for key in keys if key in found}
+        for task, results in TASK_RESULTS.items():
+            row |= results.slice_columns(found) if task in prediction else {}
+        yield row | {key: found[key] for key in ("lung_mm2", "novelty")}
 
 
 def lesion_rows(prediction: Mapping) -> Iterable[dict]:

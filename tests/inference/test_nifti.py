@@ -1,11 +1,11 @@
-"""Volumes that are written plane by plane read back as if they had been written at once."""
+"""Volumes that grow plane by plane read back as if they had been written at once."""
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from bundle.inference.nifti import NiftiFile
+from bundle.inference.nifti import Volume
 
 AFFINE = np.array([[0.0, -2.0, 0.3, 5], [1.5, 0.0, 0.0, -7], [0.0, 0.2, 3.0, 11], [0, 0, 0, 1]])
 
@@ -14,12 +14,12 @@ AFFINE = np.array([[0.0, -2.0, 0.3, 5], [1.5, 0.0, 0.0, -7], [0.0, 0.2, 3.0, 11]
 @pytest.mark.parametrize(("dtype", "slope"), [(np.uint8, 1 / 255), (np.int16, 1.0)])
 def test_planes_along_any_axis_make_the_volume(tmp_path, axis, dtype, slope):
     voxels = np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype(dtype)
-    file = NiftiFile(tmp_path / "x.nii.gz", voxels.shape, AFFINE, dtype, slope)
-    for index in reversed(range(voxels.shape[axis])):
-        file.put(voxels.take(index, axis), axis, index)
-    np.testing.assert_array_equal(file.voxels(), voxels)
-    file.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["x.nii.gz"]
+    volume = Volume(voxels.shape, AFFINE, axis, dtype, slope)
+    for index in range(voxels.shape[axis]):
+        volume.append(voxels.take(index, axis))
+    np.testing.assert_array_equal(volume.voxels(), voxels)
+    assert all((plane == voxels.take(index, axis)).all() for index, plane in enumerate(volume.planes()))
+    volume.write(tmp_path / "x.nii.gz")
     image = nib.load(tmp_path / "x.nii.gz")
     np.testing.assert_array_equal(image.dataobj.get_unscaled(), voxels)
     np.testing.assert_allclose(image.get_fdata(), voxels * slope, rtol=1e-6)
@@ -30,9 +30,17 @@ def test_planes_along_any_axis_make_the_volume(tmp_path, axis, dtype, slope):
 
 
 def test_without_geometry_the_header_claims_none(tmp_path):
-    file = NiftiFile(tmp_path / "x.nii.gz", (4, 3, 2), None)
-    file.put(np.ones((4, 3), np.uint8), 2, 1)
-    file.finish()
+    volume = Volume((4, 3, 2), None)
+    for value in (0, 1):
+        volume.append(np.full((4, 3), value))
+    volume.write(tmp_path / "x.nii.gz")
     image = nib.load(tmp_path / "x.nii.gz")
     assert (image.header["sform_code"], image.header["qform_code"]) == (0, 0)
     assert image.get_fdata().sum() == 12 and image.header.get_xyzt_units()[0] == "unknown"
+
+
+def test_memory_is_that_of_the_file():
+    volume = Volume((512, 512, 100), AFFINE)
+    for _ in range(100):
+        volume.append(np.zeros((512, 512)))
+    assert sum(map(len, volume._parts)) < 512 * 512 * 100 / 100

@@ -1,7 +1,9 @@
 """Predictions come back on the very pixels they were made for; a network that marks what is bright stands in."""
 
 import csv
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -248,7 +250,7 @@ def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, 
         nib.save(nib.Nifti1Image(np.full(shape, value, np.float32), np.eye(4)), source / f"{name}.nii.gz")
     predictions = predict(source, out, batch_size=2)
     assert list(predictions) == ["a/x.png", "b/x.bmp", "b/x.png"]
-    reasons = {failure["file"]: failure["reason"] for failure in table(out / "failures.csv")}
+    reasons = {failure["scan"]: failure["reason"] for failure in table(out / "failures.csv")}
     words = {"truncated.png": "cannot be read", "text.png": "cannot", "nan.nii.gz": "NaN", "movie.nii.gz": "(8, 8, 3, 2)"}
     assert reasons.keys() == words.keys()
     assert all(word in reasons[name] for name, word in words.items())
@@ -257,7 +259,7 @@ def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, 
     pictures = ["mask", "overlays/0000", "probability", "reconstruction", "reconstruction_error"]
     files = [*(f"{name}.png" for name in pictures), "predictions.json", "report.html"]
     expected = [f"{name}/{file}" for name in predictions for file in files]
-    expected += [f"{name}.csv" for name in ("failures", "lesions", "scans", "slices")]
+    expected += [".lock", *(f"{name}.csv" for name in ("failures", "lesions", "scans", "slices"))]
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(expected)
 
 
@@ -267,7 +269,7 @@ def test_nothing_readable_is_an_error_after_the_report(tmp_path):
         predict(tmp_path / "x.nii", tmp_path / "out")
     assert str(raised.value.__cause__).startswith("input: nothing could be read; ")
     assert len(table(tmp_path / "out/failures.csv")) == 1
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failures.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "failures.csv"]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "reconstruction", "detection"])
@@ -308,11 +310,116 @@ def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypat
 
     Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bundle.inference.results.draw_overlay", interrupted)
+        patch.setattr("bundle.inference.writer.draw_overlay", interrupted)
         predict(tmp_path / "x.png", tmp_path / "out")
     assert not (tmp_path / "out/x.png").exists()
     assert list(predict(tmp_path / "x.png", tmp_path / "out")) == ["x.png"]
     assert not list((tmp_path / "out").glob(".tmp*"))
+
+
+def write_pictures(folder, names):
+    folder.mkdir()
+    for grey, name in enumerate(names, start=1):
+        Image.fromarray(np.full((64, 64), 10 * grey, np.uint8)).save(folder / name)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, OSError, RuntimeError])
+def test_a_bug_fails_one_scan_and_its_traceback_goes_to_a_log(tmp_path, error):
+    class Broken(Bright):
+        count = 0
+
+        def forward(self, image):
+            self.count += 1
+            if self.count == 2:
+                raise error("operands could not\nbe broadcast")
+            return super().forward(image)
+
+    write_pictures(tmp_path / "in", ["a.png", "b.png", "c.png"])
+    assert list(predict(tmp_path / "in", tmp_path / "out", Broken())) == ["a.png", "c.png"]
+    (failure,) = table(tmp_path / "out/failures.csv")
+    assert failure["scan"] == "b.png" and failure["log"] == "failures.log"
+    name = error.__name__
+    assert failure["reason"].startswith(f"{tmp_path}/in/b.png: a bug of this program, {name}: ") and "\n" not in failure["reason"]
+    log = (tmp_path / "out/failures.log").read_text()
+    assert log.startswith("b.png\nTraceback") and "in forward" in log and f"{name}: " in log
+    assert [row["scan"] for row in table(tmp_path / "out/scans.csv")] == ["a.png", "c.png"]
+    predict(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out/failures.log").exists(), "it is of the last run"
+
+
+def test_a_disk_that_refuses_a_file_fails_one_scan_in_one_line(tmp_path, monkeypatch):
+    calls = []
+
+    def full(file, *arguments):
+        calls.append(file)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    write_pictures(tmp_path / "in", ["a.png", "b.png"])
+    monkeypatch.setattr("bundle.inference.writer.draw_overlay", full)
+    assert list(predict(tmp_path / "in", tmp_path / "out")) == ["b.png"]
+    (failure,) = table(tmp_path / "out/failures.csv")
+    reason = f"{tmp_path}/out/a.png: cannot be written (No space left on device); check the disk and its permissions"
+    assert failure == {"scan": "a.png", "reason": reason, "log": ""}
+    assert not list((tmp_path / "out").rglob(".tmp*")) and not (tmp_path / "out/failures.log").exists()
+
+
+def test_a_name_as_long_as_the_disk_takes_is_predicted(tmp_path):
+    names = ["肺" * 83 + ".png", "a.png"]
+    write_pictures(tmp_path / "in", names)
+    assert sorted(predict(tmp_path / "in", tmp_path / "out")) == sorted(names)
+
+
+def chest(slices, size=64):
+    """HU (size, size, slices) of a body with two lungs, in pixels of 5 mm."""
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    hu = np.where((x / 0.45) ** 2 + (y / 0.38) ** 2 < 1, 40, -1000)
+    for side in (-0.18, 0.18):
+        hu[((x - side) / 0.13) ** 2 + (y / 0.25) ** 2 < 1] = -800
+    return np.repeat(hu[..., None], slices, 2).astype(np.int16)
+
+
+def test_the_class_of_a_scan_is_that_of_its_slices_with_lung(tmp_path):
+    class Tissue(Bright):
+        def forward(self, image):  # class 2 where much is tissue, class 1 where lung is
+            much = (image > 0.5).float().mean((1, 2, 3)) > 0.4
+            return {**super().forward(image), "classification": torch.eye(3)[1 + much.long()] * 5}
+
+    volume = chest(5)
+    volume[..., 2:][volume[..., 2:] == -800] = 40  # three slices of the abdomen
+    nib.save(nib.Nifti1Image(volume.swapaxes(0, 1), np.diag([-5, -5, 4, 1])), tmp_path / "x.nii.gz")
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", Tissue()).values()
+    likeliest = [max(row["probabilities"], key=row["probabilities"].get) for row in prediction["slices"]]
+    assert likeliest == ["COVID-19"] * 2 + ["lung cancer"] * 3
+    assert prediction["classification"]["predicted"] == "COVID-19" and prediction["classification"]["slices"] == 2
+
+
+def test_the_volume_of_the_lung_holds_its_lesions(tmp_path):
+    class Marked(Bright):
+        def forward(self, image):
+            mask = torch.full_like(image, -9.0)
+            mask[..., 24:40, 16:26] = 9.0
+            return {**super().forward(image), "segmentation": mask}
+
+    volume = chest(3)
+    volume[24:40, 16:26] = 60  # 40 cm2 of consolidation: no hole of the lung that is filled
+    nib.save(nib.Nifti1Image(volume.swapaxes(0, 1), np.diag([-5, -5, 4, 1])), tmp_path / "x.nii.gz")
+    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", Marked()).values()
+    lesion, without = prediction["segmentation"]["lesion"], sum(row["lung_mm2"] for row in prediction["slices"]) * 4 / 1000
+    assert lesion["volume_ml"] == pytest.approx(3 * 160 * 25 * 4 / 1000)
+    assert prediction["lung"]["volume_ml"] > without + 0.8 * lesion["volume_ml"]
+    assert lesion["share_of_lung"] == pytest.approx(lesion["volume_ml"] / prediction["lung"]["volume_ml"], abs=1e-6)
+
+
+def test_other_weights_in_the_same_file_are_another_run(tmp_path):
+    write_pictures(tmp_path / "in", ["a.png"])
+    stamps = []
+    for content in (b"one", b"two"):
+        (tmp_path / "model.pt").write_bytes(content)
+        os.utime(tmp_path / "model.pt", (0, 0))
+        (prediction,) = predict(tmp_path / "in", tmp_path / "out", checkpoint=str(tmp_path / "model.pt")).values()
+        stamps.append(prediction["stamp"])
+    assert stamps[0] != stamps[1]
 
 
 def test_a_knob_out_of_range_is_refused_before_any_scan_is_computed(tmp_path):

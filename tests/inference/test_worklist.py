@@ -5,9 +5,13 @@ import os
 import re
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
+from pydicom.uid import generate_uid
 
+from bundle.errors import UserError
+from bundle.files import locked
 from bundle.inference.worklist import Worklist
 
 
@@ -22,20 +26,17 @@ def test_processes_agree_on_their_shares_however_late_they_start(tmp_path, monke
         return Worklist(tmp_path / "in", tmp_path / "out", "run")
 
     early = start(0)
-    done = early.scans[0]
-    (early.begin(done.name) / "predictions.json").write_text(json.dumps({"stamp": early.stamp(done)}))
-    early.complete(done.name)
+    write_results(early, early.scans[0])
     late = start(1)  # after the first process has finished a scan
     names = [[scan.name for scan in worklist.scans] for worklist in (early, late)]
     assert len(names[0]) == 3 and len(names[1]) == 2 and not set(names[0]) & set(names[1])
-    again = start(0)
-    assert [scan.name for scan in again.scans] == names[0][1:], "what is done is not done again"
+    assert [scan.name for scan in start(0).pending()] == names[0][1:], "what is done is not done again"
 
 
 def write_results(worklist, scan, **entries):
     prediction = {"scan": scan.name, "stamp": worklist.stamp(scan), "lung": None, "novelty": None, "slices": [], "warnings": []}
-    (worklist.begin(scan.name) / "predictions.json").write_text(json.dumps({**prediction, **entries}))
-    worklist.complete(scan.name)
+    with worklist.attempt(scan) as folder:
+        (folder / "predictions.json").write_text(json.dumps({**prediction, **entries}))
 
 
 @pytest.fixture
@@ -53,12 +54,14 @@ def test_results_take_the_place_of_older_ones_whole(picture, tmp_path, monkeypat
     worklist = Worklist(picture, tmp_path / "out", "three")
     with monkeypatch.context() as patch:  # killed between the two steps
         replaced, replace = [], os.replace
-        patch.setattr(os, "replace", lambda *paths: replaced.append(replace(*paths)) if not replaced else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(os, "replace", lambda *paths: replaced.append(replace(*paths)) if not replaced else os.kill())
+        patch.setattr(os, "kill", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
             write_results(worklist, worklist.scans[0])
     worklist = Worklist(picture, tmp_path / "out", "three")
-    write_results(worklist, worklist.scans[0], model="three")
-    worklist.finish()
+    with worklist.locked():
+        write_results(worklist, *worklist.pending(), model="three")
+        worklist.finish()
     assert json.loads((tmp_path / "out/a.png/predictions.json").read_text())["model"] == "three"
     assert [path.name for path in (tmp_path / "out/a.png").iterdir()] == ["predictions.json"]
     assert not list((tmp_path / "out").rglob(".tmp*"))
@@ -71,7 +74,7 @@ def test_what_another_program_has_put_there_is_not_replaced(picture, tmp_path, p
     strange.write_text("[1]")
     found = f"the file {strange}" if place == "a.png" else f"{strange.parent} with other content"
     with pytest.raises(ValueError, match=f"^output_dir: found {re.escape(found)}, expected a folder of results there or none"):
-        Worklist(picture, tmp_path / "out", "run")
+        Worklist(picture, tmp_path / "out", "run").pending()
     assert strange.read_text() == "[1]"
 
 
@@ -92,25 +95,62 @@ def test_older_results_of_a_scan_that_fails_now_are_in_no_table(tmp_path):
         Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / f"in/{name}.png")
     worklist = Worklist(tmp_path / "in", tmp_path / "out", "run")
     for scan in worklist.scans:
-        prediction = {
-            "scan": scan.name,
-            "stamp": worklist.stamp(scan),
-            "lung": None,
-            "novelty": None,
-            "slices": [],
-            "warnings": [],
-        }
-        (worklist.begin(scan.name) / "predictions.json").write_text(json.dumps(prediction))
-        worklist.complete(scan.name)
+        write_results(worklist, scan)
     (tmp_path / "in/b.png").write_bytes(b"no picture any more")
     later = Worklist(tmp_path / "in", tmp_path / "out", "other weights")
-    later.fail("c.png", "c.png: found nothing")
+    later.fail(later.scans[1], UserError("c.png: found nothing"))
     later.finish()
     tables = {name: (tmp_path / f"out/{name}.csv").read_text().splitlines()[1:] for name in ("scans", "failures")}
     assert [line.split(",")[0] for line in tables["scans"]] == ["a.png"]
     assert sorted(line.split(",")[0] for line in tables["failures"]) == ["b.png", "c.png"]
     assert (tmp_path / "out/c.png/predictions.json").exists()
-    later.fail("a.png", "a.png: found nothing")
+    later.fail(later.scans[0], UserError("a.png: found nothing"))
     with pytest.raises(ValueError, match="input: nothing could be read"):
         later.finish()
     assert [path.name for path in (tmp_path / "out").glob("*.csv")] == ["failures.csv"]
+
+
+def test_a_slice_that_was_replaced_makes_another_scan_whatever_its_size_and_date(tmp_path, write_dicom):
+    (tmp_path / "in").mkdir()
+    series = generate_uid()
+    for index in range(3):
+        path = write_dicom(tmp_path / f"in/{index}", np.full((64, 64), 40 * index))
+        dataset = pydicom.dcmread(path)
+        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
+        dataset.save_as(path)
+        os.utime(path, (1000 + index, 1000 + index))
+    worklist = Worklist(tmp_path / "in", tmp_path / "out", "run")
+    (scan,) = worklist.pending()
+    write_results(worklist, scan)
+    assert not Worklist(tmp_path / "in", tmp_path / "out", "run").pending()
+    dataset.PixelData = bytes(len(dataset.PixelData))
+    dataset.ImagePositionPatient = [0, 0, 5]
+    dataset.save_as(tmp_path / "in/1")
+    os.utime(tmp_path / "in/1", (1000, 1000))
+    assert len(Worklist(tmp_path / "in", tmp_path / "out", "run").pending()) == 1
+    for index in range(3):
+        os.utime(tmp_path / f"in/{index}", (1000 + index, 1000 + index))
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert not Worklist(tmp_path / "moved", tmp_path / "out", "run").pending(), "names of files count, their folder does not"
+
+
+def test_what_killed_runs_leave_behind_is_removed_and_nothing_else(picture, tmp_path):
+    mine, killed = ("out/.tmp.mine/x", "out/a/.hidden.tmp"), (f"out/a/.tmp.{'0a' * 16}/x/y", f"out/.{'0a' * 16}.tmp")
+    for name in (*mine, *killed):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    worklist = Worklist(picture, tmp_path / "out", "run")
+    assert all((tmp_path / name).exists() for name in killed), "another run may be using them: nobody has the lock yet"
+    with worklist.locked():
+        pass
+    assert all((tmp_path / name).exists() for name in mine)
+    assert not any((tmp_path / name).parent.is_dir() for name in killed[:1]) and not (tmp_path / killed[1]).exists()
+
+
+def test_a_folder_that_another_run_uses_is_refused(picture, tmp_path):
+    with locked(tmp_path / "out"):
+        line = rf"^{tmp_path}/out: in use by process {os.getpid()} on .* since 2.*; wait for its end, or set another folder$"
+        with pytest.raises(UserError, match=line), Worklist(picture, tmp_path / "out", "run").locked():
+            pass
+    with Worklist(picture, tmp_path / "out", "run").locked():
+        pass

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from bundle.cli import main
+from bundle.files import locked
 
 SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "AccessionNumber": "ACC0815", "PatientBirthDate": "19500102"}
 
@@ -81,7 +84,7 @@ def test_every_study_is_predicted_and_the_broken_ones_are_reported(first):
     (series,) = (first / "study").iterdir()
     assert names(first) == ["a.png", "b.jpg", f"study/{series.name}", "volume.nii.gz"]
     failures = table(first / "failures.csv")
-    assert sorted(row["file"] for row in failures) == ["broken.png", "cut.nii.gz", "empty.dcm"]
+    assert sorted(row["scan"] for row in failures) == ["broken.png", "cut.nii.gz", "empty.dcm"]
     assert all(row["reason"] and "\n" not in row["reason"] for row in failures)
     assert [row["scan"] for row in table(first / "scans.csv")] == names(first)
     assert len(table(first / "slices.csv")) == 4 + 5 + 2
@@ -134,10 +137,38 @@ def test_two_processes_share_the_work_and_give_the_same_results(first, studies, 
     assert table(tmp_path / "failures.csv") == table(first / "failures.csv")
 
 
+def test_a_folder_that_another_command_writes_to_is_refused_in_one_line(studies, chestct, tmp_path):
+    with locked(tmp_path / "out"):
+        done = chestct(studies / "a.png", tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"error: {tmp_path}/out: in use by process {os.getpid()} on \S+ since [-:+ \d]+; wait for its end, .*", line)
+    assert names(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_ends_in_one_line(studies, chestct_command, tmp_path):
+    """On a disk of 300 kB, where a memory map of a file that grew would have ended in SIGBUS."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs a user namespace to mount a small disk")
+    source = tmp_path / "in"
+    source.mkdir()
+    volume = np.random.default_rng(0).integers(-1000, 100, (256, 256, 8)).astype(np.int16)
+    nib.save(nib.Nifti1Image(volume, np.diag([-1, -1, 4, 1])), source / "volume.nii.gz")
+    (source / "a.png").write_bytes((studies / "a.png").read_bytes())
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o size=300k tmpfs {tmp_path}/disk && \"$@\"; status=$?; cat {tmp_path}/disk/out/failures.csv; exit $status"
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", *chestct_command(source, tmp_path / "disk/out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+    line = f"{tmp_path}/disk/out/volume.nii.gz: cannot be written (No space left on device); check the disk and its permissions"
+    assert f"volume.nii.gz,{line}," in done.stdout
+    assert "1 scans, 1 failures" in done.stdout + done.stderr
+
+
 def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chestct, chestct_command, tmp_path):
     knobs = ("--score_threshold", 0.06, "--batch_size", 3)
     process = subprocess.Popen(chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob(".tmp.volume*/overlays/0001.png")):
+    while process.poll() is None and not list(tmp_path.glob(".tmp.*/overlays/0001.png")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was killed in the middle of a volume"
