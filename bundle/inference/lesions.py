@@ -13,16 +13,6 @@ from bundle.data.volumes import Scan
 from bundle.errors import UserError
 
 
-def check_link_iou(value: float) -> None:
-    """Refuse a lowest IoU of linked boxes that would link all of them, or none.
-
-    Raises:
-        UserError: if it is not above 0 and up to 1.
-    """
-    if not 0 < value <= 1:
-        raise UserError(f"link_iou: found {value}, expected a number above 0 and up to 1")
-
-
 def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) -> list[dict]:
     """Link the boxes of neighbouring slices to lesions.
 
@@ -44,7 +34,8 @@ def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) 
     Raises:
         UserError: if `min_iou` is out of range.
     """
-    check_link_iou(min_iou)
+    if not 0 < min_iou <= 1:
+        raise UserError(f"link_iou: found {min_iou}, expected a number above 0 and up to 1")
     lesions: list[list[dict]] = []
     open_lesions: list[list[dict]] = []  # those with a box in the slice before
     for index, boxes in enumerate(slices):

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from bundle.data.transforms import to_file_grid
 from bundle.data.volumes import Scan
 from bundle.errors import UserError
-from bundle.inference.lesions import check_link_iou, link_boxes
+from bundle.inference.lesions import link_boxes
 from bundle.inference.nifti import Volume
 from bundle.inference.novelty import assess
 from bundle.inference.slices import INDEX, SLICE
@@ -285,7 +285,6 @@ class DetectionResults(TaskResults):
     """{"boxes" (N, 4) in pixels of the stored slice, "scores" (N,), "areas" (N,)} of each slice, linked to lesions."""
 
     def __init__(self, classes: Sequence[str], segmentation_classes: Sequence[str], link_iou: float) -> None:
-        check_link_iou(link_iou)
         self.link_iou = link_iou
 
     def row(self, answer, view, result):
@@ -329,7 +328,7 @@ def task_results(
         link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
 
     Raises:
-        UserError: for an unknown task, names of mask channels that would share a file, or if `link_iou` is out of range.
+        UserError: for an unknown task, or for names of mask channels that would share a file.
     """
     return {task: TASK_RESULTS[task](classes, segmentation_classes, link_iou) for task in check_tasks(tasks)}
 
