@@ -14,7 +14,7 @@ from bundle.errors import UserError
 from bundle.inference.backends import PACKAGES
 from bundle.names import EMBEDDING, TASKS, check_tasks
 from bundle.networks.detection import MaskRCNNHead
-from bundle.training.loss import SEGMENTATION_LOSSES
+from bundle.tasks.segmentation import SEGMENTATION_LOSSES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -8,14 +8,15 @@ from bundle import names
 from bundle.names import ANNOTATION, TASKS, check_tasks
 
 PACKAGE = Path(bundle.__file__).parent
-# Who may import whom: names, errors, files <- config, lungs <- data, networks <- training, evaluation, inference <- monailabel, study, cli.
+# Who may import whom: names, errors, files <- config, lungs <- data, networks <- tasks <- training, evaluation, inference <- monailabel, study, cli.
 # Training, evaluation and inference never import one another: what one room needs of another is wired in the configs.
 FLOOR = {
     **dict.fromkeys(("errors", "names", "files"), 0),
     **dict.fromkeys(("config", "lungs"), 1),
     **dict.fromkeys(("data", "networks"), 2),
-    **dict.fromkeys(("training", "evaluation", "inference"), 3),
-    **dict.fromkeys(("monailabel", "study", "cli"), 4),
+    "tasks": 3,
+    **dict.fromkeys(("training", "evaluation", "inference"), 4),
+    **dict.fromkeys(("monailabel", "study", "cli"), 5),
 }
 
 

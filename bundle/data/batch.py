@@ -1,139 +1,79 @@
-"""Batches of partially labelled samples, and the draw that keeps tasks, sources and classes in balance."""
+"""Batches of partially labelled samples, and the draw that keeps tasks, sources and classes in balance.
+
+What a task adds to a batch is the task's own: see `bundle.tasks.Task`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from bundle.errors import UserError
-from bundle.names import (
-    ANNOTATED,
-    ANNOTATION,
-    BOXES,
-    CLASS,
-    CLASSIFICATION,
-    DETECTION,
-    EMPTY_MASK,
-    IMAGE,
-    INSTANCES,
-    MASK,
-    RECONSTRUCTION,
-    RECORD,
-    SEGMENTATION,
-    SOURCE,
-    TARGET,
-    TASKS,
-    check_tasks,
-)
+from bundle.names import ANNOTATED, DETECTION, IMAGE, RECORD, TARGET
 
 
-def collate(samples: Sequence[dict]) -> dict:
+def collate(samples: Sequence[dict], tasks: Sequence) -> dict:
     """Join samples, annotated for different tasks, into one batch.
 
     Args:
-        samples: what the transforms return; `target` defaults to the image, `class`, `mask` and `boxes` may be absent.
+        samples: what the transforms return; `target` defaults to the image, and the fields of the tasks may be absent.
+        tasks: `bundle.tasks.Task` of the network.
 
     Returns:
-        image and target (B, 1, S, S); class (B, K) bool, the classes that a sample may have, K the highest of the batch + 1;
-        mask (B, C, S, S); detection, a list of B entries, each None or
-        {"boxes" (N, 4) x1 y1 x2 y2 in pixels, "labels" (N,) ones, "masks" (N, S, S) where instances are annotated};
-        annotated, task -> bool (B,); record, a list of B dictionaries. Rows that are not annotated hold zeros.
+        image and target (B, 1, S, S); annotated, task -> bool (B,); record, a list of B dictionaries; and the entries of
+        each task, see `bundle.tasks.Task.collate`.
     """
-    images = torch.stack([_plain(sample[IMAGE]) for sample in samples])
-    channels = next((len(sample[MASK]) for sample in samples if MASK in sample), 1)
-    no_mask = images.new_zeros(channels, *images.shape[2:])
-    annotated = {task: torch.tensor([key in sample for sample in samples]) for task, key in ANNOTATION.items()}
-    annotated[RECONSTRUCTION] = torch.ones(len(samples), dtype=torch.bool)
-    return {
-        IMAGE: images,
-        TARGET: torch.stack([_plain(sample.get(TARGET, sample[IMAGE])) for sample in samples]),
-        CLASS: _candidates([sample.get(CLASS, []) for sample in samples]),
-        MASK: torch.stack([_plain(sample[MASK]) if MASK in sample else no_mask for sample in samples]),
-        DETECTION: [_detection_target(sample) for sample in samples],
-        ANNOTATED: annotated,
+    image = torch.stack([plain(sample[IMAGE]) for sample in samples])
+    batch = {
+        IMAGE: image,
+        TARGET: torch.stack([plain(sample.get(TARGET, sample[IMAGE])) for sample in samples]),
+        ANNOTATED: {task.name: torch.tensor([task.is_annotated(sample) for sample in samples]) for task in tasks},
         RECORD: [sample[RECORD] for sample in samples],
     }
+    for task in tasks:
+        batch |= task.collate(samples, image)
+    return batch
 
 
-def _candidates(classes: Sequence[int | Sequence[int]]) -> torch.Tensor:
-    """Classes that each sample may have, one number or a list of them, as bool (B, highest class + 1)."""
-    sets = [[label] if isinstance(label, int) else list(label) for label in classes]
-    candidates = torch.zeros(len(sets), max(chain.from_iterable(sets), default=0) + 1, dtype=torch.bool)
-    for row, labels in zip(candidates, sets):
-        row[labels] = True
-    return candidates
-
-
-def known_classes(batch: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the samples of a batch that have exactly one class: which they are, bool (B,), and their classes, int64."""
-    rows = batch[CLASS].sum(1) == 1
-    return rows, batch[CLASS][rows].int().argmax(1)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what MONAI keeps beside it."""
     return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
 
 
-def _detection_target(sample: dict) -> dict | None:
-    if BOXES not in sample:
-        return None
-    target = {"boxes": _plain(sample[BOXES]), "labels": torch.ones(len(sample[BOXES]), dtype=torch.int64)}
-    if INSTANCES in sample:
-        target["masks"] = _plain(sample[INSTANCES])
-    return target
-
-
-def balanced_weights(
-    records: Sequence[dict], tasks: Iterable[str], shares: Mapping[str, float] | None = None
-) -> torch.Tensor:
+def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
     """Compute weights for `torch.utils.data.WeightedRandomSampler` that divide the draws among tasks, sources and classes.
 
-    Classification: every source has the same share, and within a source every class. Segmentation and detection: half of
-    the draws show a lesion, half none, and within a half every source has the same share. Reconstruction learns from every
-    draw; it has a share of its own only of the records without an annotation for another of the tasks. The weight of a
+    A task divides its `share` as its `stratum` says: see `bundle.tasks.Task`. One that needs no annotation learns from every
+    draw; it has a share of its own only of the records that are not annotated for another of the tasks. The weight of a
     record is the sum of its shares.
 
     Args:
         records: of `bundle.data.datalist.select`.
-        tasks: names of the tasks that are trained.
-        shares: task -> its share of the draws, in any unit; 1 for a task that is not named.
+        tasks: `bundle.tasks.Task` that are trained.
 
     Returns:
         float64 (number of records,), summing to one.
 
     Raises:
-        UserError: for an unknown task, a share below 0, or if no record has a share.
+        UserError: if no record has a share.
     """
-    tasks, shares = check_tasks(tasks), shares or {}
-    if wrong := [f"{task}: {share!r}" for task, share in shares.items() if task not in TASKS or not share >= 0]:
-        raise UserError(f"draws: found {', '.join(wrong)}, expected {', '.join(TASKS)}, each with a number from 0 up")
     weights = torch.zeros(len(records), dtype=torch.float64)
+    needing = [task for task in tasks if task.field is not None]
     for task in tasks:
-        cells = [_cell(record, task, tasks) for record in records]
-        sizes = Counter(cell for cell in cells if cell is not None)
+        own = [task] if task in needing else []
+        counted = [task.is_annotated(r) and (own or not any(other.is_annotated(r) for other in needing)) for r in records]
+        strata = [task.stratum(record) if counts else None for record, counts in zip(records, counted)]
+        sizes = Counter(stratum for stratum in strata if stratum is not None)
         parts = Counter(outer for outer, _ in sizes)
-        for index, cell in enumerate(cells):
-            if cell is not None:
-                weights[index] += shares.get(task, 1) / (len(parts) * parts[cell[0]] * sizes[cell])
+        for index, stratum in enumerate(strata):
+            if stratum is not None:
+                weights[index] += task.share / (len(parts) * parts[stratum[0]] * sizes[stratum])
     if not weights.sum() > 0:
-        raise UserError(f"draws: found no record to draw for {', '.join(tasks)}, expected a share above 0 for one of them")
+        names = ", ".join(task.name for task in tasks)
+        raise UserError(f"draws: found no record to draw for {names}, expected a share above 0 for one of them")
     return weights / weights.sum()
-
-
-def _cell(record: dict, task: str, tasks: Iterable[str]) -> tuple | None:
-    """(outer, inner) stratum of a record for a task; None where it has no share for the task."""
-    source = record.get(SOURCE)
-    if task == RECONSTRUCTION:
-        others = (ANNOTATION[other] for other in tasks if other != RECONSTRUCTION)
-        return None if any(field in record for field in others) else (source, None)
-    if ANNOTATION[task] not in record:
-        return None
-    if task == CLASSIFICATION:
-        return source, str(record[CLASS])
-    return record[MASK] != EMPTY_MASK if task == SEGMENTATION else bool(record[BOXES]), source
 
 
 def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
@@ -144,7 +84,7 @@ def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs
         targets, and which images are annotated for which task).
     """
     batch = _to_device(batch, device, non_blocking)
-    return batch[IMAGE], batch, (), {"targets": batch[DETECTION], "annotated": batch[ANNOTATED]}
+    return batch[IMAGE], batch, (), {"targets": batch.get(DETECTION), "annotated": batch[ANNOTATED]}
 
 
 def _to_device(item, device, non_blocking: bool):

@@ -23,7 +23,6 @@ from bundle.names import (
     MASK,
     RECONSTRUCTION,
     SOURCE,
-    check_tasks,
 )
 
 SPLITS = ("training", "validation", "test")
@@ -164,18 +163,24 @@ def annotated_tasks(record: Mapping) -> tuple[str, ...]:
     return tuple(task for task, field in ANNOTATION.items() if field in record) + (RECONSTRUCTION,)
 
 
-def select(datalist: Mapping, split: str, tasks: Iterable[str], dataset_dir="") -> list[dict]:
+def select(datalist: Mapping, split: str, tasks: Iterable, dataset_dir="") -> list[dict]:
     """Records of a split that are annotated for at least one of the tasks, with paths joined to `dataset_dir`.
+
+    Args:
+        datalist: of `load_datalist`.
+        split: one of `SPLITS`.
+        tasks: `bundle.tasks.Task` that ask for records.
+        dataset_dir: folder that the paths start from.
 
     Raises:
         UserError: if the split is unknown, or no record is left.
     """
-    tasks = check_tasks(tasks)
     if split not in SPLITS:
         raise UserError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
-    records = [record for record in datalist.get(split, []) if set(annotated_tasks(record)) & set(tasks)]
+    records = [record for record in datalist.get(split, []) if any(task.is_annotated(record) for task in tasks)]
     if not records:
-        raise UserError(f"split {split}: found no record annotated for {', '.join(tasks)}; name other tasks or add records")
+        names = ", ".join(task.name for task in tasks)
+        raise UserError(f"split {split}: found no record annotated for {names}; name other tasks or add records")
     return [_join(record, dataset_dir) for record in records]
 
 

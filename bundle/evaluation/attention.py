@@ -13,12 +13,12 @@ from monai.visualize import GradCAM
 from torch import nn
 from tqdm import tqdm
 
-from bundle.data.batch import known_classes
 from bundle.errors import UserError
 from bundle.files import write_figure
 from bundle.lungs import lung_region
 from bundle.networks import MultiTaskNet
 from bundle.names import CLASSIFICATION, IMAGE
+from bundle.tasks.classification import known_classes
 
 logger = logging.getLogger(__name__)
 

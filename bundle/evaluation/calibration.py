@@ -10,12 +10,12 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 
-from bundle.data.batch import known_classes, prepare_batch
+from bundle.data.batch import prepare_batch
 from bundle.errors import UserError
 from bundle.files import write_checkpoint
-from bundle.evaluation.statistics import calibration_error
 from bundle.networks import MultiTaskNet, read_weights
 from bundle.names import CLASSIFICATION
+from bundle.tasks.classification import calibration_error, known_classes
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -14,52 +14,36 @@ from matplotlib.patches import Rectangle
 from monai.utils.enums import CommonKeys
 
 from bundle.errors import UserError
-from bundle.evaluation.cases import FOUND_SCORE, cases_of
 from bundle.files import write_figure
-from bundle.names import (
-    ANNOTATED,
-    CLASSIFICATION,
-    DETECTION,
-    IMAGE,
-    MASK,
-    RECONSTRUCTION,
-    RECORD,
-    SEGMENTATION,
-    TARGET,
-    check_tasks,
-)
+from bundle.names import ANNOTATED, IMAGE, RECORD, TARGET
+from bundle.tasks import Task
 
 logger = logging.getLogger(__name__)
 
 ANNOTATION_COLOR, ANSWER_COLOR = "#4cc9f0", "#ff8c42"
-OUTLINED = (SEGMENTATION, DETECTION)  # tasks whose failures can be shown without the image
 
 
 class FailureGallery:
     """Handler of MONAI's SupervisedEvaluator that draws the worst cases of every task, worst first, as one PNG.
 
-    Worst is: the least probability of the annotated class; the lowest Dice; the most lesions missed (IoU 0.1) and boxes
-    invented at a score of 0.5 or more; the lowest SSIM. Annotations are dashed and blue, answers orange; of a reconstruction
-    the absolute error is laid over the slice.
+    What is worst is for the task to say (`Task.judge`). Annotations are dashed and blue, answers orange; an error is laid
+    over the slice.
 
     Args:
         tasks: tasks to draw, a row each; a task without annotated cases has none.
-        classes: names of the classes.
         path: of the PNG, written under a temporary name, then renamed; its folder is made.
         columns: cases of a task.
-        with_images: False draws outlines alone, for data whose images may not be shown, of segmentation and detection only.
+        with_images: False draws outlines alone, of the tasks that have some, for data whose images may not be shown.
 
     Raises:
         UserError: if no task can be drawn without its images; after the evaluation, if no case was annotated.
     """
 
-    def __init__(self, tasks: Iterable[str], classes: Sequence[str], path, columns: int = 6, with_images: bool = True) -> None:
-        self.tasks = check_tasks(tasks)
-        if not with_images:
-            self.tasks = tuple(task for task in self.tasks if task in OUTLINED)
+    def __init__(self, tasks: Sequence[Task], path, columns: int = 6, with_images: bool = True) -> None:
+        self.tasks = [task for task in tasks if with_images or task.outlined]
         if not self.tasks:
-            raise UserError(f"with_images: found false, expected {' or '.join(OUTLINED)} among the tasks, or true")
-        self.classes = list(classes)
+            found = ", ".join(task.name for task in tasks)
+            raise UserError(f"with_images: found false for {found}, expected true; none of them has outlines")
         self.path = Path(path)
         self.columns = columns
         self.with_images = with_images
@@ -71,64 +55,37 @@ class FailureGallery:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
 
     def reset(self, engine) -> None:
-        self.worst = {task: [] for task in self.tasks}
+        self.worst = {task.name: [] for task in self.tasks}
         self.seen = 0  # cases so far
 
     def update(self, engine) -> None:
         label, pred = engine.state.output[CommonKeys.LABEL], engine.state.output[CommonKeys.PRED]
-        for task in filter(pred.__contains__, self.tasks):
-            cases = cases_of(task, pred[task], label, with_distance=False)
-            for index in filter(cases.__getitem__, label[ANNOTATED][task].nonzero().flatten().tolist()):
-                item = self._item(task, cases[index], pred[task][index], label, index)
+        for task in (task for task in self.tasks if task.name in pred):
+            cases = task.cases(pred[task.name], label, thorough=False)
+            for index in filter(cases.__getitem__, label[ANNOTATED][task.name].nonzero().flatten().tolist()):
+                item = _item(task, cases[index], pred[task.name], label, index)
                 # In the whole data set: rank r of n evaluates the records r, r + n, … (`bundle.training.distributed.shard`).
                 item["place"] = (self.seen + index) * idist.get_world_size() + idist.get_rank()
-                self.worst[task].append(item)
-            self._keep_worst(task)
+                self.worst[task.name].append(item)
+            self._keep_worst(task.name)
         self.seen += len(label[RECORD])
 
     def draw(self, engine) -> None:
         if idist.get_world_size() > 1:
             parts = idist.all_gather(self.worst)
-            self.worst = {task: [item for part in parts for item in part[task]] for task in self.tasks}
+            self.worst = {task: [item for part in parts for item in part[task]] for task in self.worst}
         if idist.get_rank() > 0:
             return
-        for task in self.tasks:
+        for task in self.worst:
             self._keep_worst(task)
         rows = {task: items for task, items in self.worst.items() if items}
         if not rows:
-            raise UserError(f"gallery: found no case annotated for {', '.join(self.tasks)}, expected some")
+            raise UserError(f"gallery: found no case annotated for {', '.join(self.worst)}, expected some")
         self._draw(rows)
         logger.info(f"{self.path}: the worst cases of {', '.join(rows)}")
 
     def _keep_worst(self, task: str) -> None:
         self.worst[task] = sorted(self.worst[task], key=lambda item: (item["goodness"], item["place"]))[: self.columns]
-
-    def _item(self, task: str, case: dict, answer, label: dict, index: int) -> dict:
-        """What is drawn of a case; `goodness` puts the worst first."""
-        goodness, text = self._judge(task, case)
-        item = {"goodness": goodness, "text": f"{Path(label[RECORD][index][IMAGE]).name}\n{text}"}
-        item["image"] = label[TARGET][index, 0].cpu().numpy()
-        if task == SEGMENTATION:
-            item["masks"] = label[MASK][index].cpu().numpy() > 0, (answer > 0).cpu().numpy()
-        elif task == DETECTION:
-            found = answer["scores"] >= FOUND_SCORE
-            item["boxes"] = label[DETECTION][index]["boxes"].cpu().numpy(), answer["boxes"][found].cpu().numpy()
-        elif task == RECONSTRUCTION:
-            item["error"] = (answer[0].float().cpu() - label[TARGET][index, 0].cpu()).abs().numpy()
-        return item
-
-    def _judge(self, task: str, case: dict) -> tuple[float, str]:
-        if task == CLASSIFICATION:
-            probabilities, right = case["probabilities"], case["label"]
-            predicted = int(np.argmax(probabilities))
-            text = f"{self.classes[right]} → {self.classes[predicted]} {probabilities[predicted]:.2f}"
-            return float(probabilities[right]), text
-        if task == SEGMENTATION:
-            return case["dice"], f"Dice {case['dice']:.2f}"
-        if task == DETECTION:
-            missed, invented = case["n_boxes"] - case["true_positives"], case["false_positives"]
-            return -(missed + invented), f"{missed} of {case['n_boxes']} missed, {invented} invented"
-        return case["ssim"], f"SSIM {case['ssim']:.2f}"
 
     def _draw(self, rows: dict[str, list[dict]]) -> None:
         figure = Figure(figsize=(2.2 * self.columns, 2.6 * len(rows)), layout="constrained")
@@ -157,3 +114,11 @@ class FailureGallery:
         axis.set_title(item["text"], fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
+
+
+def _item(task: Task, case: dict, answer, label: dict, index: int) -> dict:
+    """What is drawn of a case; `goodness` puts the worst first."""
+    goodness, text = task.judge(case)
+    image = label[TARGET][index, 0].cpu().numpy()
+    text = f"{Path(label[RECORD][index][IMAGE]).name}\n{text}"
+    return {"goodness": goodness, "text": text, "image": image, **task.outlines(answer, label, index)}

@@ -7,16 +7,9 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from bundle.files import write_figure
+from bundle.tasks import TASKS
 
-STAGE_COLUMNS = {
-    "accuracy": ("classification", "accuracy"),
-    "AUROC": ("classification", "auroc"),
-    "Dice": ("segmentation", "dice"),
-    "IoU": ("segmentation", "iou"),
-    "SSIM": ("reconstruction", "ssim"),
-    "AP@0.1": ("detection", "ap10"),
-    "AP@0.5": ("detection", "ap50"),
-}
+STAGE_COLUMNS = {title: (name, figure) for name, task in TASKS.items() for title, figure in task.columns.items()}
 
 
 def stage_table(reports: Mapping[str, Mapping]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -16,17 +16,17 @@ from monai.engines import SupervisedTrainer
 from monai.utils import set_determinism
 from monai.utils.enums import CommonKeys
 
-from bundle.data.datalist import annotated_tasks
 from bundle.errors import UserError
 from bundle.files import log_artifacts, write_checkpoint, write_json
-from bundle.names import IMAGE, RECORD, check_tasks
+from bundle.names import IMAGE, RECORD
 from bundle.networks import load_weights, read_weights
+from bundle.tasks import Task
 from bundle.training.history import plot_curves
 
 logger = logging.getLogger(__name__)
 
 
-def check_annotated(records: Iterable[Mapping], tasks: Iterable[str], init_checkpoint=None) -> None:
+def check_annotated(records: Sequence[Mapping], tasks: Iterable[Task], init_checkpoint=None) -> None:
     """Refuse a training after which a head would still be as it was drawn at random.
 
     Args:
@@ -38,8 +38,9 @@ def check_annotated(records: Iterable[Mapping], tasks: Iterable[str], init_check
         UserError: naming the tasks.
     """
     weights = read_weights(init_checkpoint) if init_checkpoint else ()
-    known = {key.split(".")[1] for key in weights if key.startswith("heads.")}.union(*map(annotated_tasks, records))
-    if missing := [task for task in check_tasks(tasks) if task not in known]:
+    known = {key.split(".")[1] for key in weights if key.startswith("heads.")}
+    known |= {task.name for task in tasks if any(map(task.is_annotated, records))}
+    if missing := [task.name for task in tasks if task.name not in known]:
         raise UserError(
             f"split training: found no record annotated for {', '.join(missing)}, expected one for each of tasks; leave it out "
             "of them, or set init_checkpoint to weights that have its head"

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from some_tasks import some_tasks
 from torch.utils.data import WeightedRandomSampler
 
-from bundle.data.batch import balanced_weights, collate, known_classes
+from bundle.data.batch import balanced_weights, collate
 from bundle.errors import UserError
-from bundle.names import TASKS
+from bundle.tasks.classification import known_classes
 
 
 def sample(**annotations):
@@ -20,7 +21,8 @@ def test_collate_joins_partially_labelled_samples():
             sample(boxes=boxes, instances=masks),
             sample(boxes=boxes[:0]),
             sample(target=torch.zeros(1, 8, 8)),
-        ]
+        ],
+        some_tasks(segmentation_classes=["ground glass", "consolidation"]),
     )
     assert batch["image"].shape == batch["target"].shape == (5, 1, 8, 8)
     assert batch["mask"].shape == (5, 2, 8, 8) and batch["mask"].sum((1, 2, 3)).tolist() == [0, 128, 0, 0, 0]
@@ -38,9 +40,10 @@ def test_collate_joins_partially_labelled_samples():
 
 
 def test_a_class_known_in_part_is_a_set_of_candidates():
-    batch = collate([sample(**{"class": [0, 2]}), sample(**{"class": 1}), sample()])
+    batch = collate([sample(**{"class": [0, 2]}), sample(**{"class": 1}), sample()], some_tasks("classification"))
     assert batch["class"].tolist() == [[True, False, True], [False, True, False], [False, False, False]]
     assert batch["annotated"]["classification"].tolist() == [True, True, False]
+    assert not {"mask", "detection"} & batch.keys(), "what no task needs"
     rows, classes = known_classes(batch)
     assert rows.tolist() == [False, True, False] and classes.tolist() == [1]
 
@@ -71,33 +74,32 @@ def test_sources_and_classes_and_slices_with_and_without_lesion_have_their_share
     expected = {("a", "0"): 1 / 18, ("a", "1"): 1 / 18, ("a", "[0, 1"): 1 / 18, ("b", "2"): 1 / 6}
     expected |= {("c", "m.png"): 1 / 12, ("d", "m.png"): 1 / 12, ("d", "empty"): 1 / 6}  # halves first, then sources
     expected |= {("e", "[[0, "): 1 / 3, ("f",): 0}  # no slice without a box: the half goes to the others
-    assert shares_of(balanced_weights(RECORDS, ("classification", "segmentation", "detection"))) == pytest.approx(expected)
+    weights = balanced_weights(RECORDS, some_tasks("classification", "segmentation", "detection"))
+    assert shares_of(weights) == pytest.approx(expected)
 
 
 def test_reconstruction_has_a_share_of_the_records_without_another_annotation_alone():
-    shares = shares_of(balanced_weights(RECORDS, TASKS))
+    shares = shares_of(balanced_weights(RECORDS, some_tasks()))
     assert shares["f",] == pytest.approx(1 / 4) and shares["b", "2"] == pytest.approx(1 / 8)
     annotated = [record for record in RECORDS if len(record) > 1]
-    assert torch.equal(balanced_weights(annotated, TASKS), balanced_weights(annotated, TASKS, {"reconstruction": 5}))
-    shares = shares_of(balanced_weights(RECORDS, ["reconstruction"]))
+    assert torch.equal(*(balanced_weights(annotated, some_tasks(draws={"reconstruction": n})) for n in (1, 5)))
+    shares = shares_of(balanced_weights(RECORDS, some_tasks("reconstruction")))
     assert shares["f",] == pytest.approx(1 / 6) and shares["a", "0"] == pytest.approx(1 / 6 * 40 / 45), "alone: by source"
 
 
 def test_shares_of_the_tasks_are_a_knob():
     draws = {"classification": 3, "detection": 1, "reconstruction": 0, "segmentation": 7}
-    shares = shares_of(balanced_weights(RECORDS, ("classification", "reconstruction", "detection"), draws))
+    shares = shares_of(balanced_weights(RECORDS, some_tasks("classification", "reconstruction", "detection", draws=draws)))
     assert shares["b", "2"] == pytest.approx(3 / 8) and shares["e", "[[0, "] == pytest.approx(1 / 4)
     assert shares["f",] == shares["c", "m.png"] == 0
-    with pytest.raises(UserError, match="draws: found detection: -1, expected classification, .*number from 0 up"):
-        balanced_weights(RECORDS, TASKS, {"detection": -1})
-    with pytest.raises(UserError, match="draws: found boxes: 1, expected classification, segmentation"):
-        balanced_weights(RECORDS, TASKS, {"boxes": 1})
+    with pytest.raises(UserError, match="draws: found boxes, expected names of tasks: classification, segmentation"):
+        some_tasks(draws={"boxes": 1})
     with pytest.raises(UserError, match="draws: found no record to draw for segmentation, expected a share above 0"):
-        balanced_weights(RECORDS, ["segmentation"], {"segmentation": 0})
+        balanced_weights(RECORDS, some_tasks("segmentation", draws={"segmentation": 0}))
 
 
 def test_draws_repeat():
-    weights = balanced_weights(RECORDS, TASKS)
+    weights = balanced_weights(RECORDS, some_tasks())
     assert (weights > 0).all() and weights.sum() == pytest.approx(1)
     draws = [list(WeightedRandomSampler(weights, 50, generator=torch.Generator().manual_seed(3))) for _ in range(2)]
     assert draws[0] == draws[1]

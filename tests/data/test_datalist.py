@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image
+from some_tasks import some_tasks
 
 from bundle.data.datalist import annotated_tasks, load_datalist, select, take, validate
 from bundle.errors import UserError
@@ -264,20 +265,20 @@ def test_absent_fields_are_not_annotated_and_empty_ones_are(fields, expected):
     "split, tasks, expected",
     [
         ("training", ["classification"], ["a.png"]),
-        ("training", {"segmentation": 1.0, "detection": 0.5}, ["a.png", "b.png"]),
+        ("training", ["segmentation", "detection"], ["a.png", "b.png"]),
         ("training", ["reconstruction"], ["a.png", "b.png"]),
         ("validation", ["detection"], ["c.png"]),
     ],
 )
 def test_selection_by_split_and_task(datalist, split, tasks, expected):
-    records = select(datalist, split, tasks, "data")
+    records = select(datalist, split, some_tasks(*tasks), "data")
     assert [record["image"] for record in records] == [os.path.join("data", name) for name in expected]
 
 
 def test_selection_joins_the_paths_of_annotations(datalist):
-    a, b = select(datalist, "training", ["reconstruction"], "data")
+    a, b = select(datalist, "training", some_tasks("reconstruction"), "data")
     assert a["instances"] == os.path.join("data", "instances.png") and b["mask"] == os.path.join("data", "mask.png")
-    assert select(datalist, "validation", ["segmentation"], "data")[0]["mask"] == "empty"
+    assert select(datalist, "validation", some_tasks("segmentation"), "data")[0]["mask"] == "empty"
     assert datalist["training"][0]["image"] == "a.png"
 
 
@@ -286,12 +287,11 @@ def test_selection_joins_the_paths_of_annotations(datalist):
     [
         ("dev", ["detection"], "split: found 'dev', expected one of training, validation, test"),
         ("test", ["segmentation"], "split test: found no record annotated for segmentation; name other tasks or add"),
-        ("test", ["segment"], "tasks: found 'segment', expected one or more of classification"),
     ],
 )
 def test_a_bad_selection_is_refused(datalist, split, tasks, expected):
     with pytest.raises(ValueError, match=expected):
-        select(datalist, split, tasks)
+        select(datalist, split, some_tasks(*tasks))
 
 
 def test_fewer_images_or_patients_lie_within_more():

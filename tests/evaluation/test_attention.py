@@ -7,13 +7,17 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
+from some_tasks import CLASSES, some_tasks
 
 from bundle.evaluation.attention import _Classifier, draw_attention
 from bundle.data.batch import collate
 from bundle.networks import MultiTaskNet, freeze_encoder
 from bundle.names import CLASS, CLASSIFICATION, IMAGE
 
-CLASSES = ["other", "COVID-19", "lung cancer"]
+
+
+def join(samples):
+    return collate(samples, some_tasks(CLASSIFICATION))
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def test_the_classifier_is_the_network(network):
 def test_heat_is_measured_against_the_lungs_and_drawn(network, tmp_path):
     samples = [{IMAGE: make_slice() + 0.05 * torch.rand(1, 64, 64), CLASS: label, "record": {}} for label in (0, 1, 1)]
     samples += [{IMAGE: make_slice(), "record": {}}, {IMAGE: make_slice(), CLASS: [1, 2], "record": {}}]  # of no known class
-    found = draw_attention(network, [collate(samples[:2]), collate(samples[2:])], CLASSES, tmp_path / "cam.png", columns=2)
+    found = draw_attention(network, [join(samples[:2]), join(samples[2:])], CLASSES, tmp_path / "cam.png", columns=2)
     assert found and all(values["slices"] <= {"other": 1, "COVID-19": 2}[name] for name, values in found.items())
     for values in found.values():
         assert values["lung"] == pytest.approx(1024 / 4096, abs=0.03) and 0 <= values["heat_in_lung"] <= 1
@@ -50,7 +54,7 @@ def test_heat_is_measured_against_the_lungs_and_drawn(network, tmp_path):
 
 
 def test_a_frozen_encoder_has_the_heat_of_a_free_one(network, tmp_path):
-    batches = [collate([{IMAGE: make_slice() + 0.05 * torch.rand(1, 64, 64), CLASS: label, "record": {}} for label in (0, 1)])]
+    batches = [join([{IMAGE: make_slice() + 0.05 * torch.rand(1, 64, 64), CLASS: label, "record": {}} for label in (0, 1)])]
     weights = deepcopy(network.state_dict())
     free = draw_attention(network, batches, CLASSES, tmp_path / "free.png", columns=1)
     assert not network.training and not any(module.training for module in network.modules())
@@ -64,7 +68,7 @@ def test_heat_that_is_even_lies_in_the_lungs_by_their_share(network, tmp_path):
     network.encoder = Even()
     network.heads[CLASSIFICATION] = torch.nn.Sequential(Mean(), torch.nn.Linear(2, 3))
     torch.nn.init.ones_(network.heads[CLASSIFICATION][1].weight)
-    found = draw_attention(network, [collate([{IMAGE: make_slice(), CLASS: 0, "record": {}}])], CLASSES, tmp_path / "cam.png")
+    found = draw_attention(network, [join([{IMAGE: make_slice(), CLASS: 0, "record": {}}])], CLASSES, tmp_path / "cam.png")
     assert found["other"]["heat_in_lung"] == pytest.approx(found["other"]["lung"], abs=1e-3)
 
 
@@ -86,7 +90,7 @@ class Mean(torch.nn.Module):
 
 def test_without_a_class_there_is_nothing_to_draw(network, tmp_path):
     with pytest.raises(ValueError, match="Grad-CAM: found no slice with a class"):
-        draw_attention(network, [collate([{IMAGE: make_slice(), "record": {}}])], CLASSES, tmp_path / "cam.png")
+        draw_attention(network, [join([{IMAGE: make_slice(), "record": {}}])], CLASSES, tmp_path / "cam.png")
     with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them for Grad-CAM"):
         draw_attention(MultiTaskNet(["segmentation"], width=0.125, image_size=64), [], CLASSES, tmp_path / "cam.png")
     assert not list(tmp_path.iterdir())

@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+from some_tasks import some_tasks
 
 from bundle.evaluation.calibration import calibrate
 from bundle.data.batch import collate
 from bundle.files import write_checkpoint
-from bundle.evaluation.statistics import calibration_error
 from bundle.networks import MultiTaskNet, load_weights
 from bundle.names import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
+from bundle.tasks.classification import calibration_error
 
 ROOT = Path(__file__).parents[2]
 TINY = {"width": 0.125, "image_size": 64, "decoder_channels": (16, 8, 8, 8, 8)}
+
+
+def join(samples):
+    return collate(samples, some_tasks(CLASSIFICATION))
 
 
 def make_batches(network, temperature, count=600):
@@ -31,7 +36,7 @@ def make_batches(network, temperature, count=600):
         del sample[CLASS]
     for sample in samples[1::5]:
         sample[CLASS] = [0, 1, 2]  # which says nothing
-    return [collate(samples[start : start + 50]) for start in range(0, count, 50)]
+    return [join(samples[start : start + 50]) for start in range(0, count, 50)]
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_what_cannot_be_calibrated_is_refused(network, tmp_path):
     path = tmp_path / "calibrated.pt"
     with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them"):
         calibrate(MultiTaskNet([SEGMENTATION], **TINY), [], path, path)
-    unlabelled = collate([{IMAGE: torch.rand(1, 32, 32), "record": {}}])
+    unlabelled = join([{IMAGE: torch.rand(1, 32, 32), "record": {}}])
     with pytest.raises(ValueError, match="split validation: found no record with a class"):
         calibrate(network, [unlabelled], path, path)
     with pytest.raises(ValueError, match="temperature: found .*; is the network trained"):

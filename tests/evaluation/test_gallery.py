@@ -4,7 +4,8 @@ import torch
 from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow
 from PIL import Image
-from test_handler import ALL, CLASSES, batch
+from some_tasks import some_tasks
+from test_handler import ALL, batch
 
 from bundle.evaluation import FailureGallery
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
@@ -12,7 +13,7 @@ from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION
 
 def draw(path, batches, tasks=TASKS, **arguments):
     engine = Engine(lambda _, output: output)
-    gallery = FailureGallery(tasks, CLASSES, path, **arguments)
+    gallery = FailureGallery(some_tasks(*tasks), path, **arguments)
     gallery.attach(engine)
     engine.run(batches)
     return gallery
@@ -92,8 +93,8 @@ def test_without_images_nothing_of_them_is_drawn(tmp_path):
         with Image.open(tmp_path / f"{brightness}.png") as picture:
             pictures.append(np.asarray(picture))
     assert np.array_equal(*pictures)
-    with pytest.raises(ValueError, match="with_images: found false, expected segmentation or detection among the tasks"):
-        FailureGallery([CLASSIFICATION, RECONSTRUCTION], CLASSES, "x.png", with_images=False)
+    with pytest.raises(ValueError, match="with_images: found false for classification, reconstruction, expected true"):
+        FailureGallery(some_tasks(CLASSIFICATION, RECONSTRUCTION), "x.png", with_images=False)
 
 
 def test_the_overlay_draws_beside_the_metrics(phantom_dir, tmp_path):

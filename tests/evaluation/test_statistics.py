@@ -5,19 +5,14 @@ import pytest
 import torch
 from ignite.metrics import ObjectDetectionAvgPrecisionRecall
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
+from some_tasks import some_tasks
 
-from bundle.evaluation.cases import COCO, cases_of
-from bundle.evaluation.statistics import (
-    FALSE_POSITIVE_RATES,
-    auroc,
-    calibration_error,
-    classification_figures,
-    confusion,
-    detection_figures,
-    froc_curve,
-    mean_figures,
-    with_intervals,
-)
+from bundle.evaluation.statistics import with_intervals
+from bundle.tasks.base import mean_figures
+from bundle.tasks.classification import auroc, calibration_error, classification_figures, confusion
+from bundle.tasks.detection import COCO, FALSE_POSITIVE_RATES, detection_figures, froc_curve
+
+CLASSIFICATION, SEGMENTATION, DETECTION = some_tasks("classification", "segmentation", "detection")
 
 
 def figures(compute, cases):
@@ -58,7 +53,7 @@ def random_detection(count=30, seed=0, instances=True):
         for m, (x1, y1, x2, y2) in zip(instance, truth.astype(int)):
             m[y1:y2, x1:x2] = 1
         targets.append({"boxes": torch.tensor(truth).float().reshape(-1, 4), **({"masks": instance} if instances else {})})
-    return pred, targets, cases_of("detection", pred, {"detection": targets}, False)
+    return pred, targets, DETECTION.cases(pred, {"detection": targets}, False)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -108,8 +103,8 @@ def test_means_leave_out_what_is_not_defined():
         {"dice": 0.5, "hd95": nan, "sensitivity": nan, "lesion_pixels": 3},
         {"dice": 1.0, "hd95": nan, "sensitivity": 0.2},
     ]
-    assert figures(mean_figures, cases) == pytest.approx({"dice": 0.75, "sensitivity": 0.2})
-    report = with_intervals("segmentation", cases, ["a", "b"], 0, 0)
+    assert figures(SEGMENTATION.figures, cases) == pytest.approx({"dice": 0.75, "sensitivity": 0.2})
+    report = with_intervals(SEGMENTATION, cases, ["a", "b"], 0, 0)
     assert report["sensitivity"] == {"value": pytest.approx(0.2), "ci95": None, "n": 1} and report["dice"]["n"] == 2
 
 
@@ -160,7 +155,7 @@ def detection_case(hits, scores, lesions):
     pred = [[20 * i, 0, 20 * i + 10, 10] if hit else [20 * i, 50, 20 * i + 10, 60] for i, hit in enumerate(hits)]
     truth = [[20 * i, 0, 20 * i + 10, 10] for i in range(lesions)]
     found = {"boxes": torch.tensor(pred).float().reshape(-1, 4), "scores": torch.tensor(scores)}
-    return cases_of("detection", [found], {"detection": [{"boxes": torch.tensor(truth).float().reshape(-1, 4)}]}, False)[0]
+    return DETECTION.cases([found], {"detection": [{"boxes": torch.tensor(truth).float().reshape(-1, 4)}]}, False)[0]
 
 
 def test_froc_by_hand():
@@ -187,7 +182,7 @@ def test_images_without_anything_count_as_images_without_false_positives():
 def test_without_a_lesion_there_is_no_figure_of_detection():
     cases = [detection_case([False], [0.9], 0), detection_case([], [], 0)]
     assert figures(detection_figures, cases) == {}
-    assert with_intervals("detection", cases, ["a", "b"], 10, 0) == {}
+    assert with_intervals(DETECTION, cases, ["a", "b"], 10, 0) == {}
 
 
 def test_without_a_detection_everything_is_missed():
@@ -209,8 +204,8 @@ def width(figure):
 
 def test_the_interval_is_over_patients_not_slices():
     cases, patients = slices_of_patients()
-    by_patient = with_intervals("segmentation", cases, patients, 500, 0)["dice"]
-    by_slice = with_intervals("segmentation", cases, [str(i) for i in range(len(cases))], 500, 0)["dice"]
+    by_patient = with_intervals(SEGMENTATION, cases, patients, 500, 0)["dice"]
+    by_slice = with_intervals(SEGMENTATION, cases, [str(i) for i in range(len(cases))], 500, 0)["dice"]
     assert by_patient["value"] == by_slice["value"] and by_patient["n"] == by_slice["n"] == 200
     assert 2 < width(by_patient) / width(by_slice) < 4.5, "ten slices of a patient tell hardly more than one: sqrt(10) wider"
     means = np.array([case["dice"] for case in cases]).reshape(20, 10).mean(1)
@@ -220,19 +215,19 @@ def test_the_interval_is_over_patients_not_slices():
 
 def test_one_patient_alone_has_no_interval():
     cases, _ = slices_of_patients(1)
-    figure = with_intervals("segmentation", cases, ["one"] * 10, 50, 0)["dice"]
+    figure = with_intervals(SEGMENTATION, cases, ["one"] * 10, 50, 0)["dice"]
     assert figure["ci95"] is None and 0 < figure["value"] < 1 and figure["n"] == 10
 
 
 def test_the_same_seed_gives_the_same_interval():
     cases, patients = slices_of_patients()
-    assert with_intervals("segmentation", cases, patients, 50, 3) == with_intervals("segmentation", cases, patients, 50, 3)
-    assert with_intervals("segmentation", cases, patients, 50, 3) != with_intervals("segmentation", cases, patients, 50, 4)
+    assert with_intervals(SEGMENTATION, cases, patients, 50, 3) == with_intervals(SEGMENTATION, cases, patients, 50, 3)
+    assert with_intervals(SEGMENTATION, cases, patients, 50, 3) != with_intervals(SEGMENTATION, cases, patients, 50, 4)
 
 
 def test_intervals_of_every_task_hold_their_value():
     groups = [str(i // 2) for i in range(40)]
-    for task, cases in (("classification", random_classification(40)), ("detection", random_detection(40)[2])):
+    for task, cases in ((CLASSIFICATION, random_classification(40)), (DETECTION, random_detection(40)[2])):
         for name, figure in with_intervals(task, cases, groups, 200, 0).items():
             low, high = figure["ci95"]
             assert 0 <= low <= figure["value"] <= high <= 1, name
@@ -240,12 +235,12 @@ def test_intervals_of_every_task_hold_their_value():
 
 def test_mask_ap_counts_the_images_with_instances():
     cases = random_detection(6)[2] + random_detection(4, instances=False)[2]
-    report = with_intervals("detection", cases, [str(i) for i in range(10)], 0, 0)
+    report = with_intervals(DETECTION, cases, [str(i) for i in range(10)], 0, 0)
     assert (report["ap50"]["n"], report["mask_ap50"]["n"]) == (10, 6)
 
 
 def test_a_thousand_draws_of_250_images_take_seconds():
     cases = random_detection(250)[2]
     begin = time.process_time()
-    with_intervals("detection", cases, [str(i // 3) for i in range(250)], 1000, 0)
+    with_intervals(DETECTION, cases, [str(i // 3) for i in range(250)], 1000, 0)
     assert time.process_time() - begin < 20

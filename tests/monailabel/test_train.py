@@ -1,6 +1,7 @@
 import nibabel
 import numpy as np
 import pytest
+from some_tasks import some_tasks
 
 from bundle.data.batch import balanced_weights, collate
 from bundle.monailabel import LoadVolumeSliced, VolumeDataset, publish
@@ -21,7 +22,7 @@ def test_slices_with_and_without_lesion_are_in_balance(volume):
     few = slices_of(volume, limit=4)
     assert [r["mask"] == "empty" for r in few] == [False, False, True, True]
     assert few[0]["image"].index == lesion.nonzero()[0][0] and few[1]["image"].index == lesion.nonzero()[0][-1]
-    assert balanced_weights(records, ["segmentation"])[: lesion.sum()].sum() == pytest.approx(0.5)
+    assert balanced_weights(records, some_tasks("segmentation"))[: lesion.sum()].sum() == pytest.approx(0.5)
 
 
 def test_a_label_of_another_size_is_refused(volume, write_volume, tmp_path):
@@ -49,7 +50,7 @@ def test_samples_are_image_and_mask_of_the_slice(volume):
         index = record["image"].index
         np.testing.assert_array_equal(sample["mask"][0].numpy(), label[:, :, index].T)
         np.testing.assert_array_equal(sample["image"][0].numpy(), image[:, :, index].T)
-    batch = collate(list(dataset))
+    batch = collate(list(dataset), some_tasks())
     assert batch["record"][0]["image"] == f"{volume['image']}, slice {dataset.data[0]['image'].index}"
     assert batch["annotated"]["segmentation"].all() and not batch["annotated"]["detection"].any()
 

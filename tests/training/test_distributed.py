@@ -6,6 +6,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Randomizable
+from some_tasks import some_tasks
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, SequentialSampler
@@ -46,7 +47,7 @@ def network_without_batch_statistics() -> MultiTaskNet:
 
 def learn(batch: list[dict], network, loss_function) -> dict:
     """Terms, value and gradients of one backward pass."""
-    label = collate(batch)
+    label = collate(batch, some_tasks())
     core = getattr(network, "module", network)
     for module in core.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -63,7 +64,7 @@ def learn_in_one_of_two(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     network = DistributedDataParallel(network_without_batch_statistics(), find_unused_parameters=True)
     torch.save(
-        learn(distributed.shard(samples()), network, MultiTaskLoss(dict.fromkeys(TASKS, 1.0), uncertainty=True)),
+        learn(distributed.shard(samples()), network, MultiTaskLoss(some_tasks(), uncertainty=True)),
         f"{folder}/{rank}.pt",
     )
     distributed.destroy_process_group()
@@ -72,7 +73,7 @@ def learn_in_one_of_two(rank: int, folder: str) -> None:
 def test_two_processes_have_the_loss_and_the_gradient_of_one_with_all_samples(tmp_path):
     multiprocessing.spawn(learn_in_one_of_two, (str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    whole = learn(samples(), network_without_batch_statistics(), MultiTaskLoss(dict.fromkeys(TASKS, 1.0), uncertainty=True))
+    whole = learn(samples(), network_without_batch_statistics(), MultiTaskLoss(some_tasks(), uncertainty=True))
     assert whole["terms"].keys() == {"classification", "segmentation", "reconstruction"}
     for part in parts:
         assert part["loss"] == pytest.approx(whole["loss"], rel=1e-6)

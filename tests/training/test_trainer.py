@@ -173,7 +173,7 @@ def test_resume_false_starts_anew_and_leaves_nothing_old(run, tmp_path):
 
 
 def test_a_task_that_no_record_is_annotated_for_is_refused_unless_the_checkpoint_answers_it(run, finished, tmp_path):
-    select = "bundle.data.datalist.select(@records, 'training', @tasks, @dataset_dir)"
+    select = "bundle.data.datalist.select(@records, 'training', @task_list, @dataset_dir)"
 
     def without_classes(**entries):
         data = f"$[{{key: value for key, value in record.items() if key != 'class'}} for record in {select}]"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from some_tasks import some_tasks
 
 from bundle.data.datalist import load_datalist, select
 from bundle.data.sources import merge
@@ -32,7 +33,7 @@ def merged(tmp_path):
         merge([str(argument) for argument in arguments], tmp_path / "merged", **options)
         datalist = load_datalist(tmp_path / "merged/datalist.json", tmp_path / "merged")
         splits = [split for split in ("training", "validation", "test") if datalist[split]]
-        return {split: select(datalist, split, ["reconstruction"], str(tmp_path / "merged")) for split in splits}
+        return {split: select(datalist, split, some_tasks("reconstruction"), str(tmp_path / "merged")) for split in splits}
 
     return read
 

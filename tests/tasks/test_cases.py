@@ -3,8 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from some_tasks import some_tasks
 
-from bundle.evaluation.cases import COCO, cases_of
+from bundle.tasks.detection import COCO
+
+CLASSIFICATION, SEGMENTATION, RECONSTRUCTION, DETECTION = some_tasks()
 
 
 def mask(*rows):
@@ -16,7 +19,7 @@ def logits(mask):
 
 
 def segmentation(pred, truth, with_distance=True):
-    return cases_of("segmentation", logits(pred), {"mask": truth}, with_distance)[0]
+    return SEGMENTATION.cases(logits(pred), {"mask": truth}, with_distance)[0]
 
 
 EMPTY, TRUTH = mask([0, 0, 0, 0], [0, 0, 0, 0]), mask([1, 1, 0, 0], [0, 0, 0, 0])
@@ -62,7 +65,7 @@ def test_reconstruction_by_hand():
     target = torch.rand(2, 1, 32, 32)
     image = target.clone()
     image[1] += 0.1
-    same, brighter = cases_of("reconstruction", image, {"target": target}, False)
+    same, brighter = RECONSTRUCTION.cases(image, {"target": target}, False)
     assert same == pytest.approx({"mse": 0.0, "psnr": 100.0, "ssim": 1.0}, abs=1e-5)
     assert brighter["mse"] == pytest.approx(0.01, rel=1e-4) and brighter["psnr"] == pytest.approx(20.0, rel=1e-4)
     assert 0.5 < brighter["ssim"] < 1
@@ -70,7 +73,7 @@ def test_reconstruction_by_hand():
 
 def test_classification_gives_probabilities_of_the_annotated_and_other_classes():
     scores = torch.tensor([[0.0, math.log(3.0), 0.0]])
-    (case,) = cases_of("classification", scores, {"class": torch.tensor([[False, False, True]])}, False)
+    (case,) = CLASSIFICATION.cases(scores, {"class": torch.tensor([[False, False, True]])}, False)
     assert case["label"] == 2
     np.testing.assert_allclose(case["probabilities"], [0.2, 0.6, 0.2], rtol=1e-6)
 
@@ -85,7 +88,7 @@ def test_each_lesion_is_matched_once_by_the_surest_detection():
     truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [50, 0, 60, 20]])}
     # IoU 1; IoU 0.5 with a lesion that is taken; IoU 0.25; none
     found = detection([[0, 0, 10, 10], [0, 0, 10, 5], [50, 0, 60, 5], [100, 100, 110, 110]], [0.9, 0.8, 0.7, 0.6])
-    case = cases_of("detection", [found], {"detection": [truth]}, False)[0]
+    case = DETECTION.cases([found], {"detection": [truth]}, False)[0]
     assert (case["n_boxes"], case["n_detections"]) == (2, 4)
     hits = (case["match"][0]["dtMatches"] > 0).astype(int)
     thresholds = COCO.get_iou_thresholds()
@@ -97,7 +100,7 @@ def test_each_lesion_is_matched_once_by_the_surest_detection():
 def test_boxes_of_an_image_that_is_wider_than_high_are_matched_as_x_y():
     truth = {"boxes": torch.tensor([[40.0, 2, 60, 10]])}
     found = [detection([[40, 2, 60, 10]], [0.9]), detection([[2, 40, 10, 60]], [0.9])]
-    cases = cases_of("detection", found, {"detection": [truth, truth]}, False)
+    cases = DETECTION.cases(found, {"detection": [truth, truth]}, False)
     assert [bool(case["match"][0]["dtMatches"][0, 0]) for case in cases] == [True, False]
 
 
@@ -108,7 +111,7 @@ def test_masks_are_matched_where_there_are_instances():
     probability[..., 2:10, 2:7] = 0.9  # IoU 5/8
     found, box = detection([[2, 2, 10, 10]], [0.9], probability), torch.tensor([[2.0, 2, 10, 10]])
     targets = [{"boxes": box, "masks": instance}, {"boxes": box}, None]
-    with_masks, without, missing = cases_of("detection", [found] * 3, {"detection": targets}, False)
+    with_masks, without, missing = DETECTION.cases([found] * 3, {"detection": targets}, False)
     hits = with_masks["mask_match"][0]["dtMatches"][:, 0] > 0
     thresholds = np.array(COCO.get_iou_thresholds())
     assert hits.tolist() == (thresholds <= 0.625).tolist()
@@ -117,5 +120,5 @@ def test_masks_are_matched_where_there_are_instances():
 
 def test_an_image_without_lesion_and_detection_has_no_match():
     nothing = {"boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 16, 16)}
-    case = cases_of("detection", [detection([], [])], {"detection": [nothing]}, False)[0]
+    case = DETECTION.cases([detection([], [])], {"detection": [nothing]}, False)[0]
     assert case["n_boxes"] == case["n_detections"] == 0 and not case["match"]

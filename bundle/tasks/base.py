@@ -1,0 +1,152 @@
+"""What a task provides to training, evaluation and inference, with the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from bundle.names import SOURCE
+
+# Figures of cases of which each counts as often as its weight says: by name, without those that are undefined. A draw of the
+# bootstrap is a weight for every case, so that what is the same for all draws (sorting by score) is done once.
+Figures = Callable[[np.ndarray], dict[str, float]]
+
+
+class Task:
+    """A question about a slice: its annotation, head, loss, metrics, and how answers are joined and summed up.
+
+    A subclass sets the attributes and overrides the methods whose default does not fit it. B is the number of samples of a
+    batch; an answer is what the head gives for them in evaluation mode.
+
+    Args:
+        **options: knobs of training and entries of a checkpoint's description, of which a task takes what it names.
+
+    Attributes:
+        name: of the task: in `heads.NAME` of a state_dict, in metrics.json and in predictions.json.
+        field: of a record that makes it count for the task; None where every slice does.
+        weight: of the loss.
+        share: of the samples that are drawn for the task, in any unit.
+        headline: figures whose mean is the task's part in the validation score.
+        columns: title -> figure, of the tables and curves of a training.
+        outlined: whether `outlines` show an answer without the image.
+    """
+
+    name: str
+    field: str | None = None
+    weight = share = 1.0
+    headline: Sequence[str] = ()
+    columns: Mapping[str, str] = {}
+    outlined = False
+
+    def __init__(self, **options) -> None:
+        pass
+
+    # --- data ---
+
+    def complaints(self, value) -> Iterator[str]:
+        """What is wrong with the value of `field`, each as "found …, expected …"; for a field that is not the datalist's own."""
+        return iter(())
+
+    def is_annotated(self, record: Mapping) -> bool:
+        """Whether a record, or a sample made from it, counts for the task."""
+        return self.field is None or self.field in record
+
+    def stratum(self, record: Mapping) -> tuple:
+        """(outer, inner) stratum of a record: outer ones have equal shares of the draws, and in each the inner ones."""
+        return record.get(SOURCE), None
+
+    def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
+        """Entries of the batch of these samples; rows that are not annotated hold zeros. `image` is (B, C, S, S)."""
+        return {}
+
+    # --- network and training ---
+
+    def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> nn.Module:
+        """Make the head, a module from the encoder's feature maps, finest first, to the answer.
+
+        Args:
+            channels, strides: of the feature maps.
+            in_channels: of the image.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no head")
+
+    def loss(self, answer, batch: Mapping, rows: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Loss over the annotated samples, bool (B,), or a dictionary of parts whose sum it is."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    # --- evaluation ---
+
+    def cases(self, answer, batch: Mapping, thorough: bool) -> list[dict]:
+        """What is measured of each sample; {} for one that has no part in the figures.
+
+        Args:
+            answer: of the head.
+            batch: of `bundle.data.batch.collate`.
+            thorough: measure what is slow, too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no cases")
+
+    def comparable(self, cases: Sequence[dict], sources: Sequence[str]) -> Sequence[dict]:
+        """The cases, each without what its source does not allow to be measured."""
+        return cases
+
+    def figures(self, cases: Sequence[dict]) -> Figures:
+        """Figures over cases: the mean of each number of a case that is defined (not NaN) in at least one."""
+        return mean_figures(cases)
+
+    def is_defined(self, case: Mapping, figure: str) -> bool:
+        """Whether a case takes part in a figure."""
+        return not np.isnan(case.get(figure, 0.0))
+
+    def finish(self, report: dict, cases: Sequence[dict]) -> dict:
+        """The entry of metrics.json made of the figures with their intervals."""
+        return report
+
+    def table_row(self, case: Mapping) -> dict:
+        """Cells of a case in per_case.csv."""
+        return {name: "" if np.isnan(value) else value for name, value in case.items()}
+
+    def draw(self, report: Mapping, cases: Sequence[dict], sources: Sequence[str]) -> Figure | None:
+        """A picture of the figures, or None."""
+        return None
+
+    def judge(self, case: Mapping) -> tuple[float, str]:
+        """How good an answer is, the worst lowest, and what is written above its picture: its first number, if not told."""
+        name, value = next(iter(case.items()))
+        return float(value), f"{name} {value:.2f}"
+
+    def outlines(self, answer, batch: Mapping, index: int) -> dict:
+        """What is drawn over a slice: "masks" or "boxes", annotated and answered; or "error" (rows, columns) in [0, 1]."""
+        return {}
+
+    # --- joining answers ---
+
+    def mirror(self, answer, width: int):
+        """The answer for the mirror image along the last axis of `width` pixels, as one for the image itself."""
+        return answer.flip(-1) if answer.ndim == 4 else answer
+
+    def join_views(self, answers: Sequence):
+        """One answer from those of one network for several views of the images."""
+        return torch.stack(list(answers)).mean(0)
+
+    def join_members(self, answers: Sequence):
+        """One answer from those of several networks."""
+        return torch.stack(list(answers)).mean(0)
+
+
+def mean_figures(cases: Sequence[dict]) -> Figures:
+    """Mean over the cases of every number that is defined (not NaN) in at least one."""
+    names = list(cases[0])
+    values = np.array([[case[name] for name in names] for case in cases], dtype=float)
+    defined = ~np.isnan(values)
+    values = np.where(defined, values, 0)
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        sums, counts = weights @ values, weights @ defined
+        return {name: float(total / count) for name, total, count in zip(names, sums, counts) if count}
+
+    return figures

@@ -1,0 +1,187 @@
+"""Classification: the class of a slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import RocCurveDisplay, confusion_matrix
+
+from bundle.names import CLASS, CLASSIFICATION, SOURCE
+from bundle.networks.heads import ClassificationHead
+from bundle.tasks.base import Figures, Task
+
+CONFIDENCE_BINS = 10
+
+
+class Classification(Task):
+    """One of several classes, by a softmax. A record may name several classes, of which one, not known which, is right.
+
+    A case is the annotated class, "label", and the "probabilities" (K,); only samples with exactly one class make one.
+
+    Args:
+        classes: their names.
+        dropout: of the head.
+        label_smoothing: of the cross-entropy, 0 to 1.
+    """
+
+    name, field = CLASSIFICATION, CLASS
+    headline = ("auroc", "balanced_accuracy")
+    columns = {"accuracy": "accuracy", "AUROC": "auroc"}
+
+    def __init__(self, classes: Sequence[str], dropout: float = 0.2, label_smoothing: float = 0.0, **_) -> None:
+        self.classes, self.dropout, self.label_smoothing = list(classes), dropout, label_smoothing
+
+    def stratum(self, record: Mapping) -> tuple:
+        return record.get(SOURCE), str(record[CLASS])
+
+    def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
+        """class: bool (B, K), the classes that a sample may have."""
+        candidates = torch.zeros(len(samples), len(self.classes), dtype=torch.bool)
+        for row, sample in zip(candidates, samples):
+            row[sample.get(CLASS, [])] = True
+        return {CLASS: candidates}
+
+    def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> ClassificationHead:
+        return ClassificationHead(channels[-1], len(self.classes), dropout=self.dropout)
+
+    def loss(self, answer: torch.Tensor, batch: Mapping, rows: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy: -log of the summed probabilities of the classes that a sample may have."""
+        log_probability = answer[rows].log_softmax(1)
+        likelihood = log_probability.masked_fill(~batch[CLASS][rows], -torch.inf).logsumexp(1)
+        return -((1 - self.label_smoothing) * likelihood + self.label_smoothing * log_probability.mean(1)).mean()
+
+    def cases(self, answer: torch.Tensor, batch: Mapping, thorough: bool) -> list[dict]:
+        probabilities, candidates = answer.float().softmax(1).cpu().numpy(), batch[CLASS].cpu().numpy()
+        return [
+            {"label": int(row.argmax()), "probabilities": p} if row.sum() == 1 else {}
+            for row, p in zip(candidates, probabilities)
+        ]
+
+    def figures(self, cases: Sequence[dict]) -> Figures:
+        return classification_figures(cases)
+
+    def finish(self, report: dict, cases: Sequence[dict]) -> dict:
+        counts = confusion(cases, len(self.classes))
+        return {**report, "confusion_matrix": {"classes": self.classes, "counts": counts}}
+
+    def table_row(self, case: Mapping) -> dict:
+        row = {"class": case["label"], "predicted_class": int(case["probabilities"].argmax())}
+        return row | {f"probability_{name}": float(p) for name, p in zip(self.classes, case["probabilities"])}
+
+    def draw(self, report: Mapping, cases: Sequence[dict], sources: Sequence[str]) -> Figure:
+        """Confusion matrix, ROC curves and reliability."""
+        labels = np.array([case["label"] for case in cases])
+        probabilities = np.stack([case["probabilities"] for case in cases])
+        figure = Figure(figsize=(15, 4.5), layout="constrained")
+        left, right, last = figure.subplots(1, 3)
+        _draw_confusion(left, np.array(report["confusion_matrix"]["counts"]), self.classes)
+        for index, name in enumerate(self.classes):
+            if 0 < (labels == index).sum() < len(labels):
+                RocCurveDisplay.from_predictions(labels == index, probabilities[:, index], name=name, ax=right)
+        right.plot([0, 1], [0, 1], ":", color="grey")
+        right.set_title("one class against the rest")
+        _draw_reliability(last, probabilities.max(1), probabilities.argmax(1) == labels, report["ece"]["value"])
+        return figure
+
+    def judge(self, case: Mapping) -> tuple[float, str]:
+        probabilities, right = case["probabilities"], case["label"]
+        predicted = int(np.argmax(probabilities))
+        text = f"{self.classes[right]} → {self.classes[predicted]} {probabilities[predicted]:.2f}"
+        return float(probabilities[right]), text
+
+    def join_views(self, answers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logarithm of the mean probabilities, so that their softmax gives these."""
+        answers = torch.stack(list(answers))
+        return answers.log_softmax(2).logsumexp(0) - math.log(len(answers))
+
+    join_members = join_views  # deep ensembles: Lakshminarayanan et al., arXiv 1612.01474
+
+
+def known_classes(batch: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the samples of a batch that have exactly one class: which they are, bool (B,), and their classes, int64."""
+    rows = batch[CLASS].sum(1) == 1
+    return rows, batch[CLASS][rows].int().argmax(1)
+
+
+def classification_figures(cases: Sequence[dict]) -> Figures:
+    """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels), calibration error and AUROC.
+
+    The predicted class is the most probable of all classes. AUROC ranks the classes that occur: with two, the higher one
+    by its share of their joint probability, with more, the mean of one class against the rest. With one class it
+    is left out, and balanced accuracy is the recall of that class. A draw that has lost a class has accuracy and calibration
+    error alone: the others would be those of another question.
+    """
+    labels = np.array([case["label"] for case in cases])
+    probabilities = np.stack([case["probabilities"] for case in cases])
+    classes = probabilities.shape[1]
+    cells = labels * classes + probabilities.argmax(1)
+    correct = probabilities.argmax(1) == labels
+    present = np.unique(labels)
+    share = probabilities[:, present] / np.maximum(probabilities[:, present].sum(1, keepdims=True), 1e-12)
+    ranks = [np.unique(column, return_inverse=True)[1] for column in share.T]  # equal shares have equal ranks
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        counts = np.bincount(cells, weights, classes**2).reshape(classes, classes)
+        hits, annotated, predicted = np.diag(counts)[present], counts.sum(1)[present], counts.sum(0)[present]
+        result = {
+            "accuracy": hits.sum() / counts.sum(),
+            "ece": calibration_error(probabilities.max(1), correct, weights),
+        }
+        if annotated.all():
+            result["balanced_accuracy"] = (hits / annotated).mean()
+            result["f1_macro"] = (2 * hits / (annotated + predicted)).mean()
+        if annotated.all() and len(present) > 1:
+            one_vs_rest = [auroc(r, labels == c, weights) for c, r in zip(present, ranks)]
+            result["auroc"] = one_vs_rest[1] if len(present) == 2 else np.mean(one_vs_rest)
+        return {name: float(value) for name, value in result.items()}
+
+    return figures
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over bins of confidence (arXiv 1706.04599).
+
+    Args:
+        confidence: highest probability of each case.
+        correct: whether its class is the annotated one.
+        weights: how often each case counts.
+    """
+    bins = np.minimum((confidence * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    return float(np.abs(np.bincount(bins, weights * (correct - confidence))).sum() / weights.sum())
+
+
+def auroc(ranks: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> float:
+    """Share of the pairs of a positive and a negative case in which the positive ranks higher, ties half (Mann-Whitney)."""
+    positives, negatives = np.bincount(ranks, weights * positive), np.bincount(ranks, weights * ~positive)
+    below = np.cumsum(negatives) - negatives / 2
+    return float((positives * below).sum() / (positives.sum() * negatives.sum()))
+
+
+def confusion(cases: Sequence[dict], num_classes: int) -> list[list[int]]:
+    """Counts, rows by annotated and columns by predicted class."""
+    labels = [case["label"] for case in cases]
+    predicted = [int(case["probabilities"].argmax()) for case in cases]
+    return confusion_matrix(labels, predicted, labels=range(num_classes)).tolist()
+
+
+def _draw_confusion(axis, counts: np.ndarray, names: Sequence[str]) -> None:
+    axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        dark = count > 0.5 * counts[row].sum()
+        axis.text(column, row, count, ha="center", va="center", color="white" if dark else "black")
+    axis.set(title="confusion matrix", xlabel="predicted", ylabel="annotated")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+
+
+def _draw_reliability(axis, confidence: np.ndarray, correct: np.ndarray, error: float) -> None:
+    CalibrationDisplay.from_predictions(correct, confidence, n_bins=CONFIDENCE_BINS, name="most probable class", ax=axis)
+    axis.set(title=f"reliability, ECE {error:.3f}", xlabel="confidence", ylabel="accuracy")
+    counts, edges = np.histogram(confidence, CONFIDENCE_BINS, (0, 1))
+    axis.bar(edges[:-1], counts / len(confidence), 1 / CONFIDENCE_BINS, align="edge", color="0.85", label="share of cases")
+    axis.legend(loc="upper left")

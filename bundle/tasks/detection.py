@@ -1,0 +1,285 @@
+"""Detection: boxes and masks of the lesions in a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from monai.apps.detection.metrics.coco import COCOMetric
+from monai.apps.detection.metrics.matching import matching_batch
+from monai.data.box_utils import box_iou
+from torch.nn.functional import one_hot
+from torchvision import ops
+
+from bundle.data.batch import plain
+from bundle.errors import UserError
+from bundle.names import BOXES, DETECTION, INSTANCES, SOURCE
+from bundle.networks.detection import MaskRCNNHead
+from bundle.tasks.base import Figures, Task
+
+# COCO's AP, at IoU 0.1 and 0.5 and averaged over 0.5:0.05:0.95; its lowest threshold, 0.1, comes first.
+COCO = COCOMetric(classes=["lesion"], iou_list=(0.1, 0.5), iou_range=(0.5, 0.95, 0.05), max_detection=(100,), verbose=False)
+FOUND_SCORE = 0.5  # of detections that are counted as such in per_case.csv and in pictures
+SAME_LESION = 0.3  # IoU above which detections of several views or networks are one lesion
+FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+RECALLS = np.linspace(0, 1, 101)
+
+
+class Detection(Task):
+    """Boxes, scores and masks of lesions, by a Mask R-CNN head that computes its five losses itself.
+
+    A case holds the detections matched once to the annotated boxes, and masks to masks where there are instances.
+
+    Args:
+        detection: further arguments of `MaskRCNNHead`.
+
+    Raises:
+        UserError: for an argument that `MaskRCNNHead` does not have.
+    """
+
+    name, field = DETECTION, BOXES
+    outlined = True
+    headline = ("ap10", "ap50")  # AP@0.5 alone is noisy while a detector still learns
+    columns = {"AP@0.1": "ap10", "AP@0.5": "ap50"}
+
+    def __init__(self, detection: Mapping | None = None, **_) -> None:
+        known = [name for name in signature(MaskRCNNHead).parameters if name not in ("channels", "strides")]
+        if unknown := [name for name in detection or {} if name not in known]:
+            raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
+        self.options = dict(detection or {})
+
+    def stratum(self, record: Mapping) -> tuple:
+        return bool(record[BOXES]), record.get(SOURCE)
+
+    def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
+        """detection: for each sample None or {"boxes" (N, 4) x1 y1 x2 y2 in pixels, "labels" (N,) ones, "masks" (N, S, S)}.
+
+        The masks are there where instances are annotated.
+        """
+        return {DETECTION: [_target(sample) for sample in samples]}
+
+    def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> MaskRCNNHead:
+        return MaskRCNNHead(channels, strides, **self.options)
+
+    def loss(self, answer: Mapping[str, torch.Tensor], batch: Mapping, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name.removeprefix("loss_"): value for name, value in answer.items()}
+
+    def cases(self, answer: Sequence[Mapping | None], batch: Mapping, thorough: bool) -> list[dict]:
+        """`true_positives` and `false_positives` count the detections with a score of `FOUND_SCORE` or more, at IoU 0.1."""
+        return [_case(detection, target) for detection, target in zip(answer, batch[DETECTION])]
+
+    def comparable(self, cases: Sequence[dict], sources: Sequence[str]) -> Sequence[dict]:
+        """Where a source has boxes but no instance masks, its images without lesions have no part in mask AP."""
+        masked = {source for source, case in zip(sources, cases) if "mask_match" in case and case["n_boxes"]}
+        return [
+            case if source in masked else {name: value for name, value in case.items() if name != "mask_match"}
+            for source, case in zip(sources, cases)
+        ]
+
+    def figures(self, cases: Sequence[dict]) -> Figures:
+        return detection_figures(cases)
+
+    def is_defined(self, case: Mapping, figure: str) -> bool:
+        return "mask_match" in case or not figure.startswith("mask_")
+
+    def finish(self, report: dict, cases: Sequence[dict]) -> dict:
+        froc = {name.removeprefix("froc_"): value for name, value in report.items() if name.startswith("froc_")}
+        rest = {name: value for name, value in report.items() if not name.startswith("froc_")}
+        return {**rest, "froc": froc} if froc else rest
+
+    def table_row(self, case: Mapping) -> dict:
+        return {name: case[name] for name in ("n_boxes", "n_detections", "true_positives", "false_positives")}
+
+    def draw(self, report: Mapping, cases: Sequence[dict], sources: Sequence[str]) -> Figure | None:
+        """The FROC curve."""
+        if "froc" not in report:
+            return None
+        rates, sensitivity = froc_curve(cases)
+        figure = Figure(figsize=(5, 4), layout="constrained")
+        axis = figure.subplots()
+        axis.step([0, *rates], [0, *sensitivity], where="post")
+        axis.set(title="FROC, IoU 0.1", xlabel="false positives per image", ylabel="sensitivity", ylim=(0, 1))
+        axis.set_xscale("symlog", linthresh=0.125)
+        axis.set_xlim(0, 8)
+        return figure
+
+    def judge(self, case: Mapping) -> tuple[float, str]:
+        missed, invented = case["n_boxes"] - case["true_positives"], case["false_positives"]
+        return -(missed + invented), f"{missed} of {case['n_boxes']} missed, {invented} invented"
+
+    def outlines(self, answer: Sequence[Mapping], batch: Mapping, index: int) -> dict:
+        found = answer[index]["boxes"][answer[index]["scores"] >= FOUND_SCORE]
+        return {"boxes": (batch[DETECTION][index]["boxes"].cpu().numpy(), found.cpu().numpy())}
+
+    def mirror(self, answer: Sequence[Mapping | None], width: int) -> list:
+        return [found and _mirror(found, width) for found in answer]
+
+    def join_views(self, answers: Sequence) -> list:
+        """Weighted boxes fusion: see `fuse`."""
+        return [None if found[0] is None else fuse(found) for found in zip(*answers)]
+
+    def join_members(self, answers: Sequence) -> list:
+        """All detections, of overlapping ones the surest."""
+        return [None if found[0] is None else _pool(found) for found in zip(*answers)]
+
+
+def fuse(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Fuse the detections of several views of an image (weighted boxes fusion: Solovyev et al., arXiv 1910.13302).
+
+    Boxes and masks of detections that overlap are averaged, weighted by the scores; the score is the mean over the views, 0
+    where one has no such detection.
+    """
+    both = {key: torch.cat([found[key] for found in detections]) for key in detections[0]}
+    strongest = ops.nms(both["boxes"], both["scores"], SAME_LESION)
+    if not len(strongest):
+        return dict(detections[0])
+    # Every detection belongs to the strongest one that it overlaps most; nms left none without.
+    owner = ops.box_iou(both["boxes"][strongest], both["boxes"]).argmax(0)
+    shares = one_hot(owner, len(strongest)).T * both["scores"]  # (fused, found)
+    split = shares.split([len(found["scores"]) for found in detections], 1)
+    scores = sum(part.amax(1) for part in split if part.shape[1]) / len(detections)
+    shares = shares / shares.sum(1, keepdim=True)
+    order = scores.argsort(descending=True)
+    return {
+        "boxes": (shares @ both["boxes"])[order],
+        "labels": both["labels"][strongest][order],
+        "scores": scores[order],
+        "masks": torch.einsum("fn,nchw->fchw", shares, both["masks"])[order],
+    }
+
+
+def _pool(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    pooled = {name: torch.cat([found[name] for found in detections]) for name in detections[0]}
+    kept = ops.nms(pooled["boxes"], pooled["scores"], SAME_LESION)  # descending by score
+    return {name: values[kept] for name, values in pooled.items()}
+
+
+def _mirror(detection: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    x1, y1, x2, y2 = detection["boxes"].unbind(1)
+    boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
+    return {**detection, "boxes": boxes, "masks": detection["masks"].flip(-1)}
+
+
+def _target(sample: Mapping) -> dict | None:
+    if BOXES not in sample:
+        return None
+    target = {"boxes": plain(sample[BOXES]), "labels": torch.ones(len(sample[BOXES]), dtype=torch.int64)}
+    if INSTANCES in sample:
+        target["masks"] = plain(sample[INSTANCES])
+    return target
+
+
+def _case(detection: Mapping, target: Mapping | None) -> dict:
+    if target is None:
+        return {}
+    scores = detection["scores"].cpu().numpy()
+    boxes, truth = detection["boxes"].cpu().numpy(), target["boxes"].cpu().numpy()
+    case = {"match": _match(box_iou, boxes, scores, truth), "n_boxes": len(truth), "n_detections": len(scores)}
+    found = case["match"].get(0)
+    hits = found["dtMatches"][0][found["dtScores"] >= FOUND_SCORE] if found else np.array([])
+    case |= {"true_positives": int((hits > 0).sum()), "false_positives": int((hits == 0).sum())}
+    if "masks" in target:
+        masks = (detection["masks"][:, 0] > 0.5).flatten(1).cpu().numpy()
+        case["mask_match"] = _match(_mask_iou, masks, scores, target["masks"].flatten(1).bool().cpu().numpy())
+    return case
+
+
+def _match(iou, pred: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> dict:
+    def as_class(items):
+        return np.zeros(len(items), dtype=int)
+
+    return matching_batch(
+        iou,
+        COCO.get_iou_thresholds(),
+        [pred],
+        [as_class(pred)],
+        [scores],
+        [truth],
+        [as_class(truth)],
+        max_detections=100,
+    )[0]
+
+
+def _mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of every mask of (N, pixels) with every mask of (M, pixels)."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    both = a @ b.T
+    return both / np.maximum(a.sum(1)[:, None] + b.sum(1)[None] - both, 1)
+
+
+def detection_figures(cases: Sequence[dict]) -> Figures:
+    """AP at IoU 0.1, 0.5 and 0.5:0.95, mask AP, and sensitivity at given false positives per image (FROC, IoU 0.1).
+
+    Left out where there is no annotated lesion. The detections were matched by MONAI; from its matches its COCOMetric
+    computes the same AP but for its rounding, some fifty times slower than the bootstrap can wait for.
+    """
+    boxes = _Matches([case["match"] for case in cases])
+    masks = _Matches([case.get("mask_match", {}) for case in cases])
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        result = dict(zip(("ap10", "ap50", "ap"), boxes.average_precision(weights)))
+        result |= dict(zip(("mask_ap10", "mask_ap50", "mask_ap"), masks.average_precision(weights)))
+        if weights @ boxes.lesions:
+            curve = boxes.froc(weights)
+            result |= {f"froc_{rate:g}": sensitivity_at(curve, rate) for rate in FALSE_POSITIVE_RATES}
+            result["froc_mean"] = float(np.mean([result[f"froc_{rate:g}"] for rate in FALSE_POSITIVE_RATES]))
+        return result
+
+    return figures
+
+
+class _Matches:
+    """Detections of many images in the order of their scores, from high to low, and which of them are hits.
+
+    Args:
+        matches: for each image what `monai.apps.detection.metrics.matching.matching_batch` returns; {} for no image.
+    """
+
+    def __init__(self, matches: Sequence[dict]) -> None:
+        found = [(image, match[0]) for image, match in enumerate(matches) if match]
+        scores = np.concatenate([np.zeros(0), *(match["dtScores"] for _, match in found)])
+        order = np.argsort(-scores, kind="stable")
+        self.images = np.concatenate([np.zeros(0, int), *(np.full(len(m["dtScores"]), image) for image, m in found)])[order]
+        thresholds = range(len(COCO.get_iou_thresholds()))
+        hits = [np.concatenate([np.zeros(0), *(m["dtMatches"][t] for _, m in found)])[order] > 0 for t in thresholds]
+        self.loosest = hits[0]
+        self.hits = [np.flatnonzero(hit) for hit in hits]
+        self.lesions = np.zeros(len(matches))
+        self.lesions[[image for image, _ in found]] = [match["gtIgnore"].size for _, match in found]
+
+    def average_precision(self, weights: np.ndarray) -> tuple[float, ...]:
+        """COCO's AP (precision at 101 recalls) at the first and second threshold and averaged from the second on.
+
+        Precision is taken at the hits alone: between two of them it only falls.
+        """
+        lesions, drawn = weights @ self.lesions, weights[self.images]
+        if not lesions:
+            return ()
+        so_far, at = np.cumsum(drawn), []
+        for hits in self.hits:
+            true = np.cumsum(drawn[hits])
+            precision = np.append(true / np.maximum(so_far[hits], 1), 0)  # 0 at recalls that are never reached
+            precision = np.maximum.accumulate(precision[::-1])[::-1]
+            at.append(precision[np.searchsorted(true / lesions, RECALLS)].mean())
+        return float(at[0]), float(at[1]), float(np.mean(at[1:]))
+
+    def froc(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """False positives per image and sensitivity at every score threshold, from high to low, at the first threshold."""
+        drawn = weights[self.images]
+        return np.cumsum(drawn * ~self.loosest) / weights.sum(), np.cumsum(drawn * self.loosest) / (weights @ self.lesions)
+
+
+def froc_curve(cases: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """False positives per image and sensitivity at every score threshold, from high to low, at IoU 0.1.
+
+    MONAI's compute_froc_curve_data leaves out the lowest threshold, so that the last detections never count.
+    """
+    return _Matches([case["match"] for case in cases]).froc(np.ones(len(cases)))
+
+
+def sensitivity_at(curve: tuple[np.ndarray, np.ndarray], rate: float) -> float:
+    """Highest sensitivity with at most `rate` false positives per image."""
+    return float(curve[1][curve[0] <= rate].max(initial=0.0))

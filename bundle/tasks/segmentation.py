@@ -1,0 +1,170 @@
+"""Segmentation: the lesion mask of a slice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from monai.losses import DiceCELoss, DiceLoss, FocalLoss, GeneralizedDiceLoss, TverskyLoss
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, get_confusion_matrix
+from torch import nn
+
+from bundle.data.batch import plain
+from bundle.errors import UserError
+from bundle.names import EMPTY_MASK, MASK, SEGMENTATION, SOURCE
+from bundle.networks.heads import DenseHead
+from bundle.tasks.base import Figures, Task, mean_figures
+
+
+class Segmentation(Task):
+    """A probability of lesion for every pixel and lesion class, by a U-Net decoder and a sigmoid.
+
+    Args:
+        segmentation_classes: names of the lesion classes.
+        decoder_channels: of the decoder, deepest first: see `DenseHead`.
+        decoder_dropout: of the decoder.
+        segmentation_loss: a key of `SEGMENTATION_LOSSES`.
+    """
+
+    name, field = SEGMENTATION, MASK
+    outlined = True
+    headline = ("dice",)
+    columns = {"Dice": "dice", "IoU": "iou"}
+
+    def __init__(
+        self,
+        segmentation_classes: Sequence[str] = ("lesion",),
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        decoder_dropout: float = 0.0,
+        segmentation_loss: str = "generalized_dice",
+        **_,
+    ) -> None:
+        self.classes = list(segmentation_classes)
+        self.decoder_channels, self.decoder_dropout = decoder_channels, decoder_dropout
+        self.criterion = LesionAndComplementLoss(segmentation_loss)
+
+    def stratum(self, record: Mapping) -> tuple:
+        return record[MASK] != EMPTY_MASK, record.get(SOURCE)
+
+    def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
+        """mask: (B, C, S, S) in {0, 1}."""
+        no_mask = image.new_zeros(len(self.classes), *image.shape[2:])
+        return {MASK: torch.stack([plain(sample.get(MASK, no_mask)) for sample in samples])}
+
+    def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> DenseHead:
+        return DenseHead(channels, strides, self.decoder_channels, len(self.classes), dropout=self.decoder_dropout)
+
+    def loss(self, answer: torch.Tensor, batch: Mapping, rows: torch.Tensor) -> torch.Tensor:
+        return self.criterion(answer[rows], batch[MASK][rows])
+
+    def cases(self, answer: torch.Tensor, batch: Mapping, thorough: bool) -> list[dict]:
+        """Overlap, rates and, in pixels of the network's input and only if `thorough`, the 95th-percentile Hausdorff distance.
+
+        Means over the classes. Two empty masks overlap fully; the distance is NaN where either mask is empty.
+        """
+        mask, truth = (answer > 0).float().cpu(), batch[MASK].cpu()
+        counts = get_confusion_matrix(mask, truth)  # (B, C, [tp, fp, tn, fn])
+        tp, fp, tn, fn = counts.unbind(-1)
+        figures = {
+            "dice": compute_dice(mask, truth, ignore_empty=False),
+            "iou": compute_iou(mask, truth, ignore_empty=False),
+            "sensitivity": tp / (tp + fn),
+            "specificity": tn / (tn + fp),
+        }
+        if thorough:
+            with warnings.catch_warnings():  # of empty masks, which have no distance
+                warnings.simplefilter("ignore")
+                distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95)
+            both = mask.flatten(2).any(2) & truth.flatten(2).any(2)
+            figures["hd95"] = torch.where(both, distance.float(), torch.nan)
+        rows = {name: values.float().nanmean(1).tolist() for name, values in figures.items()}
+        rows["lesion_pixels"] = mask.sum((1, 2, 3)).tolist()
+        return [dict(zip(rows, values)) for values in zip(*rows.values())]
+
+    def figures(self, cases: Sequence[dict]) -> Figures:
+        return mean_figures([{name: value for name, value in case.items() if name != "lesion_pixels"} for case in cases])
+
+    def draw(self, report: Mapping, cases: Sequence[dict], sources: Sequence[str]) -> Figure:
+        """Dice by source."""
+        names = sorted(set(sources))
+        dice = [[case["dice"] for case, source in zip(cases, sources) if source == name] for name in names]
+        figure = Figure(figsize=(2 + 2 * len(names), 4), layout="constrained")
+        axis = figure.subplots()
+        axis.boxplot(dice, tick_labels=[f"{name}\nn = {len(values)}" for name, values in zip(names, dice)])
+        axis.set(title="Dice of each case", ylim=(-0.02, 1.02))
+        return figure
+
+    def judge(self, case: Mapping) -> tuple[float, str]:
+        return case["dice"], f"Dice {case['dice']:.2f}"
+
+    def outlines(self, answer: torch.Tensor, batch: Mapping, index: int) -> dict:
+        return {"masks": (batch[MASK][index].cpu().numpy() > 0, (answer[index] > 0).cpu().numpy())}
+
+    def join_members(self, answers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits of the mean probability."""
+        return torch.stack(list(answers)).sigmoid().mean(0).logit(eps=1e-6)
+
+
+class _WithFocal(nn.Module):
+    """A Dice loss and the focal loss of the same softmax; MONAI's DiceFocalLoss gives its focal part a sigmoid."""
+
+    def __init__(self, dice: type[nn.Module]) -> None:
+        super().__init__()
+        self.dice, self.focal = dice(softmax=True), FocalLoss(use_softmax=True)
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.dice(logits, target) + self.focal(logits, target)
+
+
+class _Tversky(nn.Module):
+    """Tversky loss (Salehi et al., arXiv 1706.05721): a missed lesion pixel weighs 0.7, a false one 0.3.
+
+    A pixel missed in the lesion is a false one of the complement, whose weights are therefore exchanged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.complement, self.lesion = TverskyLoss(alpha=0.7, beta=0.3), TverskyLoss(alpha=0.3, beta=0.7)
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        probability = logits.softmax(1)
+        return (self.complement(probability[:, :1], target[:, :1]) + self.lesion(probability[:, 1:], target[:, 1:])) / 2
+
+
+# Losses of logits and target (B, 2, H, W), complement and lesion.
+SEGMENTATION_LOSSES = {
+    "generalized_dice": lambda: GeneralizedDiceLoss(softmax=True),
+    "generalized_dice_focal": lambda: _WithFocal(GeneralizedDiceLoss),
+    "dice": lambda: DiceLoss(softmax=True),
+    "dice_ce": lambda: DiceCELoss(softmax=True),
+    "dice_focal": lambda: _WithFocal(DiceLoss),
+    "tversky": _Tversky,
+}
+
+
+class LesionAndComplementLoss(nn.Module):
+    """A Dice-like loss of MONAI on the lesion and its complement, as two channels of a softmax.
+
+    On one sigmoid channel and an empty mask the Generalized Dice loss and its gradient are exactly zero, so slices without
+    lesion would never punish false positives. The softmax of (-z/2, z/2) is (1 - sigmoid(z), sigmoid(z)): the same
+    probability, with the complement present in every slice.
+
+    Args:
+        name: a key of `SEGMENTATION_LOSSES`.
+
+    Raises:
+        UserError: if the name is unknown.
+    """
+
+    def __init__(self, name: str = "generalized_dice") -> None:
+        super().__init__()
+        if name not in SEGMENTATION_LOSSES:
+            raise UserError(f"segmentation_loss: found {name!r}, expected one of {', '.join(SEGMENTATION_LOSSES)}")
+        self.loss = SEGMENTATION_LOSSES[name]()
+
+    def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Args: logits (B, C, H, W) and mask in {0, 1} of the same shape; every channel is a lesion class of its own."""
+        logits, mask = logits.flatten(0, 1)[:, None], mask.flatten(0, 1)[:, None]
+        return self.loss(torch.cat([-logits / 2, logits / 2], 1), torch.cat([1 - mask, mask], 1))

@@ -1,0 +1,58 @@
+"""The list of tasks, and how a configuration's tasks are made from it."""
+
+import pytest
+from some_tasks import CLASSES, some_tasks
+
+from bundle import names
+from bundle.errors import UserError
+from bundle.tasks import TASKS, Classification, Task, make_tasks
+
+
+class Severity(Task):
+    name, field = "severity", "severity"
+
+
+def test_tasks_come_in_the_order_of_the_list_and_those_from_outside_last():
+    tasks = {f"{__name__}.Severity": 0.5, "detection": 2, "classification": 1.0}
+    made = make_tasks(tasks, draws={"detection": 3.0}, classes=CLASSES, label_smoothing=0.1)
+    assert [(task.name, task.weight, task.share) for task in made] == [
+        ("classification", 1.0, 1.0),
+        ("detection", 2.0, 3.0),
+        ("severity", 0.5, 1.0),
+    ]
+    assert made[0].classes == CLASSES and made[0].label_smoothing == 0.1 and type(made[2]) is Severity
+    assert tuple(TASKS) == names.TASKS
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([], "tasks: found no task, expected one or more of classification, segmentation, reconstruction, detection"),
+        (["segmentaton"], "tasks: found 'segmentaton', expected one or more of .*, or the dotted path of a subclass"),
+        ({"Detection": 1.0}, "tasks: found 'Detection', expected"),
+        (["no_package.Task"], "tasks: found 'no_package.Task', expected"),
+        (["bundle.tasks.make_tasks"], "tasks: found 'bundle.tasks.make_tasks', expected"),
+    ],
+)
+def test_unknown_tasks_and_none_are_refused(tasks, message):
+    with pytest.raises(UserError, match=message):
+        make_tasks(tasks, classes=CLASSES)
+
+
+def test_an_argument_that_mask_r_cnn_does_not_have_is_refused():
+    with pytest.raises(UserError, match="detection: found anchors, expected some of fpn_channels"):
+        some_tasks("detection", detection={"anchors": 3})
+
+
+def test_a_share_of_an_unknown_task_is_refused():
+    with pytest.raises(UserError, match="draws: found segment, expected names of tasks: classification"):
+        some_tasks("classification", draws={"segment": 1.0})
+
+
+def test_what_a_task_does_not_provide_is_said():
+    task = Severity()
+    assert task.is_annotated({"severity": 0.1}) and not task.is_annotated({}) and Task().is_annotated({})
+    for call in (lambda: task.head([8], [2], 1), lambda: task.loss(None, {}, None), lambda: task.cases(None, {}, False)):
+        with pytest.raises(NotImplementedError, match="Severity has no"):
+            call()
+    assert Classification.name in names.TASKS
