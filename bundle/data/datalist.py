@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bundle.data.headers import slice_size
+from bundle.data.volumes import slice_size
 from bundle.errors import UserError
 from bundle.names import (
     ANNOTATION,

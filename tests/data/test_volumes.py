@@ -19,25 +19,7 @@ from bundle.data.volumes import find_scans, open_scan
 from bundle.data.sources.volumes import read_volume
 from bundle.errors import UserError
 
-SERIES, STUDY = "1.2.3.4", "1.2.3"
-
-
-@pytest.fixture
-def write_series(write_dicom):
-    """Function that writes slices of constant HU at the given heights, the last of them first, as one series."""
-
-    def write(folder, heights, series=SERIES, **tags):
-        folder.mkdir(exist_ok=True)
-        for number, height in reversed(list(enumerate(heights))):
-            path = write_dicom(folder / f"{series}-{number}", np.full((6, 8), 10 * number - 1000))
-            dataset = pydicom.dcmread(path)
-            dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.InstanceNumber = STUDY, series, 100 - number
-            dataset.ImagePositionPatient = [-50, -40, height]
-            for name, value in tags.items():
-                setattr(dataset, name, value)
-            dataset.save_as(path)
-
-    return write
+SERIES = "1.2.3.4"
 
 
 def read(scan):
@@ -78,6 +60,33 @@ def test_images_without_a_position_are_left_out_of_a_series_that_has_them(tmp_pa
     assert failures == [] and scan.warnings == ["left out 1 images without a position"] and scan.positions == [0, 5]
 
 
+def test_a_header_costs_little_memory_whatever_is_in_it(tmp_path, write_series):
+    write_series(tmp_path / "in", range(100), ImageComments="x" * 10_000, SeriesDescription="y" * 60)
+    tracemalloc.start()
+    scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(scans) == 1 and failures == [] and kept / 100 < 4096
+
+
+def test_another_time_size_or_name_of_any_file_makes_another_scan(tmp_path, write_series):
+    folder = tmp_path / "in"
+    write_series(folder, [0, 5, 10])
+
+    def stamp():
+        return find_scans(folder, tmp_path / "out")[0][0].stamp
+
+    first, middle = stamp(), folder / f"{SERIES}-1"
+    os.utime(middle, (1e9, 1e9))  # older than the others
+    older = stamp()
+    middle.rename(folder / "other")
+    assert len({first, older, stamp()}) == 3
+    folder.rename(tmp_path / "moved")
+    moved = find_scans(tmp_path / "moved", tmp_path / "out")[0][0].stamp
+    (tmp_path / "moved").rename(folder)
+    assert moved == stamp(), "where the folder lies does not matter"
+
+
 @pytest.mark.parametrize("name", ["x.mhd", "x.nhdr"])
 def test_other_pixels_are_another_scan_where_they_lie_beside_the_header(tmp_path, name):
     header = tmp_path / name
@@ -96,14 +105,14 @@ def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path,
     coarse.PixelSpacing = [3, 3]
     coarse.save_as(folder / "1.2.3.5-3")
     write_series(folder, [0], series="1.2.3.6", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    write_series(folder, [0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY", "REFORMATTED"])
+    write_series(folder, [0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY"], ImagePositionPatient=None)
     write_series(folder, [0], series="1.2.3.8", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
     scans, failures = find_scans(folder, tmp_path / "out")
     assert sorted(map(len, scans)) == [1, 2, 3] and len({scan.name for scan in scans}) == 3
     assert next(scan.spacing for scan in scans if len(scan) == 1) == (3, 3)
-    assert all({"left out 1 localizers", "left out 1 derived images"} <= set(scan.warnings) for scan in scans)
-    (failure,) = failures
-    assert "not axial" in failure["reason"] and not any("1.2.3" in scan.name for scan in scans)
+    kinds = ("localizers", "derived images without a position", "images that are not axial")
+    assert all({f"left out 1 {kind}" for kind in kinds} <= set(scan.warnings) for scan in scans)
+    assert failures == [] and not any("1.2.3" in scan.name for scan in scans)
 
 
 @pytest.mark.parametrize("other", ["localizer", "dose", "report"])
@@ -138,7 +147,7 @@ def test_pixels_that_are_no_picture_of_the_body_are_refused(tmp_path, write_dico
     dataset.Modality = modality
     dataset.save_as(tmp_path / "x.dcm")
     _, (failure,) = find_scans(tmp_path / "x.dcm", tmp_path / "out")
-    assert "found no image in it" in failure["reason"]
+    assert "found objects without images, expected an axial image" in failure["reason"]
 
 
 def test_one_damaged_header_costs_one_file(tmp_path, write_series):
@@ -173,13 +182,13 @@ def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path
     np.testing.assert_allclose((np.diag([-1, -1, 1, 1]) @ scan.affine)[:3, :3], np.diag(itk.GetSpacing()), atol=1e-6)
 
 
-def test_a_thickness_that_is_not_told_is_warned_of(tmp_path, write_series):
+def test_a_missing_thickness_is_warned_of(tmp_path, write_series):
     write_series(tmp_path / "in", [0], SliceThickness=None)
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 8), np.int16)), str(tmp_path / "x.nrrd"))
     nib.save(nib.Nifti1Image(np.zeros((6, 8), np.int16), np.eye(4)), tmp_path / "x.nii")
     for source in ("in", "x.nrrd", "x.nii"):
         (scan,), _ = find_scans(tmp_path / source, tmp_path / "out")
-        assert scan.warnings == ["the thickness of the slice is not told: volumes count 1 mm"] and scan.thickness == [1]
+        assert scan.warnings == ["the file gives no thickness of the slice: volumes count 1 mm"] and scan.thickness == [1]
 
 
 def test_rle_and_other_modalities_are_decoded(tmp_path, write_dicom):

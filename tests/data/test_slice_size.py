@@ -4,7 +4,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from bundle.data.headers import slice_size
+from bundle.data.volumes import slice_size
 from bundle.data.transforms import LoadSlice
 
 ROWS, COLUMNS = 40, 60

@@ -1,0 +1,521 @@
+"""Which DICOM images are one scan: what their headers say, what is excluded, how they are grouped, ordered and decoded.
+
+pydicom reads the headers, decodes the pixels and applies look-up tables. highdicom's Image and Volume are not used: they hold a
+series in memory as a whole, need equal gaps between its slices, and are not there beside MONAI Label, which needs pydicom 2.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pydicom
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from scipy import ndimage
+
+from bundle.errors import UserError
+
+# All that is kept or looked at of a header: a whole one takes 50 KB of memory, and a folder may hold 100,000 files.
+TAGS = ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
+TAGS += ("AcquisitionNumber", "TemporalPositionIdentifier", "ConvolutionKernel", "ImageType", "Modality", "AcquisitionTime")
+TAGS += ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
+TAGS += ("BitsAllocated", "BitsStored", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+TAGS += ("SliceThickness", "RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit")
+TAGS += ("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+
+LOCALIZERS = "localizers"
+NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
+AIR = -1024  # HU
+MANY = 10  # slices: from here on a series is a scan even if its positions say nothing
+BOLUS_TIME, BOLUS_THICKNESS = 0.9, 5  # s between images and mm: a monitored slice is repeated slowly, and is thick
+
+
+@dataclass(slots=True)
+class Frame:
+    """What a DICOM header says about one frame. Texts are empty and numbers None where it says nothing that makes sense.
+
+    `unknown` says why the values are no Hounsfield units, and is empty where they are. `padding` are the lowest and the
+    highest stored value of pixels outside the field of view. Lengths are in mm, positions in LPS.
+    """
+
+    path: str
+    index: int  # in the file
+    size: tuple[int, int]  # columns, rows
+    patient: str
+    study: str
+    series: str
+    instance: str
+    frame_of_reference: str
+    acquisition: str
+    kernel: str
+    image_type: str
+    modality: str
+    photometric: str
+    unknown: str
+    number: float | None
+    time: float | None
+    padding: tuple[int, int] | None
+    position: tuple[float, ...] | None = None
+    orientation: tuple[float, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    thickness: float | None = None
+    slope: float | None = None
+    intercept: float = 0.0
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is known where the frame lies."""
+        return None not in (self.position, self.orientation, self.spacing)
+
+    @property
+    def normal(self) -> np.ndarray:
+        """Unit vector across the slice, in LPS."""
+        return np.cross(self.orientation[:3], self.orientation[3:])
+
+    @property
+    def height(self) -> float:
+        """Position along the normal, which runs to the head."""
+        normal = self.normal
+        return float(np.array(self.position) @ normal) * (-1.0 if normal[2] < 0 else 1.0)
+
+    @property
+    def folder(self) -> str:
+        return os.path.dirname(self.path)
+
+
+def is_dicom(path) -> bool:
+    """Whether a file starts as a DICOM file does, with a preamble or, in old archives, without."""
+    with open(path, "rb") as file:
+        start = file.read(132)
+    return start[128:] == b"DICM" or (start[:1] in (b"\x02", b"\x08") and start[1:2] == start[3:4] == b"\0")
+
+
+def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
+    """Header of a DICOM image, or only some of its tags.
+
+    Raises:
+        UserError: if it is compressed as a whole, which would be unpacked in memory whatever its size.
+        Exception: of pydicom, if it is no DICOM file.
+    """
+    if not is_dicom(path):
+        raise UserError("found no DICOM header")
+    with open(path, "rb") as file:
+        force = file.read(132)[128:] != b"DICM"
+    if not force and read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        raise UserError("found a deflated file, expected another transfer syntax")
+    return pydicom.dcmread(path, stop_before_pixels=True, force=force, specific_tags=tags and list(tags))
+
+
+def exclusion_reason(header: pydicom.Dataset) -> str:
+    """What an object is called that is not an axial image; empty for one that is."""
+    if "Rows" not in header or "Columns" not in header or _text(header, "Modality") in NO_IMAGE:
+        return "objects without images"
+    if "LOCALIZER" in _text(header, "ImageType").upper():
+        return LOCALIZERS
+    orientation = _numbers(_look(header, 0)("PlaneOrientationSequence", "ImageOrientationPatient"), 6)
+    if orientation and abs(np.cross(orientation[:3], orientation[3:])[2]) < 0.7:
+        return "images that are not axial"
+    return ""
+
+
+def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
+    """The frames of a DICOM image.
+
+    Raises:
+        UserError: if it has no size, or another number of channels than grey or RGB.
+    """
+    count, samples = int(_number(header.get("NumberOfFrames")) or 1), _number(header.get("SamplesPerPixel", 1))
+    if samples not in (1, 3) or not 1 <= count < 2**16:
+        raise UserError(f"found {samples} values in a pixel and {count} frames, expected a grey or RGB image")
+    common = Frame(
+        path=str(path),
+        index=0,
+        size=(int(header.Columns), int(header.Rows)),
+        patient=_text(header, "PatientID", "PatientName"),
+        study=_text(header, "StudyInstanceUID"),
+        series=_text(header, "SeriesInstanceUID"),
+        instance=_text(header, "SOPInstanceUID"),
+        frame_of_reference=_text(header, "FrameOfReferenceUID"),
+        acquisition=_text(header, "AcquisitionNumber", "TemporalPositionIdentifier"),
+        kernel=_text(header, "ConvolutionKernel"),
+        image_type=_text(header, "ImageType").upper(),
+        modality=_text(header, "Modality"),
+        photometric=_text(header, "PhotometricInterpretation"),
+        unknown="",
+        number=_number(_value(header, "InstanceNumber")),
+        time=_number(_value(header, "AcquisitionTime")),
+        padding=_padding(header),
+    )
+    frames = [_with_groups(common, header, index) for index in range(count)]
+    return [replace(frame, unknown=_unknown_values(frame, header)) for frame in frames]
+
+
+def _with_groups(frame: Frame, header: pydicom.Dataset, index: int) -> Frame:
+    """A frame with what the functional groups of an enhanced image say, or else the header."""
+    look = _look(header, index)
+    spacing = _numbers(look("PixelMeasuresSequence", "PixelSpacing"), 2)
+    orientation = _numbers(look("PlaneOrientationSequence", "ImageOrientationPatient"), 6)
+    return replace(
+        frame,
+        index=index,
+        position=_numbers(look("PlanePositionSequence", "ImagePositionPatient"), 3),
+        orientation=orientation if orientation and any(orientation) else None,
+        spacing=spacing if spacing and min(spacing) > 0 else None,
+        thickness=_number(look("PixelMeasuresSequence", "SliceThickness")),
+        slope=_number(look("PixelValueTransformationSequence", "RescaleSlope")),
+        intercept=_number(look("PixelValueTransformationSequence", "RescaleIntercept")) or 0.0,
+    )
+
+
+def _look(header: pydicom.Dataset, index: int) -> Callable[[str, str], object]:
+    """Function that finds an attribute in a sequence of the frame's functional groups, or else in the header."""
+    groups = []
+    for name, item in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
+        sequence = header.get(name)
+        groups += [sequence[item]] if sequence and len(sequence) > item else []
+
+    def look(sequence: str, attribute: str):
+        for group in groups:
+            if group.get(sequence) and attribute in group[sequence][0]:
+                return _value(group[sequence][0], attribute)
+        return _value(header, attribute)
+
+    return look
+
+
+def _unknown_values(frame: Frame, header: pydicom.Dataset) -> str:
+    """Why the values of a frame are no HU; empty if they are."""
+    if frame.modality != "CT":
+        return f"the modality is {frame.modality or 'not given'}, not CT: the values are no HU, the images count as pictures"
+    if frame.photometric not in ("MONOCHROME1", "MONOCHROME2", ""):
+        return f"images in colours ({frame.photometric}): the values are no HU, the images count as pictures"
+    if not frame.slope and not header.get("ModalityLUTSequence"):
+        return "the header has no rescale slope: the values are not known to be HU, the images count as pictures"
+    if (_number(header.get("BitsStored")) or 16) <= 8:
+        return "images of 8 bits: the values are not known to be HU, the images count as pictures"
+    return ""
+
+
+def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
+    """Stored values of pixels outside the field of view, of the sign of the pixels, which the header often mistakes."""
+    low = _number(_value(header, "PixelPaddingValue"))
+    if low is None:
+        return None
+    high, values = _number(_value(header, "PixelPaddingRangeLimit")), 2 ** int(_number(header.get("BitsAllocated")) or 16)
+    half = values // 2 if _number(header.get("PixelRepresentation")) else 0
+    wrapped = sorted((int(value) + half) % values - half for value in (low, low if high is None else high))
+    return wrapped[0], wrapped[1]
+
+
+def _text(header: pydicom.Dataset, *names: str) -> str:
+    """Values as a text that many headers share in memory."""
+    return sys.intern("|".join(str(value) for name in names if (value := header.get(name)) not in (None, "")).strip())
+
+
+def _value(header: pydicom.Dataset, name: str):
+    """A value, or None where it is no number although it should be one."""
+    try:
+        return header.get(name)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _number(value) -> float | None:
+    try:
+        return float(value) if np.isfinite(float(value)) else None
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _numbers(values, count: int) -> tuple[float, ...] | None:
+    try:
+        numbers = tuple(_number(value) for value in values)
+    except TypeError:
+        return None
+    return numbers if len(numbers) == count and None not in numbers else None
+
+
+def read_pixels(frame: Frame) -> np.ndarray:
+    """Values of a frame: HU of CT; otherwise grey values, luminance of colours, low values dark.
+
+    Returns:
+        float32 (columns, rows). Padding that is connected to the border is air, in HU.
+
+    Raises:
+        Exception: of pydicom or its decoders, if the pixels cannot be read.
+    """
+    header = read_header(frame.path, None)
+    pixels = _decode(frame, header)
+    if frame.photometric == "PALETTE COLOR":
+        pixels = pydicom.pixels.apply_color_lut(pixels, header)
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])
+    if pixels.shape != frame.size[::-1]:
+        raise UserError(f"found pixels of shape {pixels.shape}")
+    if header.get("ModalityLUTSequence"):
+        values = pydicom.pixels.apply_modality_lut(pixels, header).astype(np.float32)
+    else:
+        values = pixels * np.float32(frame.slope or 1) + np.float32(frame.intercept)
+    if frame.unknown:
+        return (values.max() - values if frame.photometric == "MONOCHROME1" else values).T
+    if frame.padding:
+        padded = (pixels >= frame.padding[0]) & (pixels <= frame.padding[1])
+        labels, _ = ndimage.label(padded)
+        outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+        values[np.isin(labels, outside[outside > 0])] = AIR
+    return values.T
+
+
+def _decode(frame: Frame, header: pydicom.Dataset) -> np.ndarray:
+    """Stored values (rows, columns) or, of RGB, (rows, columns, 3)."""
+    source, syntax = frame.path, header.file_meta.get("TransferSyntaxUID")
+    if syntax is None:
+        source = pydicom.dcmread(frame.path, force=True)
+        source.file_meta.TransferSyntaxUID = (
+            ImplicitVRLittleEndian if source.original_encoding[0] else ExplicitVRLittleEndian
+        )
+    try:
+        return pydicom.pixels.pixel_array(source, index=frame.index)
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+        raise UserError(f"found {syntax.name}, expected a decoder for it: pip install 'chest-ct-multitask[jpeg]'") from None
+
+
+def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Divide frames into scans: of one patient, study and series, one frame of reference, grid, kernel and acquisition.
+
+    The grid is compared with a tolerance. Files of one series may lie in several folders. A UID that is blank, or that an
+    anonymiser has made anew for each slice, is ignored where the slices are a regular stack without it.
+    """
+    _drop_scrambled_uids(frames)
+    same = defaultdict(list)
+    for frame in frames:
+        same[frame.patient, frame.study, frame.series, frame.frame_of_reference, frame.size, frame.kernel, frame.modality].append(frame)
+    groups = list(same.values())
+    for divide in (_by_grid, _by_folder, _by_acquisition):
+        groups = [part for group in groups for part in divide(group)]
+    return groups
+
+
+def _drop_scrambled_uids(frames: Sequence[Frame]) -> None:
+    for series in _divide(frames, lambda frame: frame.series):
+        _blank(series, "study", "frame_of_reference")
+    seen = Counter(frame.series for frame in frames)
+    alone = [frame for frame in frames if seen[frame.series] == 1]
+    for alike in _divide(alone, lambda frame: (frame.patient, frame.size, frame.kernel, frame.modality)):
+        for group in _by_grid(alike):
+            if len(group) > 2 and _is_stack(group):
+                _blank(group, "series", "study", "frame_of_reference")
+
+
+def _blank(frames: Sequence[Frame], *fields: str) -> None:
+    """Empty the fields in which every one of several frames has a value of its own."""
+    for field in fields:
+        if len(frames) > 2 and len({getattr(frame, field) for frame in frames}) == len(frames):
+            for frame in frames:
+                setattr(frame, field, "")
+
+
+def _divide(frames: Iterable[Frame], key: Callable[[Frame], object]) -> list[list[Frame]]:
+    groups = defaultdict(list)
+    for frame in frames:
+        groups[key(frame)].append(frame)
+    return list(groups.values())
+
+
+def _by_grid(frames: Sequence[Frame]) -> list[list[Frame]]:
+    groups: list[list[Frame]] = []
+    for frame in frames:
+        alike = next((group for group in groups if _on_one_grid(group[0], frame)), None)
+        if alike is None:
+            groups.append([frame])
+        else:
+            alike.append(frame)
+    return groups
+
+
+def _on_one_grid(one: Frame, other: Frame) -> bool:
+    """Digits differ from slice to slice: 0.01 of a direction and 0.001 mm of a pixel are no other grid."""
+    for first, second, tolerance in ((one.orientation, other.orientation, 0.01), (one.spacing, other.spacing, 0.001)):
+        if first and second and max(abs(a - b) for a, b in zip(first, second)) > tolerance:
+            return False
+    return True
+
+
+def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Folders are parts of one scan unless they hold the same places, or unless nothing but the places joins them."""
+    folders = _divide(frames, lambda frame: frame.folder)
+    places = [{_place(frame) for frame in folder} for folder in folders]
+    repeated = sum(map(len, places)) - len(set().union(*places))
+    joined = 2 * repeated <= min(map(len, places)) and (frames[0].series or _is_stack(frames))
+    return [list(frames)] if joined else folders
+
+
+def _by_acquisition(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Where slices lie at the same place: by the first attribute that tells most of them apart."""
+    repeated = _repeated(frames)
+    for field in ("acquisition", "thickness", "image_type") if repeated else ():
+        parts = _divide(frames, lambda frame: getattr(frame, field))
+        if len(parts) > 1 and min(map(len, parts)) > 1 and sum(map(_repeated, parts)) < repeated / 2:
+            return parts
+    return [list(frames)]
+
+
+def _place(frame: Frame) -> float | str:
+    return round(frame.height, 2) if frame.placed else f"{frame.number} {frame.index}"
+
+
+def _repeated(frames: Sequence[Frame]) -> int:
+    return len(frames) - len({_place(frame) for frame in frames})
+
+
+def _is_stack(frames: Sequence[Frame]) -> bool:
+    """Whether slices lie one above the other at a regular distance, some of them missing perhaps."""
+    if not all(frame.placed for frame in frames):
+        return False
+    points = np.array([frame.position for frame in sorted(frames, key=lambda frame: frame.height)])
+    steps = np.diff(points, axis=0)
+    usual = np.median(steps, axis=0) if len(steps) else np.zeros(3)
+    if not (length := np.linalg.norm(usual)) > 0.01:
+        return False
+    counts = np.round(steps @ usual / length**2)
+    return bool(counts.min() >= 1 and np.abs(steps - counts[:, None] * usual).max() < 0.1 * length)
+
+
+def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
+    """Leave out what is no scan beside the scans of the same study.
+
+    These are images in colour, derived ones without a position, projections, and slices that were taken to time the
+    contrast or to test: few, thick, or the same place again and again. A study that has nothing else keeps them.
+
+    Returns:
+        The groups that are scans, and by study how many images of which kind were left out.
+    """
+    kept, left_out = [], defaultdict(Counter)
+    for study in _divide_groups(groups):
+        largest = max((len(group) for group in study if not _extra(group, 0)), default=0)
+        for group in study:
+            kind = _extra(group, largest) if largest else ""
+            if kind:
+                left_out[study_of(group[0])][kind] += len(group)
+            else:
+                kept.append(group)
+    return kept, left_out
+
+
+def _divide_groups(groups: Sequence[list[Frame]]) -> list[list[list[Frame]]]:
+    studies = defaultdict(list)
+    for group in groups:
+        studies[study_of(group[0])].append(group)
+    return list(studies.values())
+
+
+def study_of(frame: Frame) -> tuple[str, str]:
+    """Patient and study; the folder where a study has no UID."""
+    return frame.patient, frame.study or frame.folder
+
+
+def study_of_header(path, header: pydicom.Dataset) -> tuple[str, str]:
+    """`study_of` for a file that has no frame."""
+    return _text(header, "PatientID", "PatientName"), _text(header, "StudyInstanceUID") or os.path.dirname(path)
+
+
+def _extra(group: Sequence[Frame], largest: int) -> str:
+    """What images are called that are no scan beside a scan of `largest` slices; empty for a scan."""
+    first = group[0]
+    if first.photometric not in ("MONOCHROME1", "MONOCHROME2", ""):
+        return "images in colour"
+    if "DERIVED" in first.image_type and not any(frame.placed for frame in group):
+        return "derived images without a position"
+    if re.search(r"\bM(IN)?IP\b|PROJECTION", first.image_type):
+        return "projections of several slices"
+    if len(group) > 1 and all(frame.placed for frame in group) and len({_place(frame) for frame in group}) == 1:
+        if len({frame.path for frame in group}) > 1 and (len(group) < MANY or _is_bolus(group)):
+            return "images of one place over time"
+    if len(group) <= 2 and largest >= MANY and (first.thickness or 0) >= BOLUS_THICKNESS:
+        return "single test images"
+    return ""
+
+
+def _is_bolus(group: Sequence[Frame]) -> bool:
+    times = sorted(frame.time for frame in group if frame.time is not None)
+    slow = len(times) == len(group) and float(np.median(np.diff(times))) >= BOLUS_TIME
+    return slow and (group[0].thickness or 0) >= BOLUS_THICKNESS
+
+
+def order_frames(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
+    """The slices of a scan from the feet to the head, and what is to be known of them, one line each.
+
+    Where positions are missing or say nothing, their numbers give the order, and no slice of the result has a position.
+    """
+    notes, placed = [], [frame for frame in frames if frame.placed]
+    if placed and _say_nothing(placed):
+        notes.append(f"{len(placed)} images claim the same position: they are in the order of their numbers, lengths are not known")
+        return [replace(frame, position=None) for frame in sorted(frames, key=_order)], notes
+    if not placed:
+        if len(frames) > 1:
+            notes.append(f"{len(frames)} images without a position, in the order of their numbers; lengths are not known")
+        return [replace(frame, position=None) for frame in sorted(frames, key=_order)], notes
+    if len(placed) < len(frames):
+        notes.append(f"left out {len(frames) - len(placed)} images without a position")
+    order = sorted(placed, key=lambda frame: (frame.height, *_order(frame)))
+    heights = [frame.height for frame in order]
+    kept = [frame for frame, low, high in zip(order, [-np.inf, *heights], heights) if high - low > 1e-3]
+    if len(kept) < len(order):
+        notes.append(f"left out {len(order) - len(kept)} images at the place of another one")
+    shared = len({frame.path for frame in kept}) - len({frame.instance or frame.path for frame in kept})
+    if shared:
+        notes.append(f"{shared} images have the SOPInstanceUID of another one")
+    return kept, notes
+
+
+def _order(frame: Frame) -> tuple:
+    natural = tuple((int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d{1,18})?", frame.path))
+    return frame.number is None, frame.number or 0, natural, frame.index
+
+
+def _say_nothing(frames: Sequence[Frame]) -> bool:
+    """Whether the same position of many different images is an anonymiser's work, or that of a file of many frames."""
+    if len(frames) < 2 or len({_place(frame) for frame in frames}) > 1:
+        return False
+    if len({frame.path for frame in frames}) == 1:
+        return True
+    if len(frames) < MANY or len({frame.number for frame in frames}) < len(frames):
+        return False
+    return not np.array_equal(read_pixels(frames[0]), read_pixels(frames[len(frames) // 2]))
+
+
+def measure_gaps(heights: np.ndarray) -> tuple[list[float], list[str]]:
+    """mm that each slice stands for, half the way to both neighbours, and warnings where the gaps are unequal."""
+    gaps, notes = np.diff(heights), []
+    usual = float(np.median(gaps))
+    missing = int(np.maximum(np.round(gaps / usual) - 1, 0).sum())
+    uneven = gaps.max() - gaps.min() > 0.02 * usual + 0.01
+    if missing:
+        notes.append(f"about {missing} slices are missing: gaps up to {gaps.max():.2f} mm, usually {usual:.2f} mm")
+    elif uneven:
+        notes.append(f"unequal spacing of the slices: {gaps.min():.2f} to {gaps.max():.2f} mm")
+    if notes:
+        notes.append(f"NIfTI has one spacing only and claims {gaps.mean():.2f} mm; volumes count the true ones")
+    return ((np.r_[gaps[0], gaps] + np.r_[gaps, gaps[-1]]) / 2).tolist(), notes
+
+
+def affine_of(frames: Sequence[Frame]) -> np.ndarray:
+    """(4, 4) from (column, row, slice) to RAS; the step between slices is their mean, a gantry's tilt included (DICOM
+    PS3.3, C.7.6.2.1.1)."""
+    first, last, affine = frames[0], frames[-1], np.eye(4)
+    affine[:3, 0] = np.multiply(first.orientation[:3], first.spacing[1])
+    affine[:3, 1] = np.multiply(first.orientation[3:], first.spacing[0])
+    if len(frames) > 1:
+        affine[:3, 2] = np.subtract(last.position, first.position) / (len(frames) - 1)
+    else:
+        affine[:3, 2] = first.normal * np.sign(first.normal[2] or 1) * float(first.thickness or 1)
+    affine[:3, 3] = first.position
+    return np.diag([-1.0, -1, 1, 1]) @ affine
