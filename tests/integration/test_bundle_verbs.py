@@ -1,25 +1,40 @@
-"""MONAI's tools on the repository and on its archive, unzipped where the package is not installed."""
+"""MONAI's tools, unmodified and offline, on this bundle; the table of what passes is printed at the end (pytest -s).
+
+Verbs are typed in the folder of the unzipped archive, where the package is not installed, and in an empty folder with the
+package on Python's path. Python's functions are called in this process; test_commands.py and test_inference.py check the
+properties that MONAI's tools need.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
-import zipfile
 from pathlib import Path
 
+import monai.bundle
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT.parent / "shared/meta_schema_20240725.json"
-SMOKE = ["--config", ROOT / "configs/preset_smoke.json"]
-WITH_SCHEMA = ["--schema", SCHEMA] if SCHEMA.is_file() else []
+SMOKE = ROOT / "configs/preset_smoke.json"
+OFFLINE = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "HTTP", "HTTPS")}  # nothing listens there
+VERBS = ("verify_metadata", "verify_net_in_out", "ckpt_export", "onnx_export", "run", "run_workflow")
+PLACES = ("archive", "elsewhere")
 
 
-def run(*command, cwd):
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CHEST_CT_SCHEMA")}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+@pytest.fixture(scope="module")
+def seconds():
+    """(check, place) -> seconds it took; printed as a table when the checks have ended."""
+    taken = {}
+    yield taken
+    print(f"\n| check | {' | '.join(PLACES)} |\n|{'---|' * (1 + len(PLACES))}")
+    for check in dict.fromkeys(check for check, _ in taken):
+        cells = [f"ok, {taken[check, place]:.1f} s" if (check, place) in taken else "" for place in PLACES]
+        print(f"| `{check}` | {' | '.join(cells)} |")
 
 
 @pytest.fixture(scope="module")
@@ -33,60 +48,94 @@ def bare_python(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unzipped(tmp_path_factory, checkpoint):
-    """The archive of the bundle with the smallest network, unzipped in an empty folder."""
-    folder = tmp_path_factory.mktemp("unzipped")
-    script = ROOT / "scripts/package_bundle.py"
-    done = run(sys.executable, script, "--output_dir", folder / "zip", "--checkpoint", checkpoint, *SMOKE, cwd=folder)
+def archive(tmp_path_factory, checkpoint):
+    """What git archive packs, as it lies here, with the weights of the smallest network."""
+    folder = tmp_path_factory.mktemp("archive") / "chest_ct_multitask"
+    for part in ("bundle", "configs", "docs"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "models").mkdir()
+    shutil.copy(checkpoint, folder / "models/model.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(archive, bare_python, checkpoint, phantom_dir, tmp_path_factory):
+    """Place -> (Python, directory, root of the bundle as seen from there, folder of results, knobs of a run, environment)."""
+    out = tmp_path_factory.mktemp("out")
+    (out / "scan").mkdir()
+    shutil.copy(sorted((phantom_dir / "images").iterdir())[0], out / "scan")
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | OFFLINE
+    clean["PYTHONDONTWRITEBYTECODE"] = "1"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    knobs = {name: ["--dataset_dir", out / "scan", "--output_dir", out / name] for name in PLACES}
+    away = ["--bundle_root", ROOT, "--checkpoint", checkpoint]
+    return {
+        "archive": (bare_python, archive, Path("."), out, knobs["archive"], clean),
+        "elsewhere": (sys.executable, elsewhere, ROOT, out, [*knobs["elsewhere"], *away], {**clean, "PYTHONPATH": str(ROOT)}),
+    }
+
+
+def words_of(verb: str, place: str, root: Path, out: Path, knobs: list, weights: Path) -> list:
+    """A verb of `python -m monai.bundle` as a user types it, with what follows it."""
+    meta = ["--meta_file", root / "configs/metadata.json"]
+    config = ["--config_file", str([str(root / "configs/inference.json"), str(SMOKE)])]
+    export = ["network_def", "--ckpt_file", weights, *meta, *config, "--filepath"]
+    return {
+        "verify_metadata": [*meta, "--filepath", SCHEMA],
+        "verify_net_in_out": ["network_def", *meta, *config],
+        "ckpt_export": [*export, out / f"{place}.ts"],
+        "onnx_export": [*export, out / f"{place}.onnx"],
+        "run": [*config, *knobs],
+        "run_workflow": [*config, *knobs, "--output_dir", out / f"{place}_2"],
+    }[verb]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb(verb, place, places, checkpoint, seconds):
+    python, cwd, root, out, knobs, environment = places[place]
+    if verb == "verify_metadata" and not SCHEMA.is_file():
+        pytest.skip(f"no {SCHEMA.name} beside the repository; metadata.json says where it is fetched from")
+    weights = Path("models/model.pt") if place == "archive" else checkpoint
+    before = {path: path.stat().st_mtime_ns for path in cwd.rglob("*")}
+    command = [python, "-m", "monai.bundle", verb, *words_of(verb, place, root, out, knobs, weights)]
+    start = time.perf_counter()
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    archive = Path(done.stdout.splitlines()[-1])
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(folder / "empty")
-    return folder / "empty" / archive.name.split("_v")[0]
+    seconds[verb, place] = time.perf_counter() - start
+    assert before == {path: path.stat().st_mtime_ns for path in cwd.rglob("*")}, "the bundle and the folder stay as they were"
+    if verb.startswith("run"):
+        results = out / (place if verb == "run" else f"{place}_2")
+        assert len(list(results.rglob("predictions.json"))) == 1
 
 
-def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+@pytest.fixture
+def network(checkpoint, phantom_dir, tmp_path):
+    """`network_def` of the workflow that MONAI creates for the overlay."""
+    files = [str(ROOT / "configs/inference.json"), str(SMOKE)]
+    knobs = {"dataset_dir": phantom_dir / "images", "output_dir": tmp_path, "checkpoint": checkpoint, "bundle_root": ROOT}
+    knobs = {key: str(value) for key, value in knobs.items()}
+    return monai.bundle.create_workflow(config_file=files, workflow_type="inference", **knobs).network_def
 
 
-def check(*command, cwd):
-    """Rows of the table that the check prints, each from its name to the results of the places, which the head names."""
-    done = run(*command, *WITH_SCHEMA, cwd=cwd)
-    rows = [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in done.stdout.splitlines() if "|" in line]
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return {name: results for name, *results in rows}
+def load(checkpoint, **arguments):
+    """`monai.bundle.load`, which reads inference.json alone and is given the network of the overlay."""
+    arguments = {"bundle_dir": ROOT.parent, "workflow_type": "inference", "device": "cpu", **arguments}
+    return monai.bundle.load(ROOT.name, model_file=str(checkpoint), **arguments)
 
 
-def assert_passed(table):
-    head, _, *rows = table.items()
-    assert len(rows) == 12
-    skipped = {"verify_metadata"} if not WITH_SCHEMA else set()
-    for name, results in rows:
-        expected = "skipped: no schema" if name in skipped else "ok, "
-        assert len(results) == 2 and all(result.startswith(expected) for result in results), (name, results)
-    return head[1]
+def test_load_gives_the_weights_of_the_file(checkpoint, network):
+    network, stored = load(checkpoint, model=network), torch.load(checkpoint, weights_only=True)
+    assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
 
 
-def test_the_repository_passes_from_its_root_and_from_elsewhere(checkpoint, tmp_path):
-    shipped = (ROOT / "models/model.pt").is_file()
-    weights = [] if shipped else ["--checkpoint", checkpoint, *SMOKE]
-    table = check(sys.executable, ROOT / "scripts/check_bundle.py", *weights, cwd=tmp_path)
-    assert assert_passed(table) == ["from the root", "from elsewhere"], "installed, it needs no PYTHONPATH"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_archive_passes_where_the_package_is_not_installed(unzipped, bare_python, tmp_path):
-    missing = run(bare_python, "-c", "import monai, bundle", cwd=tmp_path)
-    assert missing.stderr.endswith("ModuleNotFoundError: No module named 'bundle'\n")
-    before = files(unzipped)
-    table = check(bare_python, "-m", "bundle.verification", cwd=unzipped)
-    assert assert_passed(table) == ["from the root", "from elsewhere, PYTHONPATH"]
-    assert files(unzipped) == before, "the check leaves the bundle as it was"
-
-
-def test_the_archive_predicts_with_the_shortest_command(unzipped, bare_python, phantom_dir):
-    scan = sorted((phantom_dir / "images").iterdir())[0]
-    command = ["-m", "monai.bundle", "run", "--config_file", "configs/inference.json", "--input", scan]
-    done = run(bare_python, *command, cwd=unzipped)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((unzipped / "output/predictions").rglob("predictions.json"))) == 1
+def test_torchscript_answers_as_the_network(checkpoint, network, places):
+    file = places["elsewhere"][3] / "elsewhere.ts"
+    if not file.is_file():
+        pytest.skip("ckpt_export of the verbs above has made no TorchScript")
+    network = load(checkpoint, model=network).eval()
+    script, meta, _ = load(file, load_ts_module=True)
+    image = torch.rand(1, 1, 64, 64)
+    assert meta["network_data_format"]["inputs"]["image"]["spatial_shape"] == [256, 256]
+    with torch.no_grad():
+        torch.testing.assert_close(script.eval()(image), network(image), rtol=1e-4, atol=1e-4)

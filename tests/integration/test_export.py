@@ -9,7 +9,7 @@ import pytest
 import torch
 from fire import Fire
 
-from bundle.benchmark import read_exported
+from benchmark import read_exported
 from bundle.errors import UserError
 from bundle.networks import MultiTaskNet
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS

@@ -37,12 +37,6 @@ def test_benchmark_of_a_scan_compares_the_backends(phantom_dir, tmp_path):
         assert len(difference) == 7 and max(map(float, difference)) < 1e-3
 
 
-def test_benchmark_says_which_file_is_missing(tmp_path):
-    done = script("benchmark.py", "--quick", "--dataset_dir", tmp_path / "nowhere", cwd=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}/nowhere/datalist.json: no such datalist")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
