@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from bundle.names import (
 )
 
 SPLITS = ("training", "validation", "test")
+GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # of Pillow: the value of a pixel is its label
 FIELDS = (IMAGE, CLASS, MASK, BOXES, INSTANCES, GROUP, SOURCE)
 
 
@@ -45,7 +46,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
     if not Path(path).is_file():
         raise UserError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
     try:
-        datalist = json.loads(Path(path).read_text(encoding="utf-8"))
+        datalist = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: found no JSON ({error}), expected a datalist") from None
     try:
@@ -92,7 +93,7 @@ def _complaints(datalist, dataset_dir):
                 continue
             image = record.get(IMAGE)
             name = f"{place} {image or ''}".strip()
-            yield from (f"{name}: {complaint}" for complaint in _record_complaints(record, len(classes), dataset_dir))
+            yield from (f"{name}: {complaint}" for complaint in record_complaints(record, len(classes), dataset_dir))
             if isinstance(image, str) and (first := place_of.setdefault(os.path.normpath(image), place)) != place:
                 yield f"{name}: {IMAGE}: found in {first} as well, expected one record with all annotations of an image"
             group = record.get(GROUP, image)
@@ -103,7 +104,15 @@ def _complaints(datalist, dataset_dir):
                 )
 
 
-def _record_complaints(record: Mapping, num_classes: int, dataset_dir):
+def record_complaints(record: Mapping, num_classes: int, dataset_dir=None, headers: bool = False) -> Iterator[str]:
+    """What is wrong with a record, each thing as "field: found …, expected …".
+
+    Args:
+        record: of a datalist.
+        num_classes: of the datalist.
+        dataset_dir: as in `load_datalist`.
+        headers: read the header of every file; otherwise of those that have to fit another.
+    """
     for field in record.keys() - set(FIELDS):
         yield f"{field}: unknown field, expected one of {', '.join(FIELDS)}"
     files = {}
@@ -120,14 +129,11 @@ def _record_complaints(record: Mapping, num_classes: int, dataset_dir):
     for field in (GROUP, SOURCE):
         if not isinstance(record.get(field, ""), str):
             yield f"{field}: found {record[field]!r}, expected text"
-    label = record.get(CLASS, 0)
-    labels = label if isinstance(label, list) and len(set(map(str, label))) == len(label) > 1 else [label]
-    if not all(type(item) is int and 0 <= item < num_classes for item in labels):
-        yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}, or a list of those it may be"
+    yield from _class_complaints(record.get(CLASS, 0), num_classes)
     if INSTANCES in record and BOXES not in record:
         yield f"{INSTANCES}: found without boxes, expected one box for each instance"
     sizes = {}
-    if len(files) > 1 or record.get(BOXES):  # headers are read only where something has to fit the image
+    if headers or len(files) > 1 or record.get(BOXES):  # headers are read only where something has to fit the image
         for field, path in files.items():
             try:
                 sizes[field] = slice_size(path)
@@ -137,7 +143,16 @@ def _record_complaints(record: Mapping, num_classes: int, dataset_dir):
     for field in (MASK, INSTANCES):
         if image and field in sizes and sizes[field].turned != image.turned:
             yield f"{field}: found (columns, rows) = {sizes[field].turned}, expected {image.turned} as the image has"
+        if field in sizes and (mode := sizes[field].mode) and mode not in GREY_MODES:
+            yield f"{field}: found a picture of mode {mode}, expected a grey one, whose values are labels; see docs/data.md"
     yield from _box_complaints(record.get(BOXES, []), image and image.stored)
+
+
+def _class_complaints(label, num_classes: int):
+    """A class is a number, or a list of at least two of which it is one, not known which."""
+    labels = label if isinstance(label, list) and len(set(map(str, label))) == len(label) > 1 else [label]
+    if not all(type(item) is int and 0 <= item < num_classes for item in labels):
+        yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}, or a list of those it may be"
 
 
 def _box_complaints(boxes, size: tuple[int, int] | None):
@@ -152,6 +167,8 @@ def _box_complaints(boxes, size: tuple[int, int] | None):
         elif min(box) < 0 or size and (box[2] > size[0] or box[3] > size[1]):
             limits = f"0 to {size[0]} and y from 0 to {size[1]}" if size else "0 and y from 0"
             yield f"{BOXES}: found {box} outside the image, expected x from {limits}"
+        elif max(box) <= 1:
+            yield f"{BOXES}: found {box} inside the first pixel, expected pixels, not shares of the image"
 
 
 def _is_finite(value) -> bool:

@@ -354,10 +354,14 @@ READERS: dict[tuple[str, ...], Callable[[str, str], Scan]] = {PICTURES: PictureS
 
 
 class SliceSize(NamedTuple):
-    """(columns, rows) of a slice: `stored` on the grid of its file, as boxes are; `turned` to LPS, as it is read."""
+    """(columns, rows) of a slice: `stored` on the grid of its file, as boxes are; `turned` to LPS, as it is read.
+
+    `mode` is Pillow's of a picture, None of another file.
+    """
 
     stored: tuple[int, int]
     turned: tuple[int, int]
+    mode: str | None = None
 
 
 def slice_size(path) -> SliceSize:
@@ -371,7 +375,11 @@ def slice_size(path) -> SliceSize:
         raise UserError(f"found {len(scan)} slices in {path}, expected a single one")
     columns, rows = (scan.shape[int(np.flatnonzero(scan._turn[:, 0] == axis)[0])] for axis in (1, 0))
     stored = tuple(scan.shape[axis] for axis in range(3) if axis != scan.axis)
-    return SliceSize(stored, (columns, rows))
+    mode = None
+    if scan.kind == "picture":
+        with Image.open(path) as picture:
+            mode = picture.mode
+    return SliceSize(stored, (columns, rows), mode)
 
 
 def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:

@@ -84,6 +84,10 @@ BAD_RECORDS = {
     "class list twice": ({"class": [1, 1]}, "class: found [1, 1], expected a whole number from 0 to 2, or " + LIST),
     "class list above": ({"class": [0, 3]}, "class: found [0, 3], expected a whole number from 0 to 2, or " + LIST),
     "class text": ({"class": "1"}, "class: found '1', expected a whole number from 0 to 2, or " + LIST),
+    "boxes as shares": (
+        {"boxes": [[0.1, 0.2, 0.3, 0.4]]},
+        "boxes: found [0.1, 0.2, 0.3, 0.4] inside the first pixel, expected pixels, not shares of the image",
+    ),
     "x2 below x1": ({"boxes": [[50, 30, 40, 40]]}, "boxes: found [50, 30, 40, 40], expected x1 < x2 and y1 < y2"),
     "y2 equals y1": ({"boxes": [[50, 30, 60, 30]]}, "boxes: found [50, 30, 60, 30], expected x1 < x2 and y1 < y2"),
     "beyond the right": (
@@ -184,6 +188,20 @@ def test_an_image_in_two_records_is_refused(folder, datalist, split, again):
         f"{split}[{len(datalist[split]) - 1}] {again}: image: found in training[0] as well, "
         "expected one record with all annotations of an image"
     )
+
+
+@pytest.mark.parametrize("field", ["mask", "instances"])
+@pytest.mark.parametrize("mode", ["P", "LA", "RGB", "RGBA"])
+def test_a_mask_whose_grey_values_are_not_its_labels_is_refused(folder, datalist, field, mode):
+    Image.new(mode, (COLUMNS, ROWS)).save(folder / "colour.png")
+    datalist["training"][0] |= {field: "colour.png"}
+    expected = f"{field}: found a picture of mode {mode}, expected a grey one, whose values are labels; see docs/data.md"
+    assert complaint(datalist, folder) == f"training[0] a.png: {expected}"
+
+
+def test_a_byte_order_mark_does_no_harm(folder, datalist):
+    (folder / "datalist.json").write_text(json.dumps(datalist), encoding="utf-8-sig")
+    assert load_datalist(folder / "datalist.json", folder) == datalist
 
 
 def test_the_number_of_complaints_is_told(folder, datalist):

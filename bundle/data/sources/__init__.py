@@ -1,4 +1,4 @@
-"""Public data set layouts, each turned into records of the datalist, and their merge into one. docs/data.md lists them."""
+"""Tables and public data sets as published, turned into records of a datalist and merged: docs/data.md."""
 
 from bundle.data.sources.merge import SOURCES, detect_layout, merge, table
 

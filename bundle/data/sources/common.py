@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from bundle.data.datalist import GREY_MODES
 from bundle.errors import UserError
 
 # What a layout yields: the split, or None where it knows none, and a record of absolute paths, whose class is a name.
@@ -24,33 +28,47 @@ SPLIT_NAMES = {
 }
 # Connected parts of a mask below this many pixels are dust of the annotation, not lesions to be found.
 MIN_LESION_PIXELS = 20
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 
 
-def read_rows(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict]]:
-    """("file: line n", row) for the rows of a CSV file that has at least the required columns.
+def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[str, dict[str, str]]]:
+    """("file: line n", row) for the rows of a table that has at least the required columns.
+
+    Cells may be separated by commas, semicolons or tabs. Empty rows, empty columns without a name and repetitions of the header
+    are skipped, as spreadsheets and joined files have them.
 
     Raises:
-        UserError: if there is no such file.
-        UserError: in one line, if it is no UTF-8 table, lacks a column, or has a row of more or fewer cells than columns.
+        UserError: in one line, if there is no such file, it is no UTF-8 table, lacks a column or has it twice, or a row has more
+            or fewer cells than columns.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a table with the columns {', '.join(required)}")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(f"{path}: line {reader.line_num}", row) for row in reader]
-            columns = reader.fieldnames or []
+        text = path.read_text(encoding="utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        lines = [(f"{path}: line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected a comma-separated table in UTF-8") from None
-    if not set(required) <= set(columns):
-        raise UserError(
-            f"{path}: found the columns {', '.join(columns) or 'none'}, expected {', '.join(required)}, separated by commas"
-        )
-    for place, row in rows:
-        cells = sum(isinstance(cell, str) for cell in row.values()) + len(row.get(None, ()))
-        if cells != len(columns):
-            raise UserError(f"{place}: found {cells} cells, expected {len(columns)}; quote a cell that holds commas")
+    columns = _without_empty_end(lines[0][1]) if lines else []
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise UserError(f"{path}: found the column {twice[0]!r} twice, expected each once")
+    if not columns or not set(required) <= set(columns):
+        expected = f"expected {', '.join(required) or 'a header'}, separated by commas"
+        raise UserError(f"{path}: found the columns {', '.join(columns) or 'none'}, {expected}")
+    rows = []
+    for place, cells in lines[1:]:
+        cells = cells[: len(columns)] + _without_empty_end(cells[len(columns) :])
+        if not any(cells) or cells == columns:
+            continue
+        if len(cells) != len(columns):
+            raise UserError(f"{place}: found {len(cells)} cells, expected {len(columns)}; quote a cell that holds commas")
+        rows.append((place, dict(zip(columns, cells))))
     return rows
+
+
+def _without_empty_end(cells: list[str]) -> list[str]:
+    return cells[: max((index + 1 for index, cell in enumerate(cells) if cell), default=0)]
 
 
 def look_up(names: dict, row: dict, column: str, place: str):
@@ -79,15 +97,40 @@ def read_grey(path: Path) -> np.ndarray:
     """uint8 (rows, columns) of a picture.
 
     Raises:
-        UserError: if there is no such file.
-        UserError: if it cannot be read.
+        UserError: if there is no such file, or it cannot be read.
     """
+    with _opened(path) as picture:
+        return np.asarray(picture.convert("L"))
+
+
+def read_labels(path: Path) -> tuple[np.ndarray, bool]:
+    """Labels (rows, columns) of a mask's picture, and whether they are other than the grey values that a viewer shows.
+
+    A palette's index is the label, whatever its colour; of colours the strongest channel is; where the colour is the same
+    everywhere, the lesion is what is not transparent.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be read.
+    """
+    with _opened(path) as picture:
+        if picture.mode in GREY_MODES:
+            return np.asarray(picture), False
+        if picture.mode == "P" and "transparency" not in picture.info:
+            return np.asarray(picture), True
+        pixels = np.asarray(picture.convert("RGBA"))
+    colour, opaque = pixels[..., :3].max(-1), pixels[..., 3] > 0
+    by_alpha = np.ptp(colour) == 0 and opaque.any() and not opaque.all()
+    return (opaque if by_alpha else colour * opaque).astype(np.uint8), True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a picture")
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("L"))
-    except OSError as error:
+            yield picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises each for damaged files
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,21 +13,27 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bundle.data.datalist import SPLITS, annotated_tasks, validate
-from bundle.data.sources import published, tables, volumes
+from bundle.data.datalist import SPLITS, annotated_tasks, record_complaints, validate
+from bundle.data.sources import known, published, tables, volumes
+from bundle.data.sources.known import IMPLIED
+from bundle.data.volumes import slice_size
 from bundle.errors import UserError
 from bundle.files import write_json
-from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
+from bundle.names import ANNOTATION, BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
 
 logger = logging.getLogger(__name__)
 CLASSES = ("other", "COVID-19", "lung cancer")
+# What tables call the classes beside their names.
+ALIASES = {"covid": "covid 19", "normal": "other", "benign": "other", "non covid": "other", "noncovid": "other"}
+BAD_SHARE = 0.05  # of the slices of a folder: more that cannot be used, and none of it is taken
+OUTSIDE = 1  # pixels that a box may reach out of the image to be clipped to it
 
 
 class Source(NamedTuple):
-    """A layout: `read(folder, export)` yields (split or None, record); `marks` are glob patterns that tell it apart.
+    """A layout: `read(path, export)` yields (split or None, record); `marks` are glob patterns that tell it apart.
 
-    `source` is the name that records carry and groups begin with: layouts of one data set share it, so that they count as
-    one, and a merge takes one of them. Where it is empty, the folder or file gives its name.
+    `source` is the name that records carry and groups begin with. Where it is empty, the records, or the folder or file,
+    name it.
     """
 
     read: Callable
@@ -35,15 +41,19 @@ class Source(NamedTuple):
     source: str = ""
 
 
+class _Found(NamedTuple):
+    """A finished record, the split that its folder gives it, what it implies for other tasks, and where it was found."""
+
+    record: dict
+    split: str | None
+    implied: dict
+    layout: str
+    path: Path
+
+
 SOURCES = {
-    "covid_ct": Source(tables.covid_ct, ("labels.csv", "images/covid", "images/other"), "covid_ct"),
-    "iqoth_nccd": Source(tables.iqoth_nccd, ("labels.csv", "images/lung_cancer"), "iqoth_nccd"),
-    "medseg_covid19": Source(tables.medseg_covid19, ("labels.csv", "masks_multiclass"), "medseg_covid19"),
-    "medseg_covid19_official": Source(partial(tables.medseg_covid19, official_split=True), (), "medseg_covid19"),
-    "lung_tumor_slices": Source(tables.lung_tumor_slices, ("labels.csv", "masks/s*_*.png"), "lung_tumor_slices"),
-    "covid_volumes_unlabelled": Source(
-        tables.unlabelled_slices, ("labels.csv", "images/coronacases_*.png"), "covid_volumes_unlabelled"
-    ),
+    "table": Source(tables.table, ("labels.csv",)),
+    "medseg_covid19_official": Source(partial(tables.table, known=known.OFFICIAL), ()),
     "covid_ct_original": Source(published.covid_ct_original, ("Images-processed", "Data-split"), "covid_ct"),
     "iqoth_nccd_original": Source(published.iqoth_nccd_original, ("Normal cases", "Malignant cases"), "iqoth_nccd"),
     "inf_net": Source(published.inf_net, ("TrainingSet/LungInfection-Train", "TestingSet"), "medseg_covid19"),
@@ -51,15 +61,14 @@ SOURCES = {
     "msd_lung": Source(volumes.msd_lung, ("imagesTr/lung_*.nii.gz", "labelsTr"), "msd_lung"),
     "luna16": Source(volumes.luna16, ("annotations.csv", "**/*.mhd"), "luna16"),
     "coco": Source(tables.coco, ("annotations_*.json",)),
-    "csv": Source(tables.table_csv, ()),
 }
 
 
 def detect_layout(path) -> str | None:
-    """Name of the first layout of `SOURCES` all of whose marks lie in the folder; "csv" for a CSV file; None for neither."""
+    """Name of the first layout of `SOURCES` all of whose marks lie in the folder; "table" for a CSV file; None for neither."""
     path = Path(path)
     if path.is_file():
-        return "csv" if path.suffix.lower() == ".csv" else None
+        return "table" if path.suffix.lower() == ".csv" else None
     return next((n for n, s in SOURCES.items() if s.marks and all(any(path.glob(m)) for m in s.marks)), None)
 
 
@@ -69,8 +78,7 @@ def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
     No path is returned twice: the layout that an argument names for it goes before the one that is recognised.
 
     Raises:
-        UserError: if two layouts are named for one path, or none is recognised.
-        UserError: if there is no such path.
+        UserError: if there is no such path, two layouts are named for one, or none is recognised.
     """
     named: dict[Path, str] = {}
     recognised: dict[Path, str] = {}
@@ -84,14 +92,10 @@ def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
             raise UserError(f"{path}: found the layouts {named[path]} and {layout}, expected one")
         if not layout:
             recognised |= _recognised(path)
-    found = recognised | named
     for path, layout in recognised.items():
         if not layout and path not in named:
             logger.warning(f"{path}: left out, it has no known layout")
-    known = [(layout, path) for path, layout in found.items() if layout]
-    for layout, path in known:
-        logger.info(f"{path}: read as {layout}")
-    return known
+    return [(layout, path) for path, layout in (recognised | named).items() if layout]
 
 
 def _recognised(path: Path) -> dict[Path, str]:
@@ -103,82 +107,196 @@ def _recognised(path: Path) -> dict[Path, str]:
     return inside
 
 
-def merge(arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES, seed: int = 0) -> dict:
+def merge(
+    arguments: Sequence[str],
+    output_dir,
+    classes: Sequence[str] = CLASSES,
+    seed: int = 0,
+    implied: bool = False,
+    categories: Sequence[str] = (),
+) -> dict:
     """Write `output_dir`/datalist.json with the records of all sources, validated, and what they export beside it.
 
-    Groups whose layout knows no split are drawn, source by source: 70 % for training, 10 % for validation, 20 % for test.
+    A folder that cannot be read is left out, with a line that says why. Groups whose layout knows no split are drawn, source
+    by source: 70 % for training, 10 % for validation, 20 % for test.
 
     Args:
         arguments: of `find_layouts`.
         output_dir: made if missing; paths in the datalist are relative to it.
         classes: names of the classes 0, 1, 2 …; a layout's classes are found in them by name.
         seed: of the draw.
+        implied: add what annotations of the training split imply for other tasks (`bundle.data.sources.known`); the datalist
+            counts it under "implied", source -> field -> slices.
+        categories: of COCO files.
 
     Returns:
         The datalist.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, before anything but exported slices is written.
+        UserError: in one line, if no folder can be read; of a single one, why.
     """
     layouts = find_layouts(arguments)
-    _refuse_two_layouts_of_one(layouts)
     output = Path(output_dir).resolve()  # a relative path through a link would lead elsewhere
     output.mkdir(parents=True, exist_ok=True)
-    sources: dict[str, list[tuple[str | None, dict]]] = {}
-    named: dict[str, Path] = {}  # what a source is called after, where neither its layout nor its records name it
+    sources: dict[str, list[_Found]] = {}
     for number, (layout, path) in enumerate(layouts):
-        source = SOURCES[layout]
         export = output / "export" / f"{number:02d}_{path.stem}"
-        records = list(tqdm(source.read(path, export), desc=path.name, unit="slice", disable=None))
-        if not records:
-            raise UserError(f"{path}: found no record, expected the layout {layout} as docs/data.md describes it")
-        unnamed = not source.source and any(SOURCE not in record for _, record in records)
-        if unnamed and named.setdefault(path.stem, path) != path:
-            raise UserError(
-                f"{path}: found the name of {named[path.stem]}, whose patients would count as the same, expected another one"
-            )
-        for split, record in records:
-            record = _finished(record, source.source or path.stem, output, classes)
-            sources.setdefault(record[SOURCE], []).append((split, record))
+        options = {"categories": categories} if SOURCES[layout].read is tables.coco else {}
+        try:
+            read = tqdm(SOURCES[layout].read(path, export, **options), desc=path.name, unit="slice", disable=None)
+            found = (_finished(split, record, layout, path, output, classes) for split, record in read)
+            found = _usable(found, path, output, len(classes))
+            _refuse_strangers(layout, path, found, sources)
+        except UserError as error:
+            if len(layouts) == 1:
+                raise
+            logger.warning(f"{error}; {path.name} is left out")
+            continue
+        for one in found:
+            sources.setdefault(one.record[SOURCE], []).append(one)
+        logger.info(f"{path}: read as {', '.join(sorted({one.record[SOURCE] for one in found}))} ({layout})")
+    if not sources:
+        raise UserError(f"{', '.join(arguments)}: found no data set that can be read, expected one or more; see the lines above")
     datalist = {"name": "chest CT", "classes": list(classes), **{split: [] for split in SPLITS}}
-    for records in sources.values():
-        for split, record in _with_splits(records, seed):
-            datalist[split].append(record)
-    validate(datalist, output)
+    counts: dict[str, Counter] = {}
+    for source, found in sources.items():
+        for split, one in _with_splits(_without_annotated_elsewhere(found), seed):
+            extra = {key: value for key, value in one.implied.items() if key not in one.record}
+            use = implied and split == "training"
+            if use and extra:
+                counts.setdefault(source, Counter()).update(list(extra))
+            datalist[split].append(one.record | extra if use else one.record)
+    if implied:
+        datalist["implied"] = counts
+    validate(datalist)
     write_json(datalist, output / "datalist.json")
     return datalist
 
 
-def _refuse_two_layouts_of_one(layouts: Sequence[tuple[str, Path]]) -> None:
-    """Refuse a data set in two layouts: they name groups differently, so that a slice could lie in two splits unseen."""
-    first: dict[str, tuple[str, Path]] = {}
-    for layout, path in layouts:
-        source = SOURCES[layout].source
-        if source and first.setdefault(source, (layout, path))[0] != layout:
-            raise UserError(
-                f"{path}: found {source} as {layout}, and as {first[source][0]} in {first[source][1]}, expected it in one layout"
-            )
-
-
-def _finished(record: dict, source: str, output: Path, classes: Sequence[str]) -> dict:
+def _finished(split: str | None, record: dict, layout: str, path: Path, output: Path, classes: Sequence[str]) -> _Found:
     """The record with its source, paths from `output`, a class number for a name, and a group that no other source has."""
-    source = record.get(SOURCE, source)
+    source = record.get(SOURCE) or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
     finished = {**record, GROUP: f"{source}/{record[GROUP]}", SOURCE: source}
+    implied = finished.pop(IMPLIED, {})
     for key in (IMAGE, MASK, INSTANCES):
         if record.get(key, EMPTY_MASK) != EMPTY_MASK:
             finished[key] = os.path.relpath(record[key], output)
-    if isinstance(record.get(CLASS), str):
-        if record[CLASS] not in classes:
-            expected = f"a number from 0 to {len(classes) - 1} or one of {', '.join(classes)}; name others with --classes"
-            raise UserError(f"{record[IMAGE]}: {CLASS}: found {record[CLASS]!r}, expected {expected}")
-        finished[CLASS] = list(classes).index(record[CLASS])
-    return finished
+    for part in (finished, implied):
+        if CLASS in part:
+            part[CLASS] = _class_number(part[CLASS], classes, record[IMAGE])
+    return _Found(finished, split, implied, layout, path)
 
 
-def _with_splits(records: list[tuple[str | None, dict]], seed: int) -> list[tuple[str, dict]]:
-    """The records with a split for those that have none: their group's where it has one, otherwise drawn."""
-    split_of = {record[GROUP]: split for split, record in records if split}
-    groups = sorted({record[GROUP] for _, record in records} - split_of.keys())
+def _usable(found: Iterable[_Found], path: Path, output: Path, num_classes: int) -> list[_Found]:
+    """The slices of a folder or table that can be used; a warning names each of the others, or says how many boxes changed.
+
+    Raises:
+        UserError: if there is none, too many cannot be used, or a group lies in two splits.
+    """
+    good, bad, boxes = [], [], Counter()
+    for one in found:
+        complaint = next(record_complaints(one.record, num_classes, output, headers=True), None)
+        if complaint and BOXES in one.record:
+            boxes.update(_repair_boxes(one.record, output))
+            complaint = next(record_complaints(one.record, num_classes, output, headers=True), None)
+        if complaint:
+            bad.append(f"{one.record[IMAGE]}: {complaint}")
+        else:
+            good.append(one)
+    number = len(good) + len(bad)
+    if not number:
+        raise UserError(f"{path}: found no record, expected one of the layouts of docs/data.md")
+    if bad and (not good or len(bad) > max(1, BAD_SHARE * number)):
+        share = f" ({len(bad)} of {number} slices cannot be used, {len(bad) / number:.0%})" if number > 1 else ""
+        raise UserError(f"{path}: {bad[0]}{share}")
+    for complaint in bad:
+        logger.warning(f"{path}: {complaint}; this slice is left out")
+    for change, count in boxes.items():
+        logger.warning(f"{path}: {count} boxes {change}")
+    split_of: dict[str, str] = {}
+    for record, split, *_ in good:
+        if split and split_of.setdefault(record[GROUP], split) != split:
+            first = split_of[record[GROUP]]
+            raise UserError(
+                f"{path}: {record[IMAGE]}: {GROUP}: found {record[GROUP]!r} in {split} and in {first}, expected it in one split"
+            )
+    return good
+
+
+def _class_number(found, classes: Sequence[str], image: str):
+    """Number of a class from its name (letter case, - and _ do not matter) or an alias; a number as it is.
+
+    A list of classes becomes one of numbers.
+    """
+    if isinstance(found, list):
+        return [_class_number(item, classes, image) for item in found]
+    if not isinstance(found, str):
+        return found
+    plain = [_plain_name(name) for name in classes]
+    name = next((name for name in (_plain_name(found), ALIASES.get(_plain_name(found))) if name in plain), None)
+    if name is None:
+        expected = f"a number from 0 to {len(classes) - 1} or one of {', '.join(classes)}; name others with --classes"
+        raise UserError(f"{image}: {CLASS}: found {found!r}, expected {expected}")
+    return plain.index(name)
+
+
+def _plain_name(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _repair_boxes(record: dict, output: Path) -> list[str]:
+    """Clip boxes that reach out of the image by `OUTSIDE` and drop those of no width; what was done, one text for each box.
+
+    A slice with instances, or with no other box, stays as it is: without the box it would say that nothing is there.
+    """
+    try:
+        columns, rows = slice_size(output / record[IMAGE]).stored
+        boxes = np.asarray(record[BOXES], float).reshape(-1, 4)
+    except (UserError, TypeError, ValueError):
+        return []
+    limits = np.array([columns, rows] * 2)
+    clipped = np.clip(boxes, 0, limits)
+    near, wide = (np.abs(boxes - clipped) <= OUTSIDE).all(1), (clipped[:, 2:] > clipped[:, :2]).all(1)
+    if not near.all() or not wide.any() or INSTANCES in record and not wide.all():
+        return []
+    record[BOXES] = clipped[wide].tolist()
+    outside = int(((boxes != clipped).any(1) & wide).sum())
+    return [f"that reach out of the image by at most {OUTSIDE} pixel clipped"] * outside + ["of no width left out"] * int(
+        (~wide).sum()
+    )
+
+
+def _refuse_strangers(layout: str, path: Path, found: Sequence[_Found], sources: Mapping[str, Sequence[_Found]]) -> None:
+    """Refuse a data set in two layouts, which name groups differently, and two of one's own that have the same name."""
+    public = {entry.source for entry in (*known.KNOWN, *SOURCES.values())}
+    for source in sorted({one.record[SOURCE] for one in found}):
+        for other in {(one.layout, one.path) for one in sources.get(source, ())}:
+            if other[0] != layout:
+                where = f"{source} as {layout}, and as {other[0]} in {other[1]}"
+                raise UserError(f"{path}: found {where}, expected it in one layout")
+            if source not in public and path.stem == other[1].stem == source:
+                raise UserError(
+                    f"{path}: found the name of {other[1]}, whose patients would count as the same, expected another one"
+                )
+
+
+def _without_annotated_elsewhere(found: Sequence[_Found]) -> list[_Found]:
+    """Without the slices that have no annotation and whose patient another folder annotates: its split counts."""
+    annotated = [bool(one.record.keys() & set(ANNOTATION.values())) for one in found]
+    places: dict[str, set[Path]] = {}
+    for one, has in zip(found, annotated):
+        if has:
+            places.setdefault(one.record[GROUP], set()).add(one.path)
+    kept = [one for one, has in zip(found, annotated) if has or not places.get(one.record[GROUP], set()) - {one.path}]
+    for path, count in (Counter(one.path for one in found) - Counter(one.path for one in kept)).items():
+        logger.info(f"{path}: {count} slices without annotation left out: another folder annotates their patients")
+    return kept
+
+
+def _with_splits(found: Sequence[_Found], seed: int) -> list[tuple[str, _Found]]:
+    """The slices with a split for those that have none: their group's where it has one, otherwise drawn."""
+    split_of = {one.record[GROUP]: one.split for one in found if one.split}
+    groups = sorted({one.record[GROUP] for one in found} - split_of.keys())
     shuffled = [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
     few = len(groups) < 3
     validation = 0 if few else max(1, round(0.1 * len(groups)))
@@ -186,15 +304,18 @@ def _with_splits(records: list[tuple[str | None, dict]], seed: int) -> list[tupl
     split_of |= dict.fromkeys(shuffled[:validation], "validation")
     split_of |= dict.fromkeys(shuffled[validation : validation + test], "test")
     split_of |= dict.fromkeys(shuffled[validation + test :], "training")
-    return [(split or split_of[record[GROUP]], record) for split, record in records]
+    return [(one.split or split_of[one.record[GROUP]], one) for one in found]
 
 
 def table(datalist: dict) -> str:
-    """Markdown table of a datalist: slices, groups, annotations by task, boxes and classes of each source and split."""
+    """Markdown table of a datalist: slices, groups, annotations by task, boxes and classes of each source and split.
+
+    "3 + 2" of a task are 3 slices annotated and 2 whose annotation is implied; a class that is known in part is one of several.
+    """
     classes = datalist["classes"]
     lines = [
-        f"| source | split | slices | groups | {' | '.join(TASKS)} | {BOXES} | {' | '.join(classes)} |",
-        "|" + "---|" * (5 + len(TASKS) + len(classes)),
+        f"| source | split | slices | groups | {' | '.join(TASKS)} | {BOXES} | {' | '.join(classes)} | one of several |",
+        "|" + "---|" * (6 + len(TASKS) + len(classes)),
     ]
     for source in sorted({record[SOURCE] for split in SPLITS for record in datalist[split]}):
         for split in SPLITS:
@@ -202,9 +323,14 @@ def table(datalist: dict) -> str:
             if not records:
                 continue
             tasks = Counter(task for record in records for task in annotated_tasks(record))
-            labels = Counter(record[CLASS] for record in records if isinstance(record.get(CLASS), int))  # those known alone
-            counts = [len(records), len({record[GROUP] for record in records}), *(tasks[task] for task in TASKS)]
+            implied = datalist.get("implied", {}).get(source, {}) if split == "training" else {}
+            labels = Counter(str(record.get(CLASS)) for record in records)
+            counts = [len(records), len({record[GROUP] for record in records})]
+            for task in TASKS:
+                of_these = implied.get(ANNOTATION.get(task), 0)
+                counts.append(f"{tasks[task] - of_these} + {of_these}" if of_these else tasks[task])
             counts.append(sum(len(record.get(BOXES, [])) for record in records))
-            counts += [labels[index] for index in range(len(classes))]
+            counts += [labels[str(index)] for index in range(len(classes))]
+            counts.append(sum(isinstance(record.get(CLASS), list) for record in records))
             lines.append(f"| {source} | {split} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines) + "\n"

@@ -1,119 +1,181 @@
-"""Layouts of pictures with one table, or COCO JSON, beside them."""
+"""Tables: one layout for every labels.csv or CSV file, whose columns are named after what they hold; and COCO JSON."""
 
 from __future__ import annotations
 
 import json
 import logging
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from bundle.data.sources.common import (
     MIN_LESION_PIXELS,
+    PICTURES,
     SPLIT_NAMES,
     Records,
     lesions,
     look_up,
-    read_grey,
+    read_labels,
     read_rows,
     write_picture,
 )
+from bundle.data.sources.known import IMPLIED, OBJECTS, SPLIT, Known, recognise
 from bundle.errors import UserError
-from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
+from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
 
 logger = logging.getLogger(__name__)
+# Column of docs/data.md -> names that it may have; of several, the first that a row fills counts.
+COLUMNS = {
+    IMAGE: ("image", "file"),
+    CLASS: ("class", "label"),
+    MASK: ("mask",),
+    OBJECTS: ("objects",),
+    BOXES: ("boxes", "boxes_xyxy"),
+    INSTANCES: ("instances",),
+    GROUP: ("group", "patient_id", "group_id"),
+    SPLIT: ("split",),
+    SOURCE: ("source",),
+}
 
 
-def labelled_slices(folder: Path, export: Path, classes: dict[str, str], group: str) -> Records:
-    """labels.csv with file, label, split and a column of groups: COVID-CT and IQ-OTH/NCCD as `covid_ct`, `iqoth_nccd`."""
-    for place, row in read_rows(folder / "labels.csv", ("file", "label", "split", group)):
-        record = {IMAGE: str(folder / row["file"]), CLASS: look_up(classes, row, "label", place), GROUP: row[group]}
-        yield look_up(SPLIT_NAMES, row, "split", place), record
-
-
-covid_ct = partial(labelled_slices, classes={"other": "other", "covid": "COVID-19"}, group="patient_id")
-iqoth_nccd = partial(
-    labelled_slices, classes={"normal": "other", "benign": "other", "lung_cancer": "lung cancer"}, group="group_id"
-)
-
-
-def medseg_covid19(folder: Path, export: Path, official_split: bool = False) -> Records:
-    """The COVID-19 CT segmentation set with similarity groups: masks of value 1 ground glass, 2 consolidation.
+def table(path: Path, export: Path, known: Known | None = None) -> Records:
+    """Records of a CSV file, or of the labels.csv of a folder; paths in it count from its folder.
 
     Args:
-        official_split: Inf-Net's 48 test slices, which share patients with its training slices, instead of the leak-reduced
-            split; every slice is a group of its own, and the validation slices of the other split stay so.
+        path: of the file or folder.
+        export: folder for the masks and instances that have to be written.
+        known: the public data set that it is; by default the one that its columns tell.
     """
-    for place, row in read_rows(folder / "labels.csv", ("file", "mask_multiclass", "group_id", "split", "official_split")):
-        split, group = look_up(SPLIT_NAMES, row, "split", place), row["group_id"]
-        if official_split:
-            official, group = look_up(SPLIT_NAMES, row, "official_split", place), Path(row["file"]).stem
-            split = "validation" if (official, split) == ("training", "validation") else official
-        yield split, {IMAGE: str(folder / row["file"]), MASK: str(folder / row["mask_multiclass"]), GROUP: group}
-
-
-def lung_tumor_slices(folder: Path, export: Path) -> Records:
-    """labels.csv with tumour masks: their connected parts become boxes and instances, written below `export`.
-
-    A slice whose every part is smaller than `MIN_LESION_PIXELS` is left out: it is neither free of tumour nor annotated.
-    """
+    path = path / "labels.csv" if path.is_dir() else path
+    rows = read_rows(path)
+    columns = list(rows[0][1]) if rows else []
+    known = known or recognise(columns)
+    if known and known.unused:
+        raise UserError(f"{path}: {known.unused}")
+    if not set(COLUMNS[IMAGE]) & set(columns):
+        raise UserError(f"{path}: found the columns {', '.join(columns) or 'none'}, expected {' or '.join(COLUMNS[IMAGE])}")
+    unread = set(columns) - {name for names in COLUMNS.values() for name in names}
+    if unread and not known:
+        logger.info(f"{path}: columns that are not read: {', '.join(sorted(unread))}")
     left_out = 0
-    for place, row in read_rows(folder / "labels.csv", ("file", "mask", "patient_id", "split")):
-        image = folder / row["file"]
-        record = {IMAGE: str(image), BOXES: [], GROUP: row["patient_id"]}
-        if row["mask"]:
-            instances, record[BOXES] = lesions(read_grey(folder / row["mask"]))
-            if not record[BOXES]:
-                left_out += 1
-                continue
-            record[INSTANCES] = write_picture(instances, export / "instances" / f"{image.stem}.png")
-        yield look_up(SPLIT_NAMES, row, "split", place), record
+    for place, row in rows:
+        row |= known.fields(row) if known else {}
+        cells = {field: next(filter(None, map(row.get, names)), "") for field, names in COLUMNS.items()}
+        record = _record(cells, place, path.parent, export)
+        if BOXES not in record and cells[OBJECTS]:
+            left_out += 1
+            continue
+        if known:
+            record |= {SOURCE: known.source, IMPLIED: known.implied(row)}
+        split = cells[SPLIT] and look_up(SPLIT_NAMES, {SPLIT: cells[SPLIT].lower()}, SPLIT, place)
+        yield split or None, record
     if left_out:
-        logger.info(f"{folder}: {left_out} slices left out whose tumour has no part of {MIN_LESION_PIXELS} pixels")
+        logger.info(f"{path.parent}: {left_out} slices left out whose tumour has no part of {MIN_LESION_PIXELS} pixels")
 
 
-def unlabelled_slices(folder: Path, export: Path) -> Records:
-    """labels.csv with file and patient_id alone: slices for reconstruction, all for training."""
-    for _, row in read_rows(folder / "labels.csv", ("file", "patient_id")):
-        yield "training", {IMAGE: str(folder / row["file"]), GROUP: row["patient_id"]}
+def _record(cells: Mapping[str, str], place: str, folder: Path, export: Path) -> dict:
+    """Record of a row; without boxes where its mask of objects holds nothing but dust."""
+    if not cells[IMAGE]:
+        raise UserError(f"{place}: {IMAGE}: found an empty cell, expected the path of an image")
+    record = {IMAGE: str(folder / cells[IMAGE]), GROUP: cells[GROUP] or cells[IMAGE]}
+    name = Path(cells[IMAGE]).with_suffix("").as_posix().replace("../", "").replace("/", "_")
+    if cells[CLASS]:
+        record[CLASS] = _class(cells[CLASS])
+    if cells[MASK]:
+        empty = cells[MASK] == EMPTY_MASK
+        record[MASK] = EMPTY_MASK if empty else _mask(folder / cells[MASK], export / "masks" / f"{name}.png")
+    if cells[BOXES]:
+        record[BOXES] = _json(cells[BOXES], BOXES, "[[x1, y1, x2, y2], …]", place)
+    if cells[INSTANCES]:
+        record[INSTANCES] = str(folder / cells[INSTANCES])
+    if cells[OBJECTS] == EMPTY_MASK:
+        record[BOXES] = []
+    elif cells[OBJECTS]:
+        instances, boxes = lesions(read_labels(folder / cells[OBJECTS])[0])
+        if boxes:
+            record |= {BOXES: boxes, INSTANCES: write_picture(instances, export / "instances" / f"{name}.png")}
+    return record | ({SOURCE: cells[SOURCE]} if cells[SOURCE] else {})
 
 
-def coco(folder: Path, export: Path) -> Records:
-    """COCO JSON, annotations_{train,val,test}.json: `bbox` [x, y, width, height]; `patient_id` of an image is its group."""
+def _class(cell: str) -> int | str | list:
+    """Number, name, or list of them, of a class; a whole number may have a decimal point or comma, as spreadsheets write it."""
+    if cell.startswith("["):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell
+    try:
+        number = float(cell.replace(",", "."))
+        return int(number) if number.is_integer() else cell
+    except (ValueError, OverflowError):
+        return cell
+
+
+def _json(cell: str, column: str, expected: str, place: str):
+    try:
+        return json.loads(cell)
+    except ValueError:
+        raise UserError(f"{place}: {column}: found {cell!r}, expected {expected}") from None
+
+
+def _mask(path: Path, export: Path) -> str:
+    """Path of a mask, "empty" if no pixel of it is marked; one whose labels are not its grey values is written anew."""
+    if path.suffix.lower() not in PICTURES:
+        return str(path)
+    labels, convert = read_labels(path)
+    if not labels.any():
+        return EMPTY_MASK
+    return write_picture(np.uint8(labels), export) if convert else str(path)
+
+
+def coco(folder: Path, export: Path, categories: Sequence[str] = ()) -> Records:
+    """COCO JSON, annotations_{train,val,test}.json: `bbox` [x, y, width, height]; `patient_id` of an image is its group.
+
+    Args:
+        folder: of the files; `file_name` counts from it.
+        export: not used.
+        categories: names of those to be read; without it there may be only one.
+    """
     for path in sorted(folder.glob("annotations_*.json")):
         split = SPLIT_NAMES.get(path.stem.removeprefix("annotations_"))
         if split is None:
             raise UserError(f"{path}: found an unknown split, expected annotations_train.json, _val.json or _test.json")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            read = _read_categories(content, categories)
             boxes = {image["id"]: [] for image in content["images"]}
-            for annotation in content["annotations"]:
+            annotations = [item for item in content["annotations"] if item.get("category_id") in read]
+            crowded = {item["image_id"] for item in annotations if item.get("iscrowd")}
+            for annotation in annotations:
                 x, y, width, height = annotation["bbox"]
                 boxes[annotation["image_id"]].append([x, y, x + width, y + height])
-            images = [(image["file_name"], boxes[image["id"]], image.get("patient_id")) for image in content["images"]]
-        except (ValueError, TypeError, KeyError) as error:
+            images = [image for image in content["images"] if image["id"] not in crowded]
+            groups = [str(image.get("patient_id") or image["file_name"]) for image in images]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             expected = "COCO's images (id, file_name) and annotations (image_id, bbox) that name each other"
             raise UserError(f"{path}: found {type(error).__name__} {error}, expected {expected}") from None
-        for name, found, patient in images:
-            yield split, {IMAGE: str(folder / name), BOXES: found, GROUP: name if patient is None else str(patient)}
+        if others := len(content["annotations"]) - len(annotations):
+            logger.info(f"{path}: {others} annotations of other categories left out")
+        if crowded:
+            logger.info(f"{path}: {len(crowded)} slices left out whose objects are marked as a crowd (iscrowd)")
+        for image, group in zip(images, groups):
+            yield split, {IMAGE: str(folder / image["file_name"]), BOXES: boxes[image["id"]], GROUP: group}
 
 
-def table_csv(path: Path, export: Path) -> Records:
-    """A CSV file with `image` and any of class, mask, boxes (JSON), instances, group, source, split.
-
-    An empty cell is an absent field. Paths count from the folder of the file. A class is a number or a name.
-    """
-    for place, row in read_rows(path, ("image",)):
-        row = {key: cell.strip() for key, cell in row.items() if cell.strip()}
-        split = look_up(SPLIT_NAMES, row, "split", place) if "split" in row else None
-        row.pop("split", None)
-        if IMAGE not in row:
-            raise UserError(f"{place}: {IMAGE}: found an empty cell, expected the path of an image")
-        if row.get(CLASS, "").lstrip("-").isdigit():
-            row[CLASS] = int(row[CLASS])
-        if BOXES in row:
-            try:
-                row[BOXES] = json.loads(row[BOXES])
-            except ValueError:
-                raise UserError(f"{place}: {BOXES}: found {row[BOXES]!r}, expected [[x1, y1, x2, y2], …]") from None
-        files = [key for key in (IMAGE, MASK, INSTANCES) if row.get(key, EMPTY_MASK) != EMPTY_MASK]
-        yield split, {GROUP: row[IMAGE], **row, **{key: str(path.parent / row[key]) for key in files}}
+def _read_categories(content: Mapping, categories: Sequence[str]) -> set:
+    """Ids of the categories to be read."""
+    names = {item["id"]: str(item.get("name", item["id"])) for item in content.get("categories", [])}
+    found = Counter(item.get("category_id") for item in content["annotations"])
+    listed = ", ".join(f"{names.get(id, id)} ({count})" for id, count in found.items())
+    known = {names.get(id, str(id)) for id in (*names, *found)}
+    if known and (unknown := set(categories) - known):
+        raise UserError(f"categories: found {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}")
+    if categories:
+        return {id for id in found if names.get(id, str(id)) in categories}
+    if len(found) > 1:
+        raise UserError(f"found the categories {listed}, expected one; choose with --categories")
+    return set(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import nibabel
@@ -12,6 +14,7 @@ from bundle.data.sources.common import Records, lesions, read_rows, write_pictur
 from bundle.errors import UserError
 from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
+logger = logging.getLogger(__name__)
 STORED_AS = "orientation"
 
 
@@ -71,6 +74,15 @@ def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> s
     return str(path)
 
 
+def _readable(paths: Iterable[Path], read: Callable[[Path], tuple]) -> Iterator[tuple[Path, tuple]]:
+    """(path, what `read` returns for it) of the files that can be read; a warning names each of the others."""
+    for path in paths:
+        try:
+            yield path, read(path)
+        except UserError as error:
+            logger.warning(f"{error}; this volume is left out")
+
+
 def with_as_many_free(positive: list[int], free: list[int]) -> list[int]:
     """The slices with a lesion and as many without, evenly spaced over those there are."""
     count = min(len(free), len(positive))
@@ -98,9 +110,8 @@ def msd_lung(folder: Path, export: Path) -> Records:
     Kept are the slices whose tumour has a part of at least `MIN_LESION_PIXELS`, and as many free of tumour.
     """
     labels = sorted(path for path in (folder / "labelsTr").glob("*.nii.gz") if not path.name.startswith("."))
-    for label in labels:
+    for label, (pixels, image, masks) in _readable(labels, lambda label: read_annotated(folder / "imagesTr" / label.name, label)):
         name = label.name.removesuffix(".nii.gz")
-        pixels, image, masks = read_annotated(folder / "imagesTr" / label.name, label)
         found = {index: lesions(mask) for index, mask in enumerate(masks) if mask.any()}
         free = [index for index in range(len(masks)) if index not in found]
         for index in with_as_many_free([index for index, (_, boxes) in found.items() if boxes], free):
@@ -126,10 +137,9 @@ def luna16(folder: Path, export: Path) -> Records:
             nodules.setdefault(row["seriesuid"], []).append(tuple(float(row[name]) for name in columns))
         except ValueError as error:
             raise UserError(f"{place}: {error}, expected numbers in {', '.join(columns)}") from None
-    for path in sorted(folder.rglob("*.mhd")):
-        if path.stem not in nodules or any(parent.name.startswith("seg-lungs") for parent in path.parents):
-            continue
-        pixels, image = read_volume(path)
+    scans = [path for path in sorted(folder.rglob("*.mhd")) if path.stem in nodules]
+    scans = [path for path in scans if not any(parent.name.startswith("seg-lungs") for parent in path.parents)]
+    for path, (pixels, image) in _readable(scans, read_volume):
         boxes, touched = _ball_boxes(nodules[path.stem], image)
         free = [index for index in range(len(pixels)) if index not in touched]
         for index in with_as_many_free(sorted(boxes), free):

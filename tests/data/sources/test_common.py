@@ -51,7 +51,8 @@ def test_rows_tell_their_line(tmp_path):
     [
         (None, "no such file, expected a table with the columns a, b"),
         ("", "found the columns none, expected a, b, separated by commas"),
-        ("a;b\n1;2\n", "found the columns a;b, expected a, b, separated by commas"),
+        ("a|b\n1|2\n", r"found the columns a\|b, expected a, b, separated by commas"),
+        ("a,b,a\n1,2,3\n", "found the column 'a' twice, expected each once"),
         ("a,b\n1,2\n1,2,3\n", "line 3: found 3 cells, expected 2; quote a cell that holds commas"),
         ("a,b\n1\n", "line 2: found 1 cells, expected 2"),
         ("a,b\nLänge,2\n".encode("latin-1"), "expected a comma-separated table in UTF-8"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bundle.errors import UserError
 from bundle.data.datalist import FIELDS, load_datalist
 from bundle.data.sources import SOURCES, detect_layout, merge, table
 from bundle.data.sources.merge import find_layouts
@@ -17,11 +18,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize(
     "layout, files",
     [
-        ("covid_ct", ["labels.csv", "images/covid/a.png", "images/other/a.png"]),
-        ("iqoth_nccd", ["labels.csv", "images/lung_cancer/a.png"]),
-        ("medseg_covid19", ["labels.csv", "masks_multiclass/a.png"]),
-        ("lung_tumor_slices", ["labels.csv", "masks/s00_1.png", "annotations_train.json"]),
-        ("covid_volumes_unlabelled", ["labels.csv", "images/coronacases_1.png"]),
+        ("table", ["labels.csv", "annotations_train.json", "images/a.png"]),
         ("covid_ct_original", ["Images-processed/a", "Data-split/a"]),
         ("iqoth_nccd_original", ["Normal cases/a", "Malignant cases/a"]),
         ("inf_net", ["TrainingSet/LungInfection-Train/a", "TestingSet/a"]),
@@ -29,10 +26,8 @@ ROOT = Path(__file__).parents[3]
         ("msd_lung", ["imagesTr/lung_001.nii.gz", "labelsTr/lung_001.nii.gz"]),
         ("luna16", ["annotations.csv", "subset0/subset0/1.mhd"]),
         ("coco", ["annotations_val.json"]),
-        ("csv", None),
-        (None, ["labels.csv", "images/a.png"]),
+        ("table", None),
         (None, ["annotations.csv"]),
-        (None, ["labels.csv", "Lung_Dx-A0001_s2_L/000.dcm"]),
     ],
 )
 def test_layouts_are_told_apart(tmp_path, layout, files):
@@ -42,32 +37,42 @@ def test_layouts_are_told_apart(tmp_path, layout, files):
     assert detect_layout(tmp_path if files else tmp_path / "a.csv") == layout
 
 
-def test_a_data_set_in_two_layouts_is_refused(tmp_path):
-    for file in ("a/labels.csv", "a/masks_multiclass/1.png", "b/TrainingSet/LungInfection-Train/1", "b/TestingSet/1"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    message = "b: found medseg_covid19 as inf_net, and as medseg_covid19 in .*a, expected it in one layout"
-    with pytest.raises(ValueError, match=message):
-        merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_data_set_in_two_layouts_is_taken_in_one(tmp_path, picture, merged, caplog):
+    picture(tmp_path / "a/1.png", np.ones((8, 12)))
+    head = "file,mask,mask_multiclass,group_id,split,official_split"
+    (tmp_path / "a/labels.csv").write_text(f"{head}\n1.png,,1.png,1,train,train\n")
+    for part in ("Imgs", "GT"):
+        for place in ("TrainingSet/LungInfection-Train/Doctor-label", "TestingSet/LungInfection-Test"):
+            picture(tmp_path / "b" / place / part / "1.png", (8, 12))
+    records = merged(tmp_path / "a", tmp_path / "b")
+    assert [len(part) for part in records.values()] == [1]
+    assert "b: found medseg_covid19 as inf_net, and as table in" in caplog.text
+    assert "a, expected it in one layout; b is left out" in caplog.text
 
 
-def test_two_tables_of_one_name_are_no_source_together_unless_they_name_it(tmp_path, picture, merged):
+def test_two_tables_of_one_name_are_no_source_together_unless_they_name_it(tmp_path, picture, merged, caplog):
     for place in ("a", "b"):
         picture(tmp_path / place / "x.png", (8, 12))
-        (tmp_path / place / "labels.csv").write_text("image,group,split\nx.png,1,train\n")
-    tables = [tmp_path / place / "labels.csv" for place in ("a", "b")]
-    with pytest.raises(
-        ValueError, match="b/labels.csv: found the name of .*a/labels.csv, whose patients would count as the same"
-    ):
-        merge([str(table) for table in tables], tmp_path / "out")
+        (tmp_path / place / "mine.csv").write_text("image,group,split\nx.png,1,train\n")
+    tables = [tmp_path / place / "mine.csv" for place in ("a", "b")]
+    assert len(merged(*tables)["training"]) == 1
+    assert "b/mine.csv: found the name of " in caplog.text and "a/mine.csv, whose patients would count as the" in caplog.text
     for place, table in zip(("east", "west"), tables):
         table.write_text(f"image,group,split,source\nx.png,1,train,{place}\n")
     assert [record["group"] for record in merged(*tables)["training"]] == ["east/1", "west/1"]
 
 
+def test_one_folder_that_cannot_be_read_never_stops_the_others(hospitals, tmp_path, merged, caplog):
+    (hospitals[0] / "east/annotations_train.json").write_text("{")
+    assert {record["source"] for part in merged(hospitals[0]).values() for record in part} == {"west"}
+    assert "east/annotations_train.json: found JSONDecodeError" in caplog.text and "; east is left out" in caplog.text
+    (hospitals[0] / "west/annotations_test.json").write_text("{")
+    with pytest.raises(UserError, match="data: found no data set that can be read, expected one or more; see the lines above"):
+        merged(hospitals[0])
+
+
 def test_every_layout_is_recognised_but_the_one_to_be_named():
-    assert [name for name, source in SOURCES.items() if not source.marks] == ["medseg_covid19_official", "csv"]
+    assert [name for name, source in SOURCES.items() if not source.marks] == ["medseg_covid19_official"]
 
 
 def test_the_document_names_every_layout_with_its_marks_and_every_field():
@@ -92,7 +97,6 @@ def test_a_folder_stands_for_the_layouts_in_it(hospitals, caplog):
     folder = hospitals[0]
     assert find_layouts([str(folder)]) == [("coco", folder / "east"), ("coco", folder / "west")]
     assert f"{folder / 'notes'}: left out, it has no known layout" in caplog.text
-    assert f"{folder / 'east'}: read as coco" in caplog.text
 
 
 def test_no_folder_is_read_twice(hospitals):
@@ -103,20 +107,20 @@ def test_no_folder_is_read_twice(hospitals):
 
 def test_a_named_layout_goes_before_the_recognised_one(hospitals, caplog):
     folder = hospitals[0]
-    found = find_layouts([str(folder), f"iqoth_nccd={folder / 'east'}", f"covid_ct={folder / 'notes'}"])
-    assert sorted(found) == [("coco", folder / "west"), ("covid_ct", folder / "notes"), ("iqoth_nccd", folder / "east")]
+    found = find_layouts([str(folder), f"inf_net={folder / 'east'}", f"table={folder / 'notes'}"])
+    assert sorted(found) == [("coco", folder / "west"), ("inf_net", folder / "east"), ("table", folder / "notes")]
     assert "left out" not in caplog.text
 
 
 @pytest.mark.parametrize(
     "arguments, error, complaint",
     [
-        (["{0}/nowhere"], FileNotFoundError, "nowhere: no such folder or file$"),
-        (["lidc={0}/east"], FileNotFoundError, "lidc=.*: no such folder or file and no layout; layouts: covid_ct, "),
-        (["{0}/notes"], ValueError, "notes: found no known layout, expected one of covid_ct, .*; name it: LAYOUT="),
+        (["{0}/nowhere"], UserError, "nowhere: no such folder or file$"),
+        (["lidc={0}/east"], UserError, "lidc=.*: no such folder or file and no layout; layouts: table, "),
+        (["{0}/notes"], ValueError, "notes: found no known layout, expected one of table, .*; name it: LAYOUT="),
         (["{0}/notes.txt"], ValueError, "notes.txt: found no known layout"),
-        (["coco={0}/east", "covid_ct={0}/east"], ValueError, "east: found the layouts coco and covid_ct, expected one$"),
-        (["coco={0}/notes"], ValueError, "notes: found no record, expected the layout coco as docs/data.md describes it"),
+        (["coco={0}/east", "table={0}/east"], ValueError, "east: found the layouts coco and table, expected one$"),
+        (["coco={0}/notes"], ValueError, "notes: found no record, expected one of the layouts of docs/data.md"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(hospitals, tmp_path, arguments, error, complaint):
@@ -139,7 +143,9 @@ def test_exports_of_folders_of_one_name_stay_apart(tmp_path, picture, samples):
         mask[10 : 15 + 5 * number, 20:50] = 255
         picture(folder / "masks/s0_1.png", mask)
         picture(folder / "images/s0_1.png", (40, 60))
-        (folder / "labels.csv").write_text("file,mask,patient_id,split\nimages/s0_1.png,masks/s0_1.png,1,train\n")
+        (folder / "labels.csv").write_text(
+            f"file,objects,patient_id,split,source\nimages/s0_1.png,masks/s0_1.png,1,train,{place}\n"
+        )
     found = samples(tmp_path / "a/tumours", tmp_path / "b/tumours")
     assert sorted(float(sample["instances"].sum()) for sample in found) == [150, 300]
 
@@ -196,18 +202,18 @@ def test_a_group_in_two_splits_is_refused(tmp_path, picture):
     for name in "ab":
         picture(tmp_path / f"{name}.png", (8, 12))
     (tmp_path / "mine.csv").write_text("image,group,split\na.png,p1,train\nb.png,p1,test\n")
-    with pytest.raises(ValueError, match=r"^test\[0\] \.\./b.png: group: found 'mine/p1' in test and in training, expected"):
+    with pytest.raises(ValueError, match=r"mine.csv: \.\./b.png: group: found 'mine/p1' in test and in training, expected"):
         merge([str(tmp_path / "mine.csv")], tmp_path / "out")
 
 
 def test_class_names_decide_the_numbers(tmp_path, picture, merged):
-    folder = tmp_path / "covid"
-    picture(folder / "images/covid/a.png", (8, 12))
-    (folder / "images/other").mkdir()
-    (folder / "labels.csv").write_text("file,label,patient_id,split\nimages/covid/a.png,covid,1,train\n")
-    assert merged(folder, classes=["COVID-19", "other"])["training"][0]["class"] == 0
-    with pytest.raises(ValueError, match="a.png: class: found 'COVID-19', expected a number from 0 to 1 or one of heal"):
-        merged(folder, classes=["healthy", "ill"])
+    picture(tmp_path / "a.png", (8, 12))
+    (tmp_path / "mine.csv").write_text("file,label,split\na.png,covid,train\n")
+    assert merged(tmp_path / "mine.csv", classes=["COVID-19", "other"])["training"][0]["class"] == 0
+    with pytest.raises(UserError, match="a.png: class: found 'covid', expected a number from 0 to 1 or one of heal"):
+        merged(tmp_path / "mine.csv", classes=["healthy", "ill"])
+    (tmp_path / "mine.csv").write_text('file,label,split\na.png,"[""other"", ""lung_cancer""]",train\n')
+    assert merged(tmp_path / "mine.csv")["training"][0]["class"] == [0, 2]
 
 
 def test_output_may_be_relative_and_behind_a_link(hospitals, tmp_path, monkeypatch):
@@ -219,21 +225,30 @@ def test_output_may_be_relative_and_behind_a_link(hospitals, tmp_path, monkeypat
     assert not Path(datalist["training"][0]["image"]).is_absolute()
 
 
-def test_table(tmp_path, hospitals):
+def test_table(hospitals, tmp_path, picture):
     lines = table(merge([str(hospitals[0] / "east")], tmp_path / "out")).splitlines()
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
         *("source", "split", "slices", "groups", "classification", "segmentation", "reconstruction", "detection", "boxes"),
-        *("other", "COVID-19", "lung cancer"),
+        *("other", "COVID-19", "lung cancer", "one of several"),
     ]
     assert lines[2:] == [
-        "| east | training | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 0 | 0 | 0 |",
-        "| east | test | 1 | 1 | 0 | 0 | 1 | 1 | 0 | 0 | 0 | 0 |",
+        "| east | training | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 0 | 0 | 0 | 0 |",
+        "| east | test | 1 | 1 | 0 | 0 | 1 | 1 | 0 | 0 | 0 | 0 | 0 |",
     ]
+
+
+def test_the_table_tells_what_is_implied_from_what_is_annotated(tmp_path, picture):
+    picture(tmp_path / "iq/a.png", (8, 12))
+    (tmp_path / "iq/labels.csv").write_text("file,label,group_id,split,orig_file\na.png,normal,1,train,x\n")
+    datalist = merge([str(tmp_path / "iq")], tmp_path / "out", implied=True)
+    assert datalist["implied"] == {"iqoth_nccd": {"mask": 1, "boxes": 1}}
+    assert table(datalist).splitlines()[2] == "| iqoth_nccd | training | 1 | 1 | 1 | 0 + 1 | 1 | 0 + 1 | 0 | 1 | 0 | 0 | 0 |"
+    assert load_datalist(tmp_path / "out/datalist.json", tmp_path / "out") == datalist
 
 
 def prepare_data(*arguments):
     command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_prepare_data_prints_the_table(hospitals, tmp_path):
@@ -247,21 +262,3 @@ def test_prepare_data_refuses_in_one_line(hospitals, tmp_path):
     done = prepare_data(hospitals[0] / "notes", "--output", tmp_path / "out")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "notes: found no known layout" in done.stderr
-
-
-def test_real_data_merge_into_one_datalist(real_data, tmp_path, caplog):
-    datalist = merge([str(real_data), f"medseg_covid19_official={real_data / 'medseg_covid19'}"], tmp_path)
-    for folder in ("lung_pet_ct_dx", "volumes"):  # of inference only
-        assert f"{folder}: left out, it has no known layout" in caplog.text
-    read = {f"{folder.name}/" for folder in real_data.iterdir() if folder.is_dir()} - {"lung_pet_ct_dx/", "volumes/"}
-    records = [record for split in ("training", "validation", "test") for record in datalist[split]]
-    images = [record["image"] for record in records]
-    assert all(any(folder in image for image in images) for folder in read)
-    assert len(images) == len(set(images)) == 746 + 485 + 98 + 706 + 878 - 84 - 33 + 805
-    assert Counter(record["source"] for record in datalist["test"]) == {
-        "covid_ct": 203,
-        "iqoth_nccd": 128,
-        "medseg_covid19": 48,
-        "lung_tumor_slices": 155,
-    }
-    assert {record["source"] for record in records if "mask" in record} == {"medseg_covid19"}

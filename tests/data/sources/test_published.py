@@ -47,9 +47,11 @@ def test_covid_ct_without_a_list_is_refused(covid_ct, merged):
         merged(covid_ct)
 
 
-def test_covid_ct_without_a_listed_image_is_refused(covid_ct, merged):
+def test_covid_ct_without_listed_images_is_refused(covid_ct, merged, caplog):
     (covid_ct / "Images-processed/CT_COVID/v.png").unlink()
-    with pytest.raises(ValueError, match=r"validation\[0\] .*v.png: image: found no file"):
+    assert "validation" in merged(covid_ct) and "v.png: image: found no file" in caplog.text
+    (covid_ct / "Images-processed/CT_COVID/t.png").unlink()
+    with pytest.raises(UserError, match=r"v.png: image: found no file .* \(2 of 6 slices cannot be used, 33%\)"):
         merged(covid_ct)
 
 

@@ -97,13 +97,19 @@ def test_a_mask_that_its_header_turns_must_lie_where_the_image_lies(tmp_path, ch
         read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
 
 
-def test_msd_lung(tmp_path, chest, samples):
+def test_msd_lung(tmp_path, chest, samples, caplog):
     hu, mask = chest
     for number in range(3):
         save_ras(tmp_path / f"Task06_Lung/imagesTr/lung_{number:03d}.nii.gz", hu)
         save_ras(tmp_path / f"Task06_Lung/labelsTr/lung_{number:03d}.nii.gz", mask > 0, np.uint8)
     (tmp_path / "Task06_Lung/labelsTr/._lung_000.nii.gz").write_bytes(b"what macOS leaves")
+    affine = np.diag([0.7, 0.9, 2.5, 1])
+    affine[0, 1] = 0.3
+    sheared = nibabel.Nifti1Image(np.uint8(mask.transpose(2, 1, 0)), affine)
+    nibabel.save(sheared, tmp_path / "Task06_Lung/labelsTr/lung_003.nii.gz")
+    nibabel.save(sheared, tmp_path / "Task06_Lung/imagesTr/lung_003.nii.gz")
     found = samples(tmp_path / "Task06_Lung")
+    assert "lung_003.nii.gz: cannot be read" in caplog.text and "this volume is left out" in caplog.text
     # Two slices with a tumour and two without; the one whose tumour is dust is neither.
     names = [sample["image"].meta["filename_or_obj"][-10:-7] for sample in found]
     assert sorted(names) == sorted(3 * ["000", "002", "003", "005"])

@@ -1,8 +1,11 @@
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from bundle.errors import UserError
 
 
@@ -20,101 +23,153 @@ def summary(records, *fields):
     return {split: [tuple(record.get(field) for field in fields) for record in found] for split, found in records.items()}
 
 
-def test_covid_ct(tmp_path, merged, picture):
-    rows = [
-        {"file": "images/covid/a.png", "label": "covid", "patient_id": "cov_1", "split": "train"},
-        {"file": "images/other/b.png", "label": "other", "patient_id": "non_2", "split": "val"},
-        {"file": "images/covid/c.png", "label": "covid", "patient_id": "cov_3", "split": "test"},
-    ]
-    records = merged(write_table(tmp_path / "some name", rows, picture))
-    assert summary(records, "class", "group", "source") == {
-        "training": [(1, "covid_ct/cov_1", "covid_ct")],
-        "validation": [(0, "covid_ct/non_2", "covid_ct")],
-        "test": [(1, "covid_ct/cov_3", "covid_ct")],
-    }
-    assert not any({"mask", "boxes"} & record.keys() for found in records.values() for record in found)
+HEADS = {
+    "covid_ct": "file,label,patient_id,split,coloured_mark",
+    "iqoth_nccd": "file,label,group_id,split,orig_file",
+    "sars_cov2_ct": "file,label,block,split,orig_file",
+    "mosmed_slices": "file,label,severity,patient_id,split",
+    "luna16_nodules": "file,boxes_xyxy,patient_id,max_diameter_mm,split",
+    "lung_tumor_slices": "file,mask,tumour_px,patient_id,split",
+    "medseg_covid19": "file,mask,mask_multiclass,group_id,official_split,split",
+    "covid_volumes": "file,mask,patient_id,volume,lesion_frac,label_source,split",
+}
+LUNA, TUMOUR = [[4, 5, 9, 9]], [[20, 5, 50, 10]]
+# What a row of a public data set becomes: (class, mask, boxes, group), and with --implied.
+PUBLIC = [
+    ("covid_ct", "a.png,covid,p1,train,0", (1, None, None, "p1"), (1, None, None, "p1")),
+    ("iqoth_nccd", "a.png,normal,g1,train,x", (0, None, None, "g1"), (0, "empty", [], "g1")),
+    ("iqoth_nccd", "a.png,benign,g1,train,x", (0, None, None, "g1"), (0, "empty", None, "g1")),
+    ("iqoth_nccd", "a.png,lung_cancer,g1,train,x", (2, None, None, "g1"), (2, None, None, "g1")),
+    ("iqoth_nccd", "a.png,normal,g1,test,x", (0, None, None, "g1"), (0, None, None, "g1")),
+    ("sars_cov2_ct", "a.png,other,tr_o00,train,x", (0, None, None, "tr_o00"), (0, None, None, "tr_o00")),
+    ("mosmed_slices", "a.png,other,CT-0,s1,train", (0, None, None, "s1"), (0, "empty", None, "s1")),
+    ("mosmed_slices", "a.png,covid,CT-1,s1,train", (1, None, None, "s1"), (1, None, None, "s1")),
+    ("luna16_nodules", 'a.png,"[[4, 5, 9, 9]]",l1,3,train', (None, None, LUNA, "l1"), ([0, 2], "empty", LUNA, "l1")),
+    ("lung_tumor_slices", "a.png,,0,p1,train", (None, None, [], "p1"), ([0, 2], "empty", [], "p1")),
+    ("lung_tumor_slices", "a.png,m.png,9,p1,train", (None, None, TUMOUR, "p1"), ([0, 2], "empty", TUMOUR, "p1")),
+    ("medseg_covid19", "a.png,z.png,m.png,g,test,train", (None, "m.png", None, "g"), (1, "m.png", [], "g")),
+    ("covid_volumes", "a.png,m.png,p,r_10_85_1,0.1,doctor,train", (None, "m.png", None, "r_10"), (1, "m.png", [], "r_10")),
+    ("covid_volumes", "a.png,m.png,p,r_10_85_3,0.004,d,train", (None, "m.png", None, "r_10"), ([0, 1], "m.png", [], "r_10")),
+    ("covid_volumes", "a.png,z.png,p,c_1,0,d,train", (None, "empty", None, "c_1"), ([0, 1], "empty", [], "c_1")),
+    ("covid_volumes", "a.png,z.png,p,c_1,0,d,val", (None, "empty", None, "c_1"), (None, "empty", None, "c_1")),
+]
 
 
-def test_iqoth_nccd(tmp_path, merged, picture):
-    labels = ["normal", "benign", "lung_cancer"]
-    rows = [{"file": f"images/{k}/{k}.png", "label": k, "group_id": f"g{k}", "split": "train"} for k in labels]
-    records = merged(write_table(tmp_path / "iq", rows, picture))["training"]
-    assert [record["class"] for record in records] == [0, 0, 2]
-    # The label is the case's: a slice of it may show no tumour, and one of a normal case was never searched for lesions.
-    assert not any({"mask", "boxes"} & record.keys() for record in records)
-    assert {record["source"] for record in records} == {"iqoth_nccd"}
+@pytest.fixture
+def public(tmp_path, picture):
+    """public(name, row): folder of a public data set with one slice, and masks with a lesion (m.png) and without (z.png)."""
 
-
-@pytest.mark.parametrize("column, cell, expected", [("label", "flu", "covid"), ("split", "dev", "train")])
-def test_unknown_cells_are_refused(tmp_path, merged, picture, column, cell, expected):
-    row = {"file": "images/covid/a.png", "label": "covid", "patient_id": "1", "split": "train"}
-    folder = write_table(tmp_path / "covid", [row | {column: cell}], picture)
-    with pytest.raises(ValueError, match=rf"labels.csv: line 2: {column}: found '{cell}', expected one of .*{expected}"):
-        merged(f"covid_ct={folder}")
-
-
-def medseg(folder, picture):
-    splits = [("train", "train"), ("val", "train"), ("train", "test"), ("test", "test")]
-    rows = []
-    for index, (split, official) in enumerate(splits):
-        files = {"file": f"images/{index}.png", "mask_multiclass": f"masks_multiclass/{index}.png"}
-        rows.append({**files, "group_id": f"m{index}", "split": split, "official_split": official})
+    def write(name, *rows):
+        folder = tmp_path / "any name"
         mask = np.zeros((40, 60))
-        mask[5:10, 20:50], mask[30:35, 2:8] = 1, 2
-        picture(folder / rows[-1]["mask_multiclass"], mask)
-    return write_table(folder, rows, picture)
+        picture(folder / "z.png", mask)
+        mask[5:10, 20:50] = 255
+        picture(folder / "m.png", mask)
+        for row in rows:
+            picture(folder / row.split(",")[0], (40, 60))
+        (folder / "labels.csv").write_text("\n".join([HEADS[name], *rows]) + "\n")
+        return folder
+
+    return write
 
 
-def test_medseg_covid19(tmp_path, merged, samples, picture):
-    folder = medseg(tmp_path / "medseg", picture)
-    records = summary(merged(folder), "group")
-    assert records["training"] == [("medseg_covid19/m0",), ("medseg_covid19/m2",)]
-    assert records["validation"] == [("medseg_covid19/m1",)] and records["test"] == [("medseg_covid19/m3",)]
-    sample = samples(folder, segmentation_classes=2)[0]
-    assert sample["mask"].shape == (2, 40, 60)
-    assert sample["mask"][0, 5:10, 20:50].all() and sample["mask"][0].sum() == 150
-    assert sample["mask"][1, 30:35, 2:8].all() and sample["mask"][1].sum() == 30
-    assert samples(folder)[0]["mask"].sum() == 180
-    assert not {"class", "boxes"} & sample.keys()
+@pytest.mark.parametrize("implied", [False, True])
+@pytest.mark.parametrize(("name", "row", "annotated", "with_implied"), PUBLIC)
+def test_public_data_sets(public, merged, name, row, annotated, with_implied, implied):
+    ((split, (record,)),) = merged(public(name, row), implied=implied).items()
+    assert split == next(name for name in ("training", "validation", "test") if {name[:3], name[:5]} & set(row.split(",")))
+    expected = dict(zip(("class", "mask", "boxes", "group"), with_implied if implied else annotated))
+    found = {**record, "group": record["group"].removeprefix(f"{name}/")}
+    found["mask"] = found["mask"].rpartition("/")[2] if "mask" in found else None
+    assert {field: found.get(field) for field in expected} == expected
+    assert record["source"] == name
 
 
-def test_medseg_covid19_official_split(tmp_path, merged, picture):
-    records = summary(merged(f"medseg_covid19_official={medseg(tmp_path / 'medseg', picture)}"), "group")
-    assert records == {
+def test_slices_of_patients_that_another_folder_annotates_are_left_out(public, tmp_path, merged, picture, caplog):
+    """The unlabelled slices of the volumes: those of validation and test patients must not be trained on."""
+    caplog.set_level("INFO")
+    masks = public("covid_volumes", "a.png,m.png,p1,v_1_85,0.1,d,val")
+    rows = ["a.png,v_1,v_1_85,1,train,x", "b.png,v_1,v_1_85,2,train,x", "c.png,v_2,v_2_99,1,train,x"]
+    for row in rows:
+        picture(tmp_path / "more" / row.split(",")[0], (40, 60))
+    (tmp_path / "more/labels.csv").write_text("\n".join(["file,patient_id,volume,slice_index,split,orig_file", *rows]))
+    records = merged(masks, tmp_path / "more")
+    assert summary(records, "group", "source") == {
+        "training": [("covid_volumes/v_2", "covid_volumes")],
+        "validation": [("covid_volumes/v_1", "covid_volumes")],
+    }
+    assert f"{tmp_path}/more: 2 slices without annotation left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "cell, complaint", [("covid", "class: found 'flu', expected a number .* or one of other"), ("train", "split: found 'flu', exp")]
+)
+def test_unknown_cells_are_refused(public, merged, cell, complaint):
+    with pytest.raises(UserError, match=complaint):
+        merged(public("covid_ct", "a.png,covid,1,train,0".replace(cell, "flu")))
+
+
+def test_medseg_covid19_official_split(public, merged, samples):
+    splits = (("train", "train"), ("train", "val"), ("test", "train"), ("test", "test"))  # the official and the other one
+    rows = [f"{n}.png,z.png,m.png,g{n},{official},{split}" for n, (official, split) in enumerate(splits)]
+    folder = public("medseg_covid19", *rows)
+    assert summary(merged(folder), "group") == {
+        "training": [("medseg_covid19/g0",), ("medseg_covid19/g2",)],
+        "validation": [("medseg_covid19/g1",)],
+        "test": [("medseg_covid19/g3",)],
+    }
+    assert summary(merged(f"medseg_covid19_official={folder}"), "group") == {
         "training": [("medseg_covid19/0",)],
         "validation": [("medseg_covid19/1",)],
         "test": [("medseg_covid19/2",), ("medseg_covid19/3",)],
     }
 
 
-def test_lung_tumor_slices(tmp_path, samples, picture, caplog):
+def test_objects_become_boxes_and_instances(tmp_path, samples, picture, caplog):
     caplog.set_level("INFO")
     masks = {name: np.zeros((40, 60)) for name in ("two", "dust")}
     masks["two"][5:10, 20:50], masks["two"][30:36, 2:8], masks["two"][20, 20:23] = 255, 255, 255
     masks["dust"][20, 20:23] = 255
-    rows = []
-    for index, name in enumerate(["two", "free", "dust"]):
-        mask = f"masks/s0_{name}.png" if name in masks else ""
-        rows.append({"file": f"images/s0_{name}.png", "mask": mask, "patient_id": f"p{index}", "split": "train"})
-        if mask:
-            picture(tmp_path / "tumours" / mask, masks[name])
-    two, free = samples(write_table(tmp_path / "tumours", rows, picture))
+    rows = [{"image": f"{name}.png", "objects": f"{name}_mask.png", "split": "train"} for name in masks]
+    for name, mask in masks.items():
+        picture(tmp_path / f"tumours/{name}_mask.png", mask)
+    rows.append({"image": "free.png", "objects": "empty", "split": "train"})
+    for row in rows:
+        picture(tmp_path / "tumours" / row["image"], (40, 60))
+    two, free = samples(write_table(tmp_path / "tumours", rows))
     np.testing.assert_array_equal(two["boxes"], [[20, 5, 50, 10], [2, 30, 8, 36]])
     assert two["instances"].shape == (2, 40, 60)
     assert two["instances"][0, 5:10, 20:50].all() and two["instances"][0].sum() == 150
     assert two["instances"][1, 30:36, 2:8].all() and two["instances"][1].sum() == 36
     assert free["boxes"].shape == (0, 4)
     assert "mask" not in two and "mask" not in free  # tumours are no infection
-    assert two["record"]["group"] == "lung_tumor_slices/p0"
     assert "tumours: 1 slices left out whose tumour has no part of 20 pixels" in caplog.text
 
 
-def test_unlabelled_slices(tmp_path, merged, picture):
-    rows = [{"file": f"images/coronacases_{i}.png", "patient_id": f"c{i}"} for i in range(2)]
-    records = merged(write_table(tmp_path / "volumes", rows, picture))
-    assert summary(records, "group", "class", "mask", "boxes") == {
-        "training": [(f"covid_volumes_unlabelled/c{i}", None, None, None) for i in range(2)]
-    }
+def masks_of(kind):
+    """A mask with a lesion of 150 pixels as programs save it by mistake."""
+    lesion = np.zeros((40, 60), np.uint8)
+    lesion[5:10, 20:50] = 1
+    if kind == "alpha":
+        return Image.merge("RGBA", [Image.new("L", (60, 40))] * 3 + [Image.fromarray(lesion * 255)])
+    if kind == "black palette":
+        picture = Image.fromarray(lesion, "P")
+        picture.putpalette([0, 0, 0] * 256)
+        return picture
+    if kind == "faint blue":
+        return Image.merge("RGB", [Image.new("L", (60, 40))] * 2 + [Image.fromarray(lesion)])
+    return Image.fromarray(lesion * np.float32(0.9999999))
+
+
+@pytest.mark.parametrize("kind", ["alpha", "black palette", "faint blue", "0.9999999"])
+def test_a_lesion_is_read_wherever_a_program_put_it(tmp_path, kind, picture, samples):
+    suffix = ".tif" if kind == "0.9999999" else ".png"
+    picture(tmp_path / "mine/a.png", (40, 60))
+    masks_of(kind).save(tmp_path / f"mine/m{suffix}")
+    for column, field in (("mask", "mask"), ("objects", "instances")):
+        folder = write_table(tmp_path / "mine", [{"image": "a.png", column: f"m{suffix}", "split": "train"}])
+        (sample,) = samples(folder)
+        assert sample[field][0, 5:10, 20:50].all() and sample[field].sum() == 150
 
 
 def test_coco(tmp_path, merged, samples, coco):
@@ -146,6 +201,26 @@ def test_bad_coco_is_refused_in_one_line(tmp_path, merged, coco, name, change, c
     with pytest.raises(ValueError, match=rf"annotations_{name}.json: {complaint}") as error:
         merged(folder)
     assert "\n" not in str(error.value)
+
+
+def test_categories_of_coco_are_chosen_and_crowds_left_out(tmp_path, merged, coco, caplog):
+    caplog.set_level("INFO")
+    folder = coco(tmp_path / "hospital")
+    path = folder / "annotations_train.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 1, "name": "nodule"}, {"id": 2, "name": "rib"}]
+    content["annotations"][1]["category_id"] = 2
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    with pytest.raises(UserError, match=r"found the categories nodule \(1\), rib \(1\), expected one; choose with --cate"):
+        merged(folder)
+    assert merged(folder, categories=["nodule"])["training"][0]["boxes"] == [[10, 5, 40, 17.5]]
+    assert "1 annotations of other categories left out" in caplog.text
+    with pytest.raises(UserError, match="categories: found mass, expected some of nodule"):
+        merged(folder, categories=["mass"])
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    assert "training" not in merged(folder, categories=["nodule"])
+    assert "1 slices left out whose objects are marked as a crowd" in caplog.text
 
 
 @pytest.fixture
@@ -189,7 +264,9 @@ def test_table_csv(table, merged, samples):
         (",1,,,,,,train", "line 2: image: found an empty cell, expected the path of an image"),
         ("slices/a.png,flu,,,,,,train", "a.png: class: found 'flu', expected a number from 0 to 2 or one of other, COV"),
         ("slices/a.png,-1,,,,,,train", "a.png: class: found -1, expected a whole number from 0 to 2"),
-        ("slices/a.png,1.0,,,,,,train", "a.png: class: found '1.0', expected a number"),
+        ("slices/a.png,1.5,,,,,,train", "a.png: class: found '1.5', expected a number"),
+        ("slices/a.png,[1],,,,,,train", r"a.png: class: found \[1\], expected a whole number from 0 to 2, or a list of those"),
+        ("slices/a.png,,,\"[[0.1, 0.2, 0.3, 0.4]]\",,,,train", "inside the first pixel, expected pixels, not shares"),
         ("slices/z.png,1,,,,,,train", "image: found no file .*z.png, expected it there"),
     ],
 )
@@ -200,57 +277,78 @@ def test_bad_csv_is_refused_in_one_line(table, merged, row, complaint):
     assert "\n" not in str(error.value)
 
 
-def test_csv_column_that_is_no_field_is_refused(table, merged):
-    table.write_text("image,age\nslices/a.png,64\n")
-    with pytest.raises(ValueError, match="slices/a.png: age: unknown field, expected one of image, class"):
-        merged(table)
-
-
-def counts(records):
-    return {split: dict(Counter(record.get("class") for record in found)) for split, found in records.items()}
-
-
-def test_real_covid_ct_has_the_official_counts(real_data, merged):
-    assert counts(merged(real_data / "covid_ct")) == {
-        "training": {1: 191, 0: 234},
-        "validation": {1: 60, 0: 58},
-        "test": {1: 98, 0: 105},
-    }
-
-
-def test_real_iqoth_nccd(real_data, merged):
-    found = counts(merged(real_data / "iqoth_nccd"))
-    sizes = {split: sum(labels.values()) for split, labels in found.items()}
-    assert sizes == {"training": 284, "validation": 73, "test": 128}
-    assert sum(labels[2] for labels in found.values()) == 255
-
-
-@pytest.mark.parametrize("layout, expected", [("medseg_covid19", (50, 7, 41)), ("medseg_covid19_official", (43, 7, 48))])
-def test_real_medseg_covid19(real_data, merged, layout, expected):
-    records = merged(f"{layout}={real_data / 'medseg_covid19'}")
-    assert tuple(len(found) for found in records.values()) == expected
-    assert all(record["mask"] != "empty" for found in records.values() for record in found)
-
-
-def test_real_unlabelled_slices(real_data, merged):
-    records = merged(real_data / "covid_volumes_unlabelled")
-    assert {split: len(found) for split, found in records.items()} == {"training": 805}
-
-
-def test_real_lung_tumor_slices(real_data, samples, merged, caplog):
+def test_columns_that_are_not_read_are_named(table, merged, caplog):
     caplog.set_level("INFO")
-    folders = real_data / "lung_tumor_slices", real_data / "lung_tumor_slices_more"
-    records = merged(*folders)
+    table.write_text("image,age,clas\nslices/a.png,64,1\n")
+    assert "class" not in merged(table)["training"][0]
+    assert "mine.csv: columns that are not read: age, clas" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,class,split,,\nslices/a.png,2,train,,\n,,,,\n",
+        "image,class,split\nslices/a.png,2.0,train\nimage,class,split\n",
+        "image;class;split\nslices/a.png;2,0;train\n",
+        "\ufeffimage\tclass\tsplit\r\nslices/a.png\tLung_Cancer\tTrain\r\n",
+    ],
+    ids=["empty columns", "a header twice", "semicolons", "tabs and a byte order mark"],
+)
+def test_tables_of_spreadsheets(table, merged, text):
+    table.write_text(text, encoding="utf-8", newline="")
+    assert summary(merged(table), "class") == {"training": [(2,)]}
+
+
+def test_one_bad_slice_never_stops_a_data_set_and_many_do(tmp_path, picture, merged, caplog):
+    def write(bad, count=40):
+        rows = []
+        for number in range(count):
+            picture(tmp_path / f"mine/{number}.png", (40, 60))
+            box = [50, 5, 90, 9] if number < bad else [50, 5, 60.5, 9] if number == 20 else [50, 5, 55, 9]
+            rows.append(f'{number}.png,"{[box, [7, 7, 7, 9]] if number == 21 else [box]}",train')
+        (tmp_path / "mine/labels.csv").write_text("\n".join(["image,boxes,split", *rows]))
+        return tmp_path / "mine"
+
+    records = merged(write(bad=2))["training"]
+    boxes = {Path(record["image"]).stem: record["boxes"] for record in records}
+    assert len(boxes) == 38 and boxes["20"] == [[50, 5, 60, 9]] and boxes["21"] == [[50, 5, 55, 9]]
+    assert caplog.text.count("outside the image, expected x from 0 to 60 and y from 0 to 40; this slice is left out") == 2
+    assert "mine: 1 boxes that reach out of the image by at most 1 pixel clipped" in caplog.text
+    assert "mine: 1 boxes of no width left out" in caplog.text
+    with pytest.raises(UserError, match=r"mine: .*0.png: boxes: found .* \(3 of 40 slices cannot be used, 8%\)"):
+        merged(write(bad=3))
+
+
+REAL = {  # source -> slices of the splits, and of training: class 0, 1, 2, in part; masks with and without lesion; boxes, none
+    "covid_ct": ((425, 118, 203), (234, 191, 0, 0), (0, 0), (0, 0)),
+    "covid_volumes": ((492, 73, 115), (0, 361, 0, 131), (372, 120), (0, 492)),
+    "iqoth_nccd": ((284, 73, 128), (136, 0, 148, 0), (0, 136), (0, 93)),
+    "luna16_nodules": ((570, 78, 123), (0, 0, 0, 570), (0, 570), (570, 0)),
+    "lung_tumor_slices": ((1162, 150, 155), (0, 0, 0, 1162), (0, 1162), (967, 195)),
+    "medseg_covid19": ((50, 7, 41), (0, 50, 0, 0), (50, 0), (0, 50)),
+    "mosmed_slices": ((359, 53, 102), (147, 212, 0, 0), (0, 147), (0, 0)),
+    "sars_cov2_ct": ((1008, 122, 358), (524, 484, 0, 0), (0, 0), (0, 0)),
+}
+
+
+def test_real_data_merge_into_one_datalist(real_data, merged, caplog):
+    caplog.set_level("INFO")
+    records = merged(real_data, implied=True)
+    for source, (sizes, classes, masks, boxes) in REAL.items():
+        found = {split: [record for record in part if record["source"] == source] for split, part in records.items()}
+        assert tuple(map(len, found.values())) == sizes, source
+        training = found["training"]
+        labels = Counter(str(record.get("class")) for record in training)
+        assert (*(labels[str(n)] for n in range(3)), labels["[0, 1]"] + labels["[0, 2]"]) == classes, source
+        empty = [record["mask"] == "empty" for record in training if "mask" in record]
+        assert (empty.count(False), empty.count(True)) == masks, source
+        free = [record["boxes"] == [] for record in training if "boxes" in record]
+        assert (free.count(False), free.count(True)) == boxes, source
+    assert {record["source"] for part in records.values() for record in part} == set(REAL)
+    assert "volumes: left out, it has no known layout" in caplog.text
+    assert "for inference only; lung_pet_ct_dx is left out" in caplog.text
     assert "84 slices left out" in caplog.text and "33 slices left out" in caplog.text
-    assert sum(map(len, records.values())) == 706 + 878 - 84 - 33
-    assert {split: len({record["group"] for record in found}) for split, found in records.items()} == {
-        "training": 39,
-        "validation": 7,
-        "test": 15,
-    }
-    assert {record["source"] for found in records.values() for record in found} == {"lung_tumor_slices"}
-    assert sum(not record["boxes"] for found in records.values() for record in found) == 108 + 152
-    assert not any({"mask", "class"} & record.keys() for found in records.values() for record in found)
+    assert "covid_volumes_unlabelled: 685 slices without annotation left out" in caplog.text
 
 
 def test_real_boxes_are_those_of_the_data_sets_own_coco_file(real_data, merged):

@@ -1,0 +1,89 @@
+"""Public data sets that come as a table: what their columns mean beside what they are called, and what they imply.
+
+A data set is recognised by a column that no other has, so its folder may have any name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, MASK
+
+# Columns that are no fields of a record, and the key of what a record implies until `merge` takes it or drops it.
+OBJECTS, SPLIT, IMPLIED = "objects", "split", "implied"
+COVID, OTHER, CANCER = "COVID-19", "other", "lung cancer"
+# Share of the lung or image below which a lesion is too small for its slice to stand for COVID-19.
+SMALL_LESION = 0.005
+
+
+class Known(NamedTuple):
+    """A public data set.
+
+    Args:
+        source: name that its records carry.
+        mark: columns that only its table has.
+        fields: row -> columns of docs/data.md that the row has under other names.
+        implied: row -> fields that its annotations imply for other tasks (DESIGN: what one annotation implies for another).
+        unused: why it is left out, if it is.
+    """
+
+    source: str
+    mark: frozenset[str]
+    fields: Callable[[Mapping], dict] = lambda row: {}
+    implied: Callable[[Mapping], dict] = lambda row: {}
+    unused: str = ""
+
+
+def _medseg_fields(row: Mapping) -> dict:
+    return {MASK: row["mask_multiclass"]}
+
+
+def _medseg_official(row: Mapping) -> dict:
+    """Inf-Net's split: every slice is a group, and the validation slices of the other split stay so."""
+    split = "val" if (row["official_split"], row[SPLIT]) == ("train", "val") else row["official_split"]
+    return {**_medseg_fields(row), SPLIT: split, GROUP: Path(row["file"]).stem}
+
+
+def _patient_of_volume(row: Mapping) -> dict:
+    """The two tables of the volumes name patients differently. Volumes may be of one: radiopaedia_10_85902_1 and _3."""
+    return {GROUP: "_".join(row["volume"].split("_")[:2])}
+
+
+def _mask_of_tumours(row: Mapping) -> dict:
+    return {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}
+
+
+def _covid_volume(row: Mapping) -> dict:
+    """Every patient has COVID-19, but a slice with little or no lesion may as well be of somebody healthy."""
+    return {BOXES: [], CLASS: COVID if float(row["lesion_frac"]) > SMALL_LESION else [OTHER, COVID]}
+
+
+def _healthy_chest(row: Mapping) -> dict:
+    return {"normal": {MASK: EMPTY_MASK, BOXES: []}, "benign": {MASK: EMPTY_MASK}}.get(row["label"], {})
+
+
+def _tumour_patient(row: Mapping) -> dict:
+    """Scanned before COVID-19; whether a slice shows the cancer is not known."""
+    return {MASK: EMPTY_MASK, CLASS: [OTHER, CANCER]}
+
+
+KNOWN = (
+    Known("covid_ct", frozenset({"coloured_mark"})),
+    Known("iqoth_nccd", frozenset({"label", "group_id", "orig_file"}), implied=_healthy_chest),
+    Known("medseg_covid19", frozenset({"mask_multiclass"}), _medseg_fields, lambda row: {CLASS: COVID, BOXES: []}),
+    Known("lung_tumor_slices", frozenset({"tumour_px"}), _mask_of_tumours, _tumour_patient),
+    Known("luna16_nodules", frozenset({"max_diameter_mm"}), implied=_tumour_patient),
+    Known("mosmed_slices", frozenset({"severity"}), implied=lambda row: {MASK: EMPTY_MASK} if row["label"] == OTHER else {}),
+    Known("sars_cov2_ct", frozenset({"block"}), lambda row: {GROUP: row["block"]}),
+    Known("covid_volumes", frozenset({"lesion_frac", "label_source"}), _patient_of_volume, _covid_volume),
+    Known("covid_volumes", frozenset({"volume", "orig_file"}), _patient_of_volume),
+    Known("lung_pet_ct_dx", frozenset({"sop_uid"}), unused="a DICOM series, for inference only"),
+)
+OFFICIAL = Known("medseg_covid19", frozenset({"official_split"}), _medseg_official, KNOWN[2].implied)
+
+
+def recognise(columns: Sequence[str]) -> Known | None:
+    """The public data set whose table has these columns; None for a table of one's own."""
+    return next((known for known in KNOWN if known.mark <= set(columns)), None)
