@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from ignite.engine import Events
 from monai.engines import Evaluator
@@ -20,24 +20,16 @@ class Predictor:
 
     Args:
         evaluator: of configs/inference.json, whose batches are single slices when an iteration is completed.
-        tasks, classes, segmentation_classes, link_iou: see `task_results`.
+        tasks, **options: see `task_results`.
         novelty: distance from the training data, or None where that is not known.
 
     Raises:
         UserError: of `task_results`.
     """
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        tasks: Iterable[str],
-        classes: Sequence[str],
-        segmentation_classes: Sequence[str],
-        novelty: Novelty | None = None,
-        link_iou: float = 0.2,
-    ) -> None:
+    def __init__(self, evaluator: Evaluator, tasks: Iterable[str], novelty: Novelty | None = None, **options) -> None:
         self.evaluator, self.novelty = evaluator, novelty
-        self.tasks = task_results(tasks, classes, segmentation_classes, link_iou)
+        self.tasks = task_results(tasks, **options)
         evaluator.interrupt_resume_enabled = False  # after an error ignite would resume the run that failed
 
     def __call__(self, scan: Scan) -> Result:

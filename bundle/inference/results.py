@@ -150,10 +150,10 @@ class TaskResults:
     """How the answers of one task are collected, summed up and tabled. One subclass a task: see `TASK_RESULTS`.
 
     Args:
-        classes, segmentation_classes, link_iou: see `task_results`; each task keeps what it needs.
+        **options: see `task_results`; each task takes what it names.
     """
 
-    def __init__(self, classes: Sequence[str], segmentation_classes: Sequence[str], link_iou: float) -> None:
+    def __init__(self, **options) -> None:
         pass
 
     def row(self, answer, view: SliceView, result: Result) -> dict:
@@ -183,7 +183,7 @@ class TaskResults:
 class ClassificationResults(TaskResults):
     """Probabilities (K,) of each slice; of the scan their mean over the slices with lung."""
 
-    def __init__(self, classes: Sequence[str], segmentation_classes: Sequence[str], link_iou: float) -> None:
+    def __init__(self, classes: Sequence[str], **_) -> None:
         self.classes = list(classes)
 
     def row(self, answer, view, result):
@@ -206,18 +206,18 @@ class ClassificationResults(TaskResults):
 class SegmentationResults(TaskResults):
     """Probabilities (C, rows, columns) of lesion on the grid of the slice; areas and volumes of lesion.
 
-    They were brought to this grid by linear interpolation and are only now cut at 0.5, which keeps outlines smoother than
+    They were brought to this grid by linear interpolation and are only now cut at the threshold, which keeps outlines smoother than
     enlarging a mask of the network's size. In a picture, a mask of one channel has 255 for lesion.
     """
 
-    def __init__(self, classes: Sequence[str], segmentation_classes: Sequence[str], link_iou: float) -> None:
-        self.names = list(segmentation_classes)
+    def __init__(self, segmentation_classes: Sequence[str], lesion_threshold: float = 0.5, **_) -> None:
+        self.names, self.threshold = list(segmentation_classes), lesion_threshold
         if len(set(map(file_part, self.names))) < len(self.names):
             found = ", ".join(self.names)
             raise UserError(f"segmentation_classes: found {found}, expected names that differ in letters or digits")
 
     def row(self, answer, view, result):
-        labels, one, spacing = to_labels(answer), len(self.names) == 1, result.scan.spacing
+        labels, one, spacing = to_labels(answer, self.threshold), len(self.names) == 1, result.scan.spacing
         view.lesions = labels > 0
         result.store("mask", labels, view.slice, picture_scale=255 if one else 1)
         for name, values in zip(self.names, torch.as_tensor(answer).numpy()):
@@ -284,7 +284,7 @@ class ReconstructionResults(TaskResults):
 class DetectionResults(TaskResults):
     """{"boxes" (N, 4) in pixels of the stored slice, "scores" (N,), "areas" (N,)} of each slice, linked to lesions."""
 
-    def __init__(self, classes: Sequence[str], segmentation_classes: Sequence[str], link_iou: float) -> None:
+    def __init__(self, link_iou: float = 0.2, **_) -> None:
         self.link_iou = link_iou
 
     def row(self, answer, view, result):
@@ -316,21 +316,19 @@ TASK_RESULTS: dict[str, type[TaskResults]] = {
 }
 
 
-def task_results(
-    tasks: Iterable[str], classes: Sequence[str], segmentation_classes: Sequence[str], link_iou: float
-) -> dict[str, TaskResults]:
+def task_results(tasks: Iterable[str], **options) -> dict[str, TaskResults]:
     """How the answers of each task are collected.
 
     Args:
         tasks: their names.
-        classes: names of the classes.
-        segmentation_classes: names of the mask channels.
-        link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
+        **options: classes, names of the classes; segmentation_classes, names of the mask channels; lesion_threshold,
+            probability above which a pixel is lesion; link_iou, in-plane IoU from which boxes of neighbouring slices are one
+            lesion.
 
     Raises:
         UserError: for an unknown task, or for names of mask channels that would share a file.
     """
-    return {task: TASK_RESULTS[task](classes, segmentation_classes, link_iou) for task in check_tasks(tasks)}
+    return {task: TASK_RESULTS[task](**options) for task in check_tasks(tasks)}
 
 
 def classify_scan(probabilities: Sequence[Sequence[float]], bearing: Sequence[bool], classes: Sequence[str]) -> dict:

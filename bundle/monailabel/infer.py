@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,11 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from bundle.data.volumes import NIFTI, Scan, open_scan
 from bundle.data.transforms import to_file_grid
 from bundle.errors import UserError
-from bundle.inference.lesions import link_boxes
 from bundle.inference.markups import lesion_axes
-from bundle.inference.results import classify_scan, to_labels
+from bundle.inference.results import Collector, Result, task_results
 from bundle.inference.slices import INDEX, SCAN, SLICE, collate, to_cpu
-from bundle.lungs import lung_bearing, lung_mask
 from bundle.networks import MultiTaskNet
 from bundle.names import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
 
@@ -99,9 +97,9 @@ class VolumeInferer(Inferer):
         if not 0 <= lesion_threshold < 1:
             raise UserError(f"lesion_threshold: found {lesion_threshold}, expected a number from 0 and below 1")
         self.preprocessing, self.postprocessing = preprocessing, postprocessing
-        self.classes, self.segmentation_classes = list(classes), list(segmentation_classes)
-        self.batch_size, self.lesion_threshold, self.link_iou = batch_size, lesion_threshold, link_iou
-        self.monte_carlo = monte_carlo
+        self.batch_size, self.monte_carlo = batch_size, monte_carlo
+        self.options = {"classes": classes, "segmentation_classes": segmentation_classes}
+        self.options |= {"lesion_threshold": lesion_threshold, "link_iou": link_iou}
 
     def answers(self, scan: Scan, network: MultiTaskNet, tasks: Iterable[str]) -> Iterator[dict]:
         """Every slice with its answers: probabilities of the classes, probabilities of lesion and boxes on its own grid."""
@@ -118,29 +116,22 @@ class VolumeInferer(Inferer):
                 answer = {task: to_cpu(output[task][row]) for task in tasks if task in output}
                 yield self.postprocessing({**sample, **answer})
 
-    def classify(self, slices: Sequence[Mapping]) -> dict:
-        """Class of the scan, of `classify_scan`."""
-        bearing = lung_bearing([row["lung_mm2"] for row in slices])
-        return classify_scan([row[CLASSIFICATION] for row in slices], bearing, self.classes)
+    def predict(self, inputs: MetaTensor, network: MultiTaskNet) -> Result:
+        """What the network says about a volume, of the tasks of the face.
 
-    def lesions(self, scan: Scan, slices: Sequence[Mapping]) -> list[dict]:
-        """Lesions in space, of `link_boxes`."""
-        return link_boxes([row[DETECTION] for row in slices], scan, self.link_iou)
+        Args:
+            inputs: of `VolumeScan`.
+            network: with the heads of some of them.
 
-
-def numbers_of(answer: Mapping, scan: Scan) -> dict:
-    """What is kept of a slice: class probabilities, boxes, and the area of its lung in mm2."""
-    row = {}
-    if CLASSIFICATION in answer:
-        row[CLASSIFICATION] = answer[CLASSIFICATION].numpy()
-        row["lung_mm2"] = float(lung_mask(answer[SLICE][0].numpy(), scan.spacing).sum() * np.prod(scan.spacing))
-    if DETECTION in answer:
-        found = answer[DETECTION]
-        values = zip(found["boxes"].tolist(), found["scores"].tolist(), found["areas"].tolist())
-        row[DETECTION] = [
-            {"box": [round(v, 2) for v in box], "score": round(score, 6), "area": area} for box, score, area in values
-        ]
-    return row
+        Raises:
+            UserError: for a volume that cannot be read, in one line.
+        """
+        scan = VolumeScan(inputs)
+        tasks = [task for task in self.tasks if task in network.heads]
+        collector = Collector(scan, task_results(tasks, **self.options))
+        for found in self.answers(scan, network, tasks):
+            collector.add(found, found)
+        return collector.finish()
 
 
 class SegmentationInferer(VolumeInferer):
@@ -151,42 +142,30 @@ class SegmentationInferer(VolumeInferer):
     def __call__(self, inputs: MetaTensor, network: MultiTaskNet) -> list[dict]:
         """Answer a volume.
 
-        Args:
-            inputs: of `VolumeScan`.
-            network: with at least the head of the segmentation.
+        Args: of `predict`.
 
         Returns:
             One dictionary: "pred" (1, X, Y, Z) uint8, 0 or the number of the lesion class (1 + channel), on the grid of the
             volume; "result", the entries classification, segmentation and detection of predictions.json. Under Monte-Carlo
             dropout "pred" is float32 (channels, X, Y, Z), probabilities of lesion, and "result" is empty.
-
-        Raises:
-            UserError: for a volume that cannot be read, in one line.
         """
-        scan, slices = VolumeScan(inputs), []
-        channels, dtype = (len(self.segmentation_classes), np.float32) if self.monte_carlo else (1, np.uint8)
-        pred = np.zeros((channels, *scan.shape), dtype)
-        planes = np.moveaxis(pred, 1 + scan.axis, 1)
-        for index, answer in enumerate(self.answers(scan, network, [SEGMENTATION] if self.monte_carlo else self.tasks)):
-            probabilities = answer[SEGMENTATION].numpy()
-            layers = probabilities if self.monte_carlo else to_labels(probabilities, self.lesion_threshold)[None]
-            for channel, layer in enumerate(layers):
-                stored = to_file_grid(layer, answer[SLICE])
-                planes[channel, index] = stored.reshape(planes.shape[2:])
-            slices.append(numbers_of(answer, scan))
-        result = {} if self.monte_carlo else self._result(scan, slices, planes[0])
+        if self.monte_carlo:
+            pred, result = self._probabilities(VolumeScan(inputs), network), {}
+        else:
+            found = self.predict(inputs, network)
+            pred = found.volumes["mask"].voxels()[None]
+            result = {task: found.entries[task] for task in self.tasks if task in found.entries}
         # A MetaTensor, since the scoring of MONAI Label wants what both numpy and torch can sum up.
-        mask = MetaTensor(torch.from_numpy(pred.reshape(channels, *inputs.shape[2:])), affine=torch.as_tensor(scan.affine))
-        return [{"pred": mask, "result": result}]
+        mask = torch.from_numpy(pred.reshape(len(pred), *inputs.shape[2:]))
+        return [{"pred": MetaTensor(mask, affine=torch.as_tensor(VolumeScan(inputs).affine)), "result": result}]
 
-    def _result(self, scan: Scan, slices: Sequence[Mapping], planes: np.ndarray) -> dict:
-        result = {CLASSIFICATION: self.classify(slices)} if CLASSIFICATION in slices[0] else {}
-        result[SEGMENTATION] = {}
-        for value, name in enumerate(self.segmentation_classes, start=1):
-            pixels = (planes == value).sum((1, 2))
-            volume = float(np.dot(pixels, scan.thickness) * np.prod(scan.spacing) / 1000)
-            result[SEGMENTATION][name] = {"volume_ml": round(volume, 4), "pixels": int(pixels.sum())}
-        return result | ({DETECTION: self.lesions(scan, slices)} if DETECTION in slices[0] else {})
+    def _probabilities(self, scan: Scan, network: MultiTaskNet) -> np.ndarray:
+        pred = np.zeros((len(self.options["segmentation_classes"]), *scan.shape), np.float32)
+        planes = np.moveaxis(pred, 1 + scan.axis, 1)
+        for index, answer in enumerate(self.answers(scan, network, [SEGMENTATION])):
+            for channel, layer in enumerate(answer[SEGMENTATION].numpy()):
+                planes[channel, index] = to_file_grid(layer, answer[SLICE]).reshape(planes.shape[2:])
+        return pred
 
 
 class ClassificationInferer(VolumeInferer):
@@ -195,10 +174,9 @@ class ClassificationInferer(VolumeInferer):
     tasks = (CLASSIFICATION,)
 
     def __call__(self, inputs: MetaTensor, network: MultiTaskNet) -> list[MetaTensor]:
-        """Args: of `SegmentationInferer`. Returns: one tensor, probabilities (number of classes,)."""
-        scan = VolumeScan(inputs)
-        slices = [numbers_of(answer, scan) for answer in self.answers(scan, network, self.tasks)]
-        return [MetaTensor(torch.tensor(list(self.classify(slices)["probabilities"].values())))]
+        """Args: of `predict`. Returns: one tensor, probabilities (number of classes,)."""
+        found = self.predict(inputs, network).entries[CLASSIFICATION]
+        return [MetaTensor(torch.tensor(list(found["probabilities"].values())))]
 
 
 class LesionDetector(VolumeInferer):
@@ -222,10 +200,8 @@ class LesionDetector(VolumeInferer):
             One dictionary: "box" (N, 6), centers and sizes in mm along the axes of LPS, highest score first (of an oblique
             scan, the hull of the box in space); "label" (N,) zeros; "description", a line for each lesion with its score.
         """
-        scan = VolumeScan(inputs)
-        slices = [numbers_of(answer, scan) for answer in self.answers(scan, self.network, self.tasks)]
-        lesions = self.lesions(scan, slices)
-        hull = np.abs(lesion_axes(scan.affine, scan.axis))
+        found = self.predict(inputs, self.network)
+        lesions, hull = found.entries[DETECTION], np.abs(lesion_axes(found.scan.affine, found.scan.axis))
         boxes = [[*lesion["center_mm"], *(hull @ lesion["size_mm"])] for lesion in lesions]
         lines = [
             f"lesion {lesion['id']}: score {lesion['score']:.3f}, slices {lesion['slices'][0]} to {lesion['slices'][1]}, "
