@@ -27,6 +27,7 @@ from bundle.errors import UserError
 
 SCHEMA = json.loads(Path(__file__).with_name("knobs.json").read_text(encoding="utf-8"))
 WORKFLOWS = ("train", "evaluate", "inference")  # the config files; evaluate.json lies over train.json
+RUN_IDS = {"train": ("run", "training"), "evaluate": ("run", "calibrate", "reference", "grad_cam"), "inference": ("run",)}
 # Ids that MONAI itself reads, or adds when an experiment is tracked.
 READ_BY_MONAI = {ConfigParser.meta_key, "imports", "initialize", "run", "finalize", "run_name", "save_execute_config"}
 TYPES = {
@@ -67,9 +68,9 @@ def overlay(base: Mapping, *changes: Mapping) -> dict:
     return without_metadata(parser.get())
 
 
-def running_config() -> dict:
-    """The raw configuration whose expression is being evaluated, overlays and command line merged in, as JSON holds it."""
-    return _as_json(running_workflow().parser.get())
+def raw_config(workflow: ConfigWorkflow) -> dict:
+    """Return the configuration of a workflow as it is written, overlays and command line merged in, as JSON holds it."""
+    return _as_json(workflow.parser.get())
 
 
 def without_metadata(config: Mapping) -> dict:
@@ -116,6 +117,9 @@ def check_running(workflow: str) -> None:
     """
     running = running_workflow()
     config = running.parser.get()
+    if running.run_id not in config:
+        others = "; calibrate, reference and grad_cam need configs/evaluate.json" if workflow == "train" else ""
+        raise UserError(f"run: found {running.run_id!r}, expected {' or '.join(RUN_IDS[workflow])}{others}")
     check_config(config, workflow, (running.run_id, running.init_id, running.final_id))
     knob = "input" if workflow == "inference" else "dataset_dir"
     source = config["dataset_dir"] if config[knob] == "@dataset_dir" else config[knob]

@@ -1,4 +1,8 @@
-"""Files that are there as a whole or not at all: written under another name beside their place, then renamed."""
+"""Files that are there as a whole or not at all: written under another name beside their place, then renamed.
+
+A folder that is listed (`list_files`) has a manifest of them, so that what this package has written can be told from what a
+user has put there.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,9 @@ from filelock import FileLock, Timeout
 
 from bundle.errors import UserError
 
+MANIFEST = "manifest.txt"
+_listing: set[str] = set()  # absolute folders whose files are being listed
+
 
 @contextmanager
 def replacing(path) -> Iterator[Path]:
@@ -36,6 +43,8 @@ def replacing(path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         yield temporary
+        for folder in _listing:
+            add_listed_file(path, folder)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); check the disk and its permissions") from error
@@ -75,6 +84,46 @@ def locked(folder) -> Iterator[None]:
         lock.release()
 
 
+def list_files(folder) -> None:
+    """List every file that this process writes below a folder in the folder's `manifest.txt`, until `stop_listing`.
+
+    One relative path a line, added before the file is there. Other processes may list files of the same folder.
+    """
+    _listing.add(os.path.abspath(folder))
+
+
+def stop_listing(folder) -> None:
+    """End `list_files`."""
+    _listing.discard(os.path.abspath(folder))
+
+
+def add_listed_file(path, folder) -> None:
+    """Add a file to the manifest of a folder, unless it is not below the folder or listed already."""
+    name = os.path.relpath(path, folder)
+    if Path(name).parts[0] != os.pardir and name not in listed_files(folder):
+        with Path(folder, MANIFEST).open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{name}\n")
+
+
+def listed_files(folder) -> list[str]:
+    """Read the manifest of a folder: paths relative to it; empty if there is none."""
+    manifest = Path(folder, MANIFEST)
+    return manifest.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if manifest.exists() else []
+
+
+def remove_listed_files(folder) -> None:
+    """Remove the files of a folder's manifest, the folders below it that are empty then, and the manifest."""
+    places = {Path(folder, name) for name in listed_files(folder) if os.pardir not in Path(name).parts}
+    for path in places:
+        with suppress(OSError):  # it is gone, or a folder by now
+            path.unlink()
+    for place in sorted({parent for path in places for parent in path.parents}, key=lambda p: len(p.parts), reverse=True):
+        if Path(folder) in place.parents:
+            with suppress(OSError):  # it holds something of the user
+                place.rmdir()
+    Path(folder, MANIFEST).unlink(missing_ok=True)
+
+
 def write_text(text: str, path) -> None:
     """Write a text in UTF-8; bytes of a file's name that are none stand as escapes."""
     with replacing(path) as temporary:
@@ -106,9 +155,9 @@ def write_table(rows: Iterable[Mapping], path, columns: Sequence[str] = ()) -> N
 
 
 def write_checkpoint(content, path) -> None:
-    """Write what torch.save takes."""
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    """Write what torch.save takes; the same content gives the same bytes."""
+    with replacing(path) as temporary, temporary.open("wb") as file:  # to a path, its name is in the archive
+        torch.save(content, file)
 
 
 def write_figure(figure, path) -> None:

@@ -35,7 +35,8 @@ IN_WORDS = {
     "$bundle.training.distributed.local_device()": "GPU if there is one",
     '{"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "detection": 1.0}': "all four at 1.0",
     json.dumps(json.loads((CONFIGS / "preset_cpu.json").read_text())["detection"]): "that of preset_cpu.json",
-    '{"stage_classification": {}, "stage_segmentation": {}, "stage_detection": {}, "stage_joint": {}}': "the four stages",
+    json.dumps(json.loads((CONFIGS / "train.json").read_text())["stages"]): "the four stages",
+    "$@output_dir + '/evaluation' + ('' if @regions == 'all' else '_' + @regions)": "`output_dir`/evaluation",
 }
 
 
@@ -136,11 +137,9 @@ def test_every_backbone_and_preset_builds_and_answers(name):
     }
 
 
-def test_every_stage_has_an_overlay_that_sets_its_tasks_alone():
-    stages = {name.removesuffix(".json"): read(name) for name in OVERLAYS if name.startswith("stage_")}
-    assert set(read("train.json")["stages"]) == set(stages)
-    for overlay in stages.values():
-        assert overlay.keys() == {"tasks"} and check_tasks(overlay["tasks"])
+def test_every_stage_has_tasks():
+    stages = read("train.json")["stages"]
+    assert all(entries.keys() == {"tasks"} and check_tasks(entries["tasks"]) for entries in stages.values())
     assert set(read("preset_cpu.json").get("stages", {})) <= set(stages)
 
 
@@ -225,6 +224,14 @@ def test_every_workflow_is_checked_as_what_it_is_before_any_work(files, foreign,
             workflow(**entries).initialize()
         assert str(caught.value.__cause__).startswith(words)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_id_to_run_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        ConfigWorkflow(str(CONFIGS / "train.json"), logging_file=False, run_id="calibrate", output_dir=str(tmp_path)).initialize()
+    assert str(caught.value.__cause__) == (
+        "run: found 'calibrate', expected run or training; calibrate, reference and grad_cam need configs/evaluate.json"
+    )
 
 
 def test_outside_of_a_workflow_there_is_none_running():

@@ -140,7 +140,7 @@ def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
     if not isinstance(network, MultiTaskNet):
         raise UserError(
             f"network: found a {type(network).__name__} to freeze, expected the network of train.json; "
-            "configs/frozen_encoder.json is for training alone, leave it out"
+            "frozen_encoder is for training alone, leave it out"
         )
     network.encoder.requires_grad_(False)
 

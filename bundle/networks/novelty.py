@@ -31,7 +31,7 @@ class Novelty:
 
 
 def read_novelty(path, checkpoint) -> Novelty | None:
-    """Read the reference that configs/reference.json made for a checkpoint; None if none lies beside the checkpoint.
+    """Read the reference that `run reference` made for a checkpoint; None if none lies beside the checkpoint.
 
     Raises:
         UserError: if there is no such file in another place, which somebody has named.
@@ -39,7 +39,7 @@ def read_novelty(path, checkpoint) -> Novelty | None:
     """
     if not Path(path).is_file():
         if Path(path) != Path(checkpoint).with_name("reference.pt"):
-            raise UserError(f"reference: found no file {path}, expected one made with configs/reference.json")
+            raise UserError(f"reference: found no file {path}, expected one made by run reference")
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -47,10 +47,10 @@ def read_novelty(path, checkpoint) -> Novelty | None:
         novelty = Novelty(**saved)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
         raise UserError(
-            f"{path}: cannot be read as a reference ({type(error).__name__}), expected one made with configs/reference.json"
+            f"{path}: cannot be read as a reference ({type(error).__name__}), expected one made by run reference"
         ) from None
     if made_for != file_hash(checkpoint):
         raise UserError(
-            f"{path}: found the reference of other weights than {checkpoint}; make it anew with configs/reference.json"
+            f"{path}: found the reference of other weights than {checkpoint}; make it anew by run reference"
         )
     return novelty

@@ -175,7 +175,7 @@ class Study:
         # An id without use is refused, and not every experiment, nor every stage of one, has a use for these.
         places["+initialize"] = [f"$({', '.join(f'@{id}' for id in SCALE_IDS if id in merged)})"]
         if experiment.workflow == "training":
-            places["training"] = [f"$bundle.training.curriculum.run_curriculum(@output_dir, {str(self.config_dir)!r})"]
+            places["training"] = [f"$bundle.training.curriculum.run_curriculum(@workflow, @output_dir, {str(self.config_dir)!r})"]
         config = overlay(self._load("train.json"), *changes, places)
         check_config(config, "train", [experiment.workflow])
         return config
@@ -192,7 +192,7 @@ class Study:
         with ExitStack() as locks:
             for folder in sorted({Path(config["output_dir"]) for config in run.configs}):  # in one order: none waits for ever
                 folder.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(FileLock(folder / ".lock"))
+                locks.enter_context(FileLock(folder / ".study.lock"))
             return self._measure_alone(run)
 
     def _measure_alone(self, run: _Run) -> list[dict]:

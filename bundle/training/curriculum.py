@@ -4,113 +4,139 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from bundle.config import check_config, overlay, running_config, running_workflow
+from bundle.config import check_config, overlay, raw_config
 from bundle.errors import UserError
-from bundle.files import write_checkpoint, write_json, write_text
+from bundle.files import list_files, listed_files, remove_listed_files, write_checkpoint, write_json, write_text
 from bundle.names import check_tasks
 from bundle.networks import fitting_tasks, read_weights
 from bundle.training.history import stage_table
-from bundle.training.run_folder import check_kept, check_resumable, remove_run
+from bundle.training.run_folder import (
+    RESULTS,
+    check_kept,
+    check_own_files,
+    check_resumable,
+    close_run,
+    hash_inputs,
+    lock_folder,
+)
 
 logger = logging.getLogger(__name__)
 
+REPORT = "validation/metrics.json"  # not in "evaluation", where a user measures a stage on any split
 
-def run_curriculum(output_dir: str, config_dir: str) -> None:
-    """Train the `stages` of the running configuration in order, each from the weights before it, and measure all after each.
 
-    Stage NAME is the running configuration, overlaid with `config_dir`/NAME.json and then with its own entries of `stages`,
-    in the folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint` instead of the stage before. A
-    finished stage is skipped, an unfinished one resumed; with `resume` false a stage and those that build on it start anew.
-    Writes `stage_table.md` after every stage and, from the last one, `model.pt`.
+def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> None:
+    """Train the `stages` of a configuration in order, each from the weights before it, and measure all tasks after each.
+
+    Stage NAME is the configuration with the entries of the stage of that name in train.json and then its own entries of
+    `stages`, in the folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint` instead of the stage
+    before. A finished stage is skipped, an unfinished one resumed; with `resume` false a stage and those that build on it
+    start anew. Writes `stage_table.md` after every stage and, from the last one, `model.pt`.
 
     Args:
+        workflow: that runs the configuration.
         output_dir: folder of the curriculum.
-        config_dir: folder of the overlays, with `evaluate.json`, `metadata.json` and `logging.conf`.
+        config_dir: folder of train.json, evaluate.json, metadata.json and logging.conf; that of the workflow by default.
 
     Raises:
-        UserError: if a stage has no overlay.
-        UserError: if there is no stage, `tasks` was changed, a stage has an unknown id (see
-            `bundle.config.check_config`), or it was begun with another configuration.
+        UserError: if `tasks` was changed, a stage has no tasks or an unknown id (see `bundle.config.check_config`), or it
+            was begun with another configuration.
+        UserError: of `bundle.training.run_folder`, if the folder is in use or holds files of the user.
     """
-    folder, configs = Path(output_dir), _stage_configs(output_dir, config_dir)
-    if idist.get_rank() == 0:
-        _open_curriculum(folder, configs.values(), running_config()["resume"])
-    idist.barrier()
-    reports = {}
-    for name, config in configs.items():
-        stage = folder / name
-        report = stage / "validation" / "metrics.json"  # not in "evaluation", where a user measures a stage on any split
-        if report.exists():
-            logger.info(f"{stage}: finished before")
-        else:
-            logger.info(f"{stage}: {', '.join(config['tasks'])}")
-            run_workflow(config, stage / "train.json", config_dir)
-            tasks = dict.fromkeys(_answered_tasks(stage / "model.pt", config), 1.0)
-            entries = {"tasks": tasks, "split": "validation", "bootstrap": 0, "evaluation_dir": str(report.parent)}
-            evaluate = ConfigParser.load_config_file(str(Path(config_dir) / "evaluate.json"))
-            run_workflow(overlay(config, evaluate, entries), stage / "evaluate.json", config_dir)
+    folder, config_dir = Path(output_dir), Path(config_dir or workflow.config_root_path)
+    configs = _stage_configs(workflow, folder, config_dir)
+    first = idist.get_rank() == 0
+    try:
+        if first:
+            _open_curriculum(folder, configs, raw_config(workflow)["resume"])
         idist.barrier()
-        if idist.get_rank() == 0:
-            reports[name] = json.loads(report.read_text())
-            write_text(stage_table(reports), folder / "stage_table.md")
-    if idist.get_rank() == 0:
-        write_checkpoint(torch.load(stage / "model.pt", map_location="cpu", weights_only=True), folder / "model.pt")
-        print(stage_table(reports))
+        reports = {}
+        for name, config in configs.items():
+            if REPORT in listed_files(folder / name) and (folder / name / REPORT).exists():
+                logger.info(f"{folder / name}: finished before")
+            else:
+                logger.info(f"{folder / name}: {', '.join(config['tasks'])}")
+                _run_stage(config, config_dir)
+            idist.barrier()
+            if first:
+                reports[name] = json.loads((folder / name / REPORT).read_text())
+                write_text(stage_table(reports), folder / "stage_table.md")
+        if first:
+            weights = torch.load(folder / name / "model.pt", map_location="cpu", weights_only=True)
+            write_checkpoint(weights, folder / "model.pt")
+            print(stage_table(reports))
+    finally:
+        if first:
+            close_run(folder)
 
 
-def _open_curriculum(folder: Path, configs: Collection[Mapping], resume: bool) -> None:
-    """Refuse stages that were begun with another configuration, and remove those that are not resumed."""
-    anew = [Path(config["output_dir"]) for config in configs if not config["resume"]] + [folder] * (not resume)
-    first, *others = configs
+def _run_stage(config: Mapping, config_dir: Path) -> None:
+    """Train a stage and measure all tasks that its weights answer on the validation split."""
+    stage = Path(config["output_dir"])
+    run_workflow(config, stage / "train.json", config_dir)
+    tasks = dict.fromkeys(_answered_tasks(stage / "model.pt", config), 1.0)
+    entries = {"tasks": tasks, "split": "validation", "bootstrap": 0, "evaluation_dir": str((stage / REPORT).parent)}
+    evaluate = ConfigParser.load_config_file(str(config_dir / "evaluate.json"))
+    run_workflow(overlay(config, evaluate, entries), stage / "evaluate.json", config_dir)
+
+
+def _open_curriculum(folder: Path, configs: Mapping[str, Mapping], resume: bool) -> None:
+    """Lock the folder, refuse stages that were begun with another configuration, and remove those that are not resumed."""
+    lock_folder(folder)
+    anew = [folder / name for name, config in configs.items() if not config["resume"]]
+    first, *others = configs.values()
     for config in (first, *(config for config in others if not config["transfer"])):
-        check_kept(config["init_checkpoint"], anew)
-    for config in reversed(configs):  # last first: killed here, no stage is left whose origin is gone
-        if config["resume"]:
-            check_resumable(Path(config["output_dir"]), config)
-        else:
-            remove_run(Path(config["output_dir"]))
+        check_kept(config["init_checkpoint"], [*anew, *[folder] * (not resume)])
+    for name, config in configs.items():
+        check_own_files(folder / name, RESULTS)
+        if config["resume"] and (folder / name / "last.pt").exists():
+            parser = ConfigParser(dict(config))
+            parser.get_parsed_content("imports")
+            inputs = hash_inputs(parser.get_parsed_content("datalist"), config["init_checkpoint"])
+            check_resumable(folder / name, config, inputs)
+    check_own_files(folder, ["model.pt", "stage_table.md", *(f"{name}/{REPORT}" for name in configs)])
+    for stage in reversed(anew):  # last first: killed here, no stage is left whose origin is gone
+        lock_folder(stage)
+        remove_listed_files(stage)
+        close_run(stage)
     if not resume:
-        remove_run(folder)  # what an earlier curriculum left at its end
+        remove_listed_files(folder)  # what an earlier curriculum left at its end
+    list_files(folder)
 
 
-def _stage_configs(output_dir: str, config_dir: str) -> dict[str, dict]:
+def _stage_configs(workflow: ConfigWorkflow, folder: Path, config_dir: Path) -> dict[str, dict]:
     """Configuration of every stage by name, in order."""
-    base, configs, before = running_config(), {}, None
-    tasks = ConfigParser.load_config_file(str(Path(config_dir) / "train.json"))["tasks"]
-    if base["tasks"] != tasks:  # the overlays of the stages would silently undo it
+    base, configs, before = raw_config(workflow), {}, None
+    shipped = ConfigParser.load_config_file(str(config_dir / "train.json"))
+    if base["tasks"] != shipped["tasks"]:  # those of the stages would silently undo it
         raise UserError(
-            f"tasks: found {base['tasks']}, expected {tasks}, since every stage has tasks of its own; set "
+            f"tasks: found {base['tasks']}, expected {shipped['tasks']}, since every stage has tasks of its own; set "
             "stages::NAME::tasks instead"
         )
+    # A stage is tracked as a run of its own, in the store of the curriculum.
+    tracked = {"tracking_uri": workflow.parser.get_parsed_content("tracking_uri")} if "tracking_uri" in base else {}
     for name, entries in base["stages"].items():  # as written: an expression in it is the stage's own
-        file = Path(config_dir) / f"{name}.json"
-        if not file.is_file():
-            raise UserError(f"stages: found {name!r}, expected {file}")
-        folder = Path(output_dir) / name
-        own = {**entries, "output_dir": str(folder), **_tracking(base, folder)}
-        config = overlay(base, ConfigParser.load_config_file(str(file)), own)
+        entries = {**shipped["stages"].get(name, {}), **entries}
+        if "tasks" not in entries:
+            raise UserError(
+                f"stages::{name}: found no tasks, expected some, such as {{'segmentation': 1.0}}, or a stage of train.json: "
+                f"{', '.join(shipped['stages'])}"
+            )
+        own = {"output_dir": str(folder / name), **tracked, **({"run_name": name} if tracked else {})}
+        config = overlay(base, entries, own)
         check_config(config, "train")
         if before and config["transfer"]:
             config["init_checkpoint"] = str(Path(before["output_dir"]) / "model.pt")
             config["resume"] = config["resume"] and before["resume"]
         configs[name] = before = config
-    if not configs:
-        raise UserError("stages: found none, expected one or more")
     return configs
-
-
-def _tracking(base: Mapping, folder: Path) -> dict:
-    """Entries that track a stage as a run of its own, in the store of the curriculum, if that is tracked."""
-    if "tracking_uri" not in base:
-        return {}
-    return {"tracking_uri": running_workflow().parser.get_parsed_content("tracking_uri"), "run_name": folder.name}
 
 
 def trained_tasks(checkpoint) -> tuple[str, ...]:
@@ -129,7 +155,7 @@ def _answered_tasks(checkpoint, config: Mapping) -> list[str]:
     return answered
 
 
-def run_workflow(config: Mapping, path: Path, config_dir: str, run_id: str = "run") -> None:
+def run_workflow(config: Mapping, path: Path, config_dir, run_id: str = "run") -> None:
     """Run an id of a configuration as an ordinary MONAI workflow, from a file that is kept beside its results.
 
     Args:

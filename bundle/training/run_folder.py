@@ -1,26 +1,166 @@
-"""The folder of a run: what is kept in it, whether a run in it may be resumed, and what is removed to start anew."""
+"""The folder of a training run: who writes to it, whether the run in it may go on, and what starting anew removes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
-import shutil
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
 
-from bundle.config import leaves, running_config
+from bundle.config import leaves
 from bundle.errors import UserError
-from bundle.files import write_json
+from bundle.files import file_hash, list_files, listed_files, locked, remove_listed_files, stop_listing, write_json
 
 # What MONAI adds where an experiment is tracked, and a curriculum hands on to its stages.
 TRACKING = {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
-# Entries that say where and how fast a run is computed, not what: they may differ when it is resumed.
-CHANGEABLE = {"resume", "device", "num_workers", "cache_rate", "stages", *TRACKING}  # a stage has its entries of stages itself
+# Entries that may differ when a run is resumed: they say where and how fast it is computed, not what. The datalist and
+# init_checkpoint are compared by content; a stage has its entries of stages itself.
+CHANGEABLE = {"resume", "device", "num_workers", "cache_rate", "stages", *TRACKING}
+CHANGEABLE |= {"bundle_root", "dataset_dir", "output_dir", "datalist", "init_checkpoint"}
+RESULTS = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png", "config.json", "environment.json")
+_locks: dict[str, ExitStack] = {}  # that this process holds, by absolute folder
+
+
+def open_run(output_dir, config: Mapping, resume: bool = True, init_checkpoint=None, datalist=None) -> None:
+    """Open the folder of a run for one training: lock it, decide whether the run is resumed, and keep its configuration.
+
+    Every file that this process writes below the folder is listed in its manifest from now on, see
+    `bundle.files.list_files`. Of several processes the first one does all this, and the others wait. `close_run` ends it.
+
+    Args:
+        output_dir: folder of the run, made if missing.
+        config: raw configuration, see `bundle.config.raw_config`.
+        resume: go on from the folder's last checkpoint if there is one; False removes the files of the manifest first.
+        init_checkpoint: weights that the run starts from.
+        datalist: file of the records.
+
+    Raises:
+        UserError: if another training writes to the folder.
+        UserError: if there is a checkpoint made with another configuration, naming the first key that differs.
+        UserError: if a file of the user would be overwritten, or `init_checkpoint` removed.
+    """
+    folder = Path(output_dir)
+    if idist.get_rank() == 0:
+        lock_folder(folder)
+        try:
+            inputs = hash_inputs(datalist, init_checkpoint)
+            check_resumable(folder, config, inputs) if resume else check_kept(init_checkpoint, [folder])
+            check_own_files(folder, RESULTS)
+            if not resume:
+                remove_listed_files(folder)
+            list_files(folder)
+            write_json(config, folder / "config.json")
+            write_json({**environment(), "inputs": inputs}, folder / "environment.json")
+        except BaseException:
+            close_run(folder)
+            raise
+    idist.barrier()
+
+
+def close_run(output_dir) -> None:
+    """End the listing of a run's files and let others train in its folder."""
+    stop_listing(output_dir)
+    if lock := _locks.pop(os.path.abspath(output_dir), None):
+        lock.close()
+
+
+def lock_folder(folder: Path) -> None:
+    """Lock a folder for one process until `close_run`, and remove temporary files that killed processes have left in it.
+
+    Raises:
+        UserError: if another process holds the lock, see `bundle.files.locked`.
+    """
+    key = os.path.abspath(folder)
+    if key not in _locks:
+        lock = ExitStack()
+        lock.enter_context(locked(folder))
+        _locks[key] = lock
+    for place in {folder, *((folder / name).parent for name in listed_files(folder))}:
+        for path in place.glob(".*.tmp"):
+            if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name):
+                path.unlink(missing_ok=True)
+
+
+def hash_inputs(datalist, init_checkpoint) -> dict[str, str]:
+    """SHA-256 of what a run starts from, the datalist by its content as JSON; without what is not given or not there."""
+    hashes = {"init_checkpoint": file_hash(init_checkpoint)} if init_checkpoint else {}
+    if datalist and Path(datalist).is_file():
+        content = json.dumps(json.loads(Path(datalist).read_text()), sort_keys=True)
+        hashes["datalist"] = hashlib.sha256(content.encode()).hexdigest()
+    return {name: digest for name, digest in hashes.items() if digest}
+
+
+def check_resumable(folder: Path, config: Mapping, inputs: Mapping[str, str]) -> None:
+    """Refuse to go on with a run under another configuration.
+
+    Two texts that are the same path count as equal, and `CHANGEABLE` may differ.
+
+    Args:
+        folder: of the run.
+        config: raw configuration.
+        inputs: of `hash_inputs`.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    if not {"last.pt", "config.json"} <= set(listed_files(folder)) or not (folder / "last.pt").exists():
+        return
+    before, now = dict(leaves(json.loads((folder / "config.json").read_text()))), dict(leaves(config))
+    differ = [
+        f"{key} {before.get(key)!r}, found {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if not _same(before.get(key), now.get(key)) and key.split("::")[0] not in CHANGEABLE
+    ]
+    known = json.loads((folder / "environment.json").read_text()).get("inputs", {})
+    differ += [
+        f"another content of {name}" for name in sorted(known.keys() & inputs.keys()) if known[name] != inputs[name]
+    ]
+    if differ:
+        raise UserError(
+            f"{folder}: holds a run with {differ[0]}; set another output_dir (with init_checkpoint {folder / 'model.pt'} to "
+            "train on from its weights), or resume false to start anew"
+        )
+
+
+def _same(before, now) -> bool:
+    texts = isinstance(before, str) and isinstance(now, str)
+    return before == now or (texts and os.path.abspath(before) == os.path.abspath(now))
+
+
+def check_own_files(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to overwrite files that no run in this folder has made.
+
+    Raises:
+        UserError: naming them.
+    """
+    if foreign := [name for name in names if name not in listed_files(folder) and (folder / name).exists()]:
+        raise UserError(
+            f"{folder}: found {', '.join(foreign)}, which its manifest does not list (yours, or of a version before 0.2.0), "
+            f"expected a folder without; set another output_dir (with init_checkpoint {folder / 'model.pt'} to train on from "
+            "its weights)"
+        )
+
+
+def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:
+    """Refuse to start anew, in these folders, from weights that this would remove.
+
+    Raises:
+        UserError: naming them.
+    """
+    removed = {(folder / name).resolve() for folder in folders for name in listed_files(folder)}
+    if init_checkpoint and Path(init_checkpoint).resolve() in removed:
+        raise UserError(
+            f"init_checkpoint: found {init_checkpoint}, which resume false would remove, expected it elsewhere; set another "
+            "output_dir"
+        )
 
 
 def environment() -> dict:
@@ -34,69 +174,3 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def start_run(output_dir: str, resume: bool = True, init_checkpoint=None) -> None:
-    """Open the folder of a run: keep its configuration, versions and machine, and decide whether it is resumed.
-
-    Args:
-        output_dir: folder of the run, made if missing.
-        resume: go on from the folder's last checkpoint if there is one; False starts anew.
-        init_checkpoint: weights that the run starts from.
-
-    Raises:
-        UserError: if there is a checkpoint made with another configuration, naming the first key that differs, or if to
-            start anew would remove `init_checkpoint`.
-    """
-    folder, config = Path(output_dir), running_config()
-    if idist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume:
-            check_resumable(folder, config)
-        else:
-            check_kept(init_checkpoint, [folder])
-            remove_run(folder)
-        write_json(config, folder / "config.json")
-        write_json(environment(), folder / "environment.json")
-    idist.barrier()
-
-
-def check_resumable(folder: Path, config: Mapping) -> None:
-    """Refuse to go on with a run under another configuration; `CHANGEABLE` may differ.
-
-    Raises:
-        UserError: naming the first key that differs.
-    """
-    kept = folder / "config.json"
-    if not (folder / "last.pt").exists() or not kept.exists():
-        return
-    before, now = dict(leaves(json.loads(kept.read_text()))), dict(leaves(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key.split("::")[0] not in CHANGEABLE:
-            raise UserError(
-                f"{folder}: holds a run with {key} {before.get(key)!r}, found {now.get(key)!r}; set another output_dir "
-                f"(with init_checkpoint {folder / 'model.pt'} to train on from its weights), or resume false to start anew"
-            )
-
-
-def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:
-    """Refuse to start anew, in these folders, from weights that lie in one of them.
-
-    Raises:
-        UserError: naming them.
-    """
-    if init_checkpoint and Path(init_checkpoint).resolve().parent in {folder.resolve() for folder in folders}:
-        raise UserError(
-            f"init_checkpoint: found {init_checkpoint} in a folder that resume false would clear, expected it elsewhere; "
-            "set another output_dir"
-        )
-
-
-def remove_run(folder: Path) -> None:
-    """Remove what a run left in its folder, so that nothing old passes for a result of the next one."""
-    results = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png")
-    made_of_model = ("calibrated.pt", "reference.pt")  # by configs/calibrate.json and configs/reference.json
-    for path in [*(folder / name for name in (*results, *made_of_model)), *folder.glob("events.out.tfevents.*")]:
-        path.unlink(missing_ok=True)
-    for evaluation in ("evaluation", "validation", "lungs_only", "lungs_removed"):
-        shutil.rmtree(folder / evaluation, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ from monai.utils import set_determinism
 from monai.utils.enums import CommonKeys
 
 from bundle.errors import UserError
-from bundle.files import log_artifacts, write_checkpoint, write_json
+from bundle.files import add_listed_file, log_artifacts, write_checkpoint, write_json
 from bundle.names import IMAGE, RECORD
 from bundle.networks import load_weights, read_weights
 from bundle.tasks import Task
 from bundle.training.history import plot_curves
+from bundle.training.run_folder import close_run
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +97,11 @@ class RunRecorder:
         seed: of the run.
         init_checkpoint: weights that the run starts from; None for fresh ones.
         resume: go on from `last.pt`; False leaves it alone until it is written anew.
+        ema: ignite's EMAHandler, which keeps the average; None if there is none.
     """
 
     def __init__(
-        self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None, resume=True
+        self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None, resume=True, ema=None
     ) -> None:
         self.folder = Path(output_dir)
         self.state = dict(state)
@@ -108,20 +111,27 @@ class RunRecorder:
         self.seed = seed
         self.init_checkpoint = init_checkpoint
         self.resume = resume
+        self.ema = ema
         self.history: list[dict] = []
 
     def attach(self, trainer) -> None:
+        if self.ema is not None:
+            self.ema.attach(trainer)
         trainer.add_event_handler(Events.STARTED, self.start)
         trainer.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.add_terms)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save_epoch)
         trainer.add_event_handler(Events.COMPLETED, self.finish)
+        trainer.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def start(self, trainer) -> None:
         if trainer.scaler is not None and trainer.scaler.is_enabled():
             self.state["scaler"] = trainer.scaler
         if self.evaluator.network is not self.state["network"]:
             self.state["average"] = self.evaluator.network
+        if idist.get_rank() == 0:
+            for path in self.folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):  # TensorBoard's, of this run
+                add_listed_file(path, self.folder)
         if self.history:  # federated learning trains on, epoch by epoch, with weights that it sets itself
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +148,10 @@ class RunRecorder:
             for network in {self.state["network"], self.evaluator.network}:
                 loaded = load_weights(network, self.init_checkpoint)
             logger.info(f"{self.folder}: started from {self.init_checkpoint} ({', '.join(loaded)})")
+
+    def fail(self, trainer, error: BaseException) -> None:
+        close_run(self.folder)
+        raise error
 
     def start_epoch(self, trainer) -> None:
         seed = int(np.random.SeedSequence([self.seed, trainer.state.epoch]).generate_state(1)[0])
@@ -199,4 +213,5 @@ class RunRecorder:
             write_json(self.best(), self.folder / "metrics.json")
             write_checkpoint(weights, self.folder / "model.pt")
             log_artifacts(trainer, [self.folder / "config.json", self.folder / "curves.png"])
+            close_run(self.folder)
         idist.barrier()  # what comes next, in any process, finds them written

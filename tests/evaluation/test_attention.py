@@ -96,11 +96,11 @@ def test_without_a_class_there_is_nothing_to_draw(network, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_overlays_look_and_blacken(phantom_dir, tmp_path):
-    def open_workflow(name):
-        configs = [f"configs/{file}.json" for file in ("train", "preset_smoke", "evaluate", name)]
-        entries = {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "device": "cpu", "bootstrap": 0}
-        workflow = ConfigWorkflow(configs, **entries)
+def test_evaluation_looks_and_blackens(phantom_dir, tmp_path):
+    def open_workflow(run_id="run", **entries):
+        configs = [f"configs/{file}.json" for file in ("train", "preset_smoke", "evaluate")]
+        entries |= {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "device": "cpu", "bootstrap": 0}
+        workflow = ConfigWorkflow(configs, run_id=run_id, **entries)
         workflow.initialize()
         return workflow
 
@@ -109,10 +109,11 @@ def test_the_overlays_look_and_blacken(phantom_dir, tmp_path):
     looking.run()
     assert (tmp_path / "evaluation/grad_cam.png").exists() and (tmp_path / "evaluation/grad_cam_mean.png").exists()
     seen = {}
-    for name in ("lungs_only", "lungs_removed"):
-        workflow = open_workflow(name)
-        seen[name] = next(iter(workflow.parser.get_parsed_content("dataloader")))[IMAGE]
+    for regions in ("lung", "rest"):
+        workflow = open_workflow(regions=regions)
+        seen[regions] = next(iter(workflow.parser.get_parsed_content("dataloader")))[IMAGE]
         workflow.run()
-        assert (tmp_path / name / "metrics.json").exists()
-    assert ((seen["lungs_only"] > 0) & (seen["lungs_removed"] > 0)).sum() == 0
+        assert (tmp_path / f"evaluation_{regions}/metrics.json").exists()
+    assert not (tmp_path / "evaluation/metrics.json").exists()
+    assert ((seen["lung"] > 0) & (seen["rest"] > 0)).sum() == 0
     assert min((image > 0).float().mean() for image in seen.values()) > 0.05

@@ -98,14 +98,14 @@ def test_calibration_error_is_the_mean_distance_over_bins():
     assert calibration_error(np.ones(4), np.array([True, True, True, False]), np.ones(4)) == pytest.approx(0.25)
 
 
-def test_the_overlay_calibrates_a_finished_run(phantom_dir, tmp_path):
+def test_a_finished_run_is_calibrated(phantom_dir, tmp_path):
     datalist = json.loads((phantom_dir / "datalist.json").read_text())
     by_class = [[record for record in datalist["validation"] if record.get("class") == label] for label in range(2)]
     datalist["validation"] = by_class[0][:2] + by_class[1][:1]
     (tmp_path / "datalist.json").write_text(json.dumps(datalist))
     entries = {"dataset_dir": str(phantom_dir), "datalist": str(tmp_path / "datalist.json"), "output_dir": str(tmp_path)}
     workflow = ConfigWorkflow(
-        [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "calibrate")], **entries
+        [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "evaluate")], run_id="calibrate", **entries
     )
     workflow.initialize()
     network = workflow.parser.get_parsed_content("network_def")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor
+from monai.data import Dataset, MetaTensor
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import mahalanobis
 
-from bundle.data.datalist import load_datalist
+from bundle.data.datalist import load_datalist, select
 from bundle.data.phantom import make_phantom
 from bundle.errors import UserError
 from bundle.files import file_hash, write_json
@@ -146,12 +146,12 @@ def test_a_file_that_is_no_reference_is_refused_in_one_line(reference, content):
 
 @pytest.fixture(scope="module")
 def parser(tmp_path_factory):
-    """The overlay on phantom slices of 64 pixels, with untrained weights in its output folder."""
+    """The configuration of an evaluation on phantom slices of 64 pixels, with untrained weights in its output folder."""
     folder = tmp_path_factory.mktemp("novelty")
     parser = ConfigParser()
-    parser.read_config([ROOT / f"configs/{name}.json" for name in ("train", "preset_smoke", "reference")])
+    parser.read_config([ROOT / f"configs/{name}.json" for name in ("train", "preset_smoke", "evaluate")])
     parser["dataset_dir"] = str(make_phantom(folder / "phantom", size=64, groups=(24, 24, 3), slices_per_group=2))
-    parser["output_dir"], parser["tasks"] = str(folder), ["classification"]
+    parser["output_dir"], parser["tasks"] = str(folder), {"classification": 1.0}
     torch.manual_seed(0)
     torch.save(parser.get_parsed_content("network").eval().state_dict(), folder / "model.pt")
     return parser
@@ -161,13 +161,13 @@ def parser(tmp_path_factory):
 def novelty(parser):
     """The reference, read back."""
     get = parser.get_parsed_content
-    loaders = get("dataloader#training"), get("dataloader#validation")
-    make_reference(get("network"), *loaders, WINDOW, get("checkpoint"), get("reference"))
-    return read_novelty(get("reference"), get("checkpoint"))
+    loaders, path = (get("reference_slices#training"), get("reference_slices#validation")), f"{get('output_dir')}/reference.pt"
+    make_reference(get("network"), *loaders, WINDOW, get("checkpoint"), path)
+    return read_novelty(path, get("checkpoint"))
 
 
 def test_three_in_a_hundred_validation_slices_are_unusual(parser, novelty):
-    embeddings = embed(parser.get_parsed_content("network"), parser.get_parsed_content("dataloader#validation"), WINDOW)
+    embeddings = embed(parser.get_parsed_content("network"), parser.get_parsed_content("reference_slices#validation"), WINDOW)
     distances = novelty.distance(embeddings)
     assert len(distances) == 2 * 48  # phantoms are in HU
     assert 0 < (distances > novelty.threshold).float().mean() <= 0.03
@@ -212,16 +212,19 @@ def test_a_ct_of_another_part_has_no_lung(name):
     assert len(warnings) == 1 and warnings[0].startswith("no lung found")
 
 
-def test_the_overlay_writes_the_reference_and_leaves_the_test_split_alone(parser, tmp_path):
+def test_the_command_writes_the_reference_and_leaves_the_test_split_alone(parser, tmp_path):
     checkpoint, folder = parser.get_parsed_content("checkpoint"), Path(parser["dataset_dir"])
     records = load_datalist(folder / "datalist.json")
     write_json({**records, "test": []}, tmp_path / "datalist.json")
-    configs = str([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "reference")])
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", configs, "--dataset_dir", str(folder)]
+    configs = str([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "evaluate")])
+    command = [sys.executable, "-m", "monai.bundle", "run", "reference", "--config_file", configs, "--dataset_dir", str(folder)]
     command += ["--datalist", tmp_path / "datalist.json", "--output_dir", tmp_path, "--checkpoint", checkpoint]
-    command += ["--tasks", "['classification']"]
+    command += ["--tasks", "{'classification': 1.0}"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"datalist.json", "reference.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"datalist.json", "reference.pt", "manifest.txt"}
     novelty = read_novelty(tmp_path / "reference.pt", checkpoint)
+    training = Dataset(select(records, "training", parser.get_parsed_content("task_list"), folder), parser.get_parsed_content("preprocessing"))
+    known = embed(parser.get_parsed_content("network"), [[sample] for sample in training], WINDOW)
+    torch.testing.assert_close(novelty.mean, known.mean(0), msg="of the training slices, not of the validation's")
     assert 0 < novelty.threshold < np.inf and novelty.mean.shape == novelty.precision.shape[:1]

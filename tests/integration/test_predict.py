@@ -217,8 +217,8 @@ def test_an_overlay_that_is_no_json_is_refused(tmp_path, capsys):
 
 def test_an_overlay_that_tells_how_to_train_is_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["predict", "x", "-o", "y", "--config", "configs/ema.json"])
+        main(["predict", "x", "-o", "y", "--config", "configs/multi_gpu_train.json"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert (
-        "configs/ema.json: found '+train#handlers', which does not fit inference.json, expected overlays that describe" in line
+        "configs/multi_gpu_train.json: found 'train#dataloader#sampler', which does not fit inference.json, expected overlays that describe" in line
     )

@@ -1,5 +1,6 @@
 """Killed at any moment, the same command goes on and ends where an unbroken run ends, bit for bit."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stag
 def start(out: Path, phantom_dir: Path) -> subprocess.Popen:
     """Train with all that a resumed run could lose: workers, schedule, learned and mean weights; an epoch has three steps."""
     entries = {
-        "config_file": "['configs/train.json','configs/preset_smoke.json','configs/ema.json']",
+        "config_file": "['configs/train.json','configs/preset_smoke.json']",
+        "ema_momentum": 0.002,
         "output_dir": out,
         "dataset_dir": phantom_dir,
         "max_epochs": 2,
@@ -119,3 +121,39 @@ def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path, phantom_dir):
         assert scalars(unbroken / stage) == scalars(broken / stage), "a step that was repeated logged the same values again"
     assert (unbroken / "stage_table.md").read_text() == (broken / "stage_table.md").read_text()
     assert not list(broken.rglob("*.tmp"))
+
+
+@pytest.mark.timeout(1800)
+def test_a_folder_keeps_the_files_of_the_user_one_training_at_a_time_and_a_run_that_means_the_same(tmp_path, phantom_dir):
+    """Through the command line; the unit tests are in tests/training/test_run_folder.py."""
+
+    def train(out, data=phantom_dir, *knobs, cwd=ROOT):
+        files = str([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke")])
+        entries = ["--output_dir", out, "--dataset_dir", data, "--tasks", "{'classification': 1.0}", "--max_epochs", 2]
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, "--bundle_root", ROOT, *entries, *knobs]
+        return subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=-1, stderr=subprocess.STDOUT, text=True)
+
+    out = tmp_path / "RUN"
+    mine = [out / name for name in ("validation/notes.txt", "evaluation/metrics.json", "notes.md")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    first = train(out)
+    while not (out / "last.pt").exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    second, _ = train(out).communicate()
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    holder = f"error: {out}: in use by process {first.pid} on "
+    assert second.splitlines()[-1].startswith(holder) and "Traceback" not in second
+
+    data = tmp_path / "moved"
+    shutil.copytree(phantom_dir, data)
+    resumed, _ = train("./RUN", data, cwd=tmp_path).communicate()
+    assert "resumed after epoch 1" in resumed and (out / "model.pt").exists(), resumed[-3000:]
+
+    anew, _ = train(out, data, "--seed", 1, "--resume", "False").communicate()
+    assert (out / "model.pt").exists() and "resumed" not in anew, anew[-3000:]
+    assert all(path.read_text() == "mine" for path in mine)

@@ -113,8 +113,9 @@ def evaluation(folder: Path, phantom_dir: Path, name: str, *configs: str) -> dic
         "evaluation_dir": folder / name,
         "split": "validation",
         "bootstrap": 20,
+        "failures": True,
     }
-    return {**entries, "configs": ("train", "preset_smoke", "evaluate", "failures", *configs)}
+    return {**entries, "configs": ("train", "preset_smoke", "evaluate", *configs)}
 
 
 def leaves(item, path: str = ""):

@@ -119,9 +119,9 @@ def test_a_config_that_is_not_there_is_named(weights, tmp_path):
 
 def test_a_config_that_tells_how_to_train_is_refused(weights, tmp_path):
     with pytest.raises(
-        ValueError, match=r"lungs_at_random.json: found '\+augmentation#transforms', which does not fit inference"
+        ValueError, match=r"multi_gpu_train.json: found 'train#dataloader#sampler', which does not fit inference"
     ):
-        make_faces(tmp_path, weights, [SMOKE, SMOKE.with_name("lungs_at_random.json")])
+        make_faces(tmp_path, weights, [SMOKE, SMOKE.with_name("multi_gpu_train.json")])
 
 
 def test_a_network_without_the_head_of_a_face_is_refused(weights, tmp_path):

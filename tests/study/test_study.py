@@ -63,7 +63,7 @@ def test_a_run_is_known_by_what_it_computes(tmp_path):
     others = [folder(study, experiment) for experiment in different]
     others += [folder(study, make(arm=[ONE]), seed=1), folder(study, make(arm=[ONE]), member=1)]
     others += [folder(make_study(tmp_path, dataset_dir="/b"), make(arm=[ONE]))]
-    others += [folder(study, make(arm=[ONE, {"datalist": "half.json"}])), folder(study, make(arm=[ONE, "ema.json"]))]
+    others += [folder(study, make(arm=[ONE, {"datalist": "half.json"}])), folder(study, make(arm=[ONE, "preset_cpu.json"]))]
     added = [{"+train#handlers": [{"_target_": f"ignite.handlers.{name}"}]} for name in ("Timer", "TerminateOnNan")]
     others += [folder(study, make(arm=[ONE, *added])), folder(study, make(arm=[ONE, added[1]]))]
     overwritten = [added[0], {"train#handlers": added[1]["+train#handlers"]}]
@@ -72,10 +72,10 @@ def test_a_run_is_known_by_what_it_computes(tmp_path):
 
 
 def test_overlays_of_an_arm_add_to_what_is_there_as_on_the_command_line(tmp_path):
-    experiment = make(plain=[ONE], averaged=[ONE, "ema.json"])
-    plain, averaged = (make_study(tmp_path).config(experiment, experiment.members(arm)[0], 0) for arm in experiment.arms)
-    assert averaged["train"]["handlers"] == [*plain["train"]["handlers"], "@ema"]
-    assert averaged["validate"]["evaluator"]["network"] == "$@ema.ema_model"
+    experiment = make(plain=[ONE], several=[ONE, "multi_gpu_train.json"])
+    plain, several = (make_study(tmp_path).config(experiment, experiment.members(arm)[0], 0) for arm in experiment.arms)
+    assert several["initialize"] == [*plain["initialize"][:-1], "$bundle.training.distributed.join()", plain["initialize"][-1]]
+    assert several["train"]["dataloader"]["sampler"]["sampler"] == "@train#sampler"
 
 
 def test_where_things_lie_is_not_for_an_arm_to_say(tmp_path):
@@ -166,11 +166,11 @@ def test_a_run_waits_where_another_command_trains_its_network(tmp_path, phantom_
     folder = Path(study.config(experiment, [ONE], 0)["output_dir"])
     folder.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool:
-        with FileLock(folder / ".lock"):
+        with FileLock(folder / ".study.lock"):
             done = pool.submit(study.run, [experiment])
             with pytest.raises(TimeoutError):
                 done.result(timeout=1)
-            assert {path.name for path in folder.iterdir()} == {".lock"}
+            assert {path.name for path in folder.iterdir()} == {".study.lock"}
         done.result(timeout=300)
     assert len(read_results(tmp_path / "results.csv")) == 1
 

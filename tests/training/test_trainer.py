@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from bundle.training.curriculum import trained_tasks
-from bundle.training.run_folder import remove_run
 from bundle.training.trainer import RunRecorder
+from bundle.files import list_files, stop_listing, write_json
 from bundle.names import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_the_last_epoch_is_validated_whatever_the_interval(run, tmp_path):
 
 
 def test_averaged_weights_start_from_the_checkpoint_and_are_what_is_validated_and_kept(run, finished, tmp_path):
-    entries = {"overlays": ["ema"], "tasks": FAST, "init_checkpoint": str(finished / "model.pt"), "ema_momentum": 0.5}
+    entries = {"tasks": FAST, "init_checkpoint": str(finished / "model.pt"), "ema_momentum": 0.5}
     still = run(tmp_path / "still", learning_rate=0.0, **entries)
     parameters = {key for key in weights(still) if not key.endswith(("mean", "var", "tracked"))}
     assert all(torch.equal(weights(still)[key], weights(finished)[key]) for key in parameters)
@@ -108,7 +108,7 @@ def test_averaged_weights_start_from_the_checkpoint_and_are_what_is_validated_an
 
 def test_with_a_frozen_encoder_the_heads_of_the_tasks_are_trained_alone(run, finished, tmp_path):
     entries = {"tasks": {"reconstruction": 1.0}, "init_checkpoint": str(finished / "model.pt")}
-    out = run(tmp_path / "run", overlays=["frozen_encoder"], **entries)
+    out = run(tmp_path / "run", frozen_encoder=True, **entries)
     before, after = weights(finished), weights(out)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys() and changed and all(key.startswith("heads.reconstruction.") for key in changed)
@@ -165,11 +165,6 @@ def test_resume_false_starts_anew_and_leaves_nothing_old(run, tmp_path):
     run(out, tasks=FAST, seed=1, resume=False)
     assert json.loads((out / "config.json").read_text())["seed"] == 1
     assert not events & set(out.glob("events.out.tfevents.*"))
-    for name in ("calibrated.pt", "reference.pt", "evaluation/metrics.json", "lungs_only/cases.csv", "mine.txt"):
-        (out / name).parent.mkdir(exist_ok=True)
-        (out / name).touch()
-    remove_run(out)
-    assert {path.name for path in out.iterdir()} == {"config.json", "environment.json", "mine.txt"}
 
 
 def test_a_task_that_no_record_is_annotated_for_is_refused_unless_the_checkpoint_answers_it(run, finished, tmp_path):
@@ -231,7 +226,7 @@ def test_curriculum_measures_every_trained_task_after_every_stage_and_skips_what
 
     with pytest.raises(RuntimeError) as error:
         curriculum(learning_rate=0.1)
-    assert "stage_joint: holds a run with learning_rate 0.0003, found 0.1" in refusal(error)
+    assert "stage_classification: holds a run with learning_rate 0.0003, found 0.1" in refusal(error)
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
@@ -264,10 +259,13 @@ def test_curriculum_starts_anew_as_a_whole(curriculum):
     stages = {"stage_classification": {}, "stage_segmentation": {}}
     out = curriculum(stages=stages)
     before = weights(out / "stage_segmentation")
-    (out / "evaluation").mkdir()
-    (out / "evaluation/metrics.json").write_text("{}")
+    list_files(out)
+    write_json({}, out / "evaluation/metrics.json")
+    stop_listing(out)
+    (out / "stage_segmentation/notes.txt").touch()
     curriculum(stages=stages, seed=1, resume=False)
     assert not (out / "evaluation").exists(), "it measured the weights that were removed"
+    assert (out / "stage_segmentation/notes.txt").exists()
     assert not equal(before, weights(out / "stage_segmentation"))
 
 
@@ -295,21 +293,20 @@ def test_weights_that_starting_anew_would_remove_are_kept(run, curriculum, finis
     shutil.copytree(finished, origin.parent)
     with pytest.raises(RuntimeError) as error:
         run(origin.parent, tasks=FAST, init_checkpoint=str(origin), resume=False)
-    assert refusal(error).startswith(f"init_checkpoint: found {origin} in a folder that resume false would clear")
+    assert refusal(error).startswith(f"init_checkpoint: found {origin}, which resume false would remove")
     assert origin.exists()
     stages = {"stage_classification": {}, "stage_segmentation": {}}
     for folder in (tmp_path / "curriculum", tmp_path / "curriculum/stage_segmentation"):
         shutil.copytree(finished, folder)
         with pytest.raises(RuntimeError) as error:
             curriculum(stages=stages, init_checkpoint=str(folder / "model.pt"), resume=False)
-        assert "in a folder that resume false would clear" in refusal(error) and (folder / "model.pt").exists()
+        assert "which resume false would remove" in refusal(error) and (folder / "model.pt").exists()
 
 
 @pytest.mark.parametrize(
     "entries, words",
     [
-        ({"stages": {"stage_x": {}}}, "found 'stage_x', expected"),
-        ({"stages": {}}, "found none, expected one or more"),
+        ({"stages": {"stage_x": {}}}, "stages::stage_x: found no tasks, expected some"),
         ({"stages": {"stage_joint": {"learning_rat": 1}}}, "learning_rate"),
         ({"tasks": FAST}, "set stages::NAME::tasks instead"),
     ],
@@ -318,6 +315,23 @@ def test_curriculum_refuses_stages_it_cannot_run(curriculum, entries, words):
     with pytest.raises(RuntimeError) as error:
         curriculum(**entries)
     assert words in refusal(error)
+
+
+def test_the_optimizer_the_schedule_and_the_engines_take_their_knobs(phantom_dir):
+    parser = ConfigParser()
+    parser.read_config(CONFIGS)
+    parser.update({"dataset_dir": str(phantom_dir), "device": "cpu", "cache_rate": 0.0, "uncertainty_weights": True})
+    parser.update({"weight_decay": 0.25, "warmup_epochs": 3, "max_epochs": 10, "amp": True})
+    parser.get_parsed_content("imports")
+    names = ("network", "loss", "optimizer", "lr_scheduler", "train#trainer", "validate#evaluator")
+    network, loss, optimizer, schedule, trainer, evaluator = map(parser.get_parsed_content, names)
+    assert len(list(loss.parameters())) == len(TASKS)
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {*network.parameters(), *loss.parameters()}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25}
+    factors = [schedule.lr_lambda(epoch) for epoch in range(11)]
+    assert factors[0] == 0.1 and max(factors) == factors[3] == 1, "highest after the warm-up"
+    assert trainer.amp and evaluator.amp and trainer.state.max_epochs == 10
 
 
 def test_all_tasks_are_trained_by_default(run, tmp_path):
