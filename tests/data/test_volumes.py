@@ -307,3 +307,83 @@ def test_the_real_series_is_what_simpleitk_reads(real_data, tmp_path):
     lps = np.diag([-1.0, -1, 1, 1]) @ scan.affine
     np.testing.assert_allclose(lps[:3, 3], image.GetOrigin(), atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(lps[:3, :3], axis=0), image.GetSpacing(), atol=1e-5)
+
+
+def ball(container, folder):
+    """A volume of 10 slices with a bright ball, in some NIfTI container; its values and affine."""
+    x, y, z = np.mgrid[:32, :28, :10]
+    hu = np.where((x - 20) ** 2 + (y - 9) ** 2 + (2 * z - 9) ** 2 < 36, 50, -900).astype(np.int16)
+    affine = np.array([[-2.2, 0, 0, 30], [0, -2.2, 0, 20], [0, 0, 5, -40], [0, 0, 0, 1]])
+    values, name = hu, "x.nii.gz"
+    if container == "NaN outside":
+        values = hu.astype(np.float32)
+        values[:3] = values[:, :, 0] = np.nan
+        hu[:3] = hu[:, :, 0] = -1024
+    image = nib.Nifti1Image(values, affine)
+    if container in ("meter", "micron"):
+        scale = {"meter": 1e-3, "micron": 1e3}[container]
+        image = nib.Nifti1Image(values, np.diag([scale] * 3 + [1]) @ affine)
+        image.header.set_xyzt_units(container)
+    elif container == "zero sform":
+        name = "x.nii"
+    nib.save(image, folder / name)
+    if container == "zero sform":
+        header, voxels = nib.load(folder / name).header, (folder / name).read_bytes()[348:]
+        header.set_qform(affine, 1)
+        header["srow_x"] = header["srow_y"] = header["srow_z"] = 0  # and a code that says that they hold
+        (folder / name).write_bytes(header.binaryblock + voxels)
+    elif container == "gzip named nii":
+        (folder / name).rename(folder / "x.nii")
+        name = "x.nii"
+    elif container == "plain named gz":
+        nib.save(image, folder / "y.nii")
+        (folder / "y.nii").rename(folder / name)
+    return folder / name, hu, affine
+
+
+@pytest.mark.parametrize(
+    "container", ["plain", "NaN outside", "meter", "micron", "zero sform", "gzip named nii", "plain named gz"]
+)
+def test_a_nifti_is_the_same_in_any_container(tmp_path, container):
+    path, hu, affine = ball(container, tmp_path)
+    scan = open_scan(path)
+    np.testing.assert_allclose(scan.affine, affine, atol=1e-5)
+    assert scan.spacing == pytest.approx((2.2, 2.2)) and scan.thickness == pytest.approx([5] * 10)
+    for index in range(10):
+        np.testing.assert_array_equal(scan.read(index)[0], hu[:, :, index].T)
+
+
+def test_a_slice_of_nothing_but_nan_is_refused(tmp_path):
+    nib.save(nib.Nifti1Image(np.full((8, 6, 1), np.nan, np.float32), np.eye(4)), tmp_path / "x.nii")
+    with pytest.raises(UserError, match="x.nii: found NaN or infinite pixels"):
+        open_scan(tmp_path / "x.nii").read(0)
+
+
+@pytest.mark.parametrize("kind", ["white is zero 8", "white is zero 16", "RGB 16 tif", "RGB 16 png", "MPO", "WebP", "GIF", "EXIF"])
+def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, kind):
+    grey = np.add.outer(np.arange(20) * 4, np.arange(30) * 4).astype(np.uint8)  # brighter to the right and down
+    path, grey_picture = tmp_path / "x.png", Image.fromarray(grey)
+    if kind.startswith("white"):
+        path = tmp_path / "x.tif"
+        deep = grey_picture if kind.endswith(" 8") else Image.fromarray(60000 - grey.astype(np.uint16) * 200)
+        deep.save(path, tiffinfo={262: 0})  # Pillow inverts 8 bits itself, when it writes and when it reads
+        assert Image.open(path).tag_v2[262] == 0
+    elif kind.startswith("RGB 16"):
+        path = tmp_path / f"x.{kind[-3:]}"
+        colours = np.repeat(grey[..., None], 3, 2).astype(np.uint16) * 257
+        sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(path))
+    elif kind == "MPO":
+        path = tmp_path / "x.jpg"
+        grey_picture.convert("RGB").save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (30, 20))], quality=95)
+        assert Image.open(path).n_frames == 2
+    elif kind == "EXIF":
+        path, exif = tmp_path / "x.jpg", Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees
+        grey_picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    else:
+        path = tmp_path / f"x.{kind.lower()}"
+        grey_picture.save(path, **({"lossless": True} if kind == "WebP" else {}))
+    ((scan,), _) = find_scans(path, tmp_path / "out")
+    read = scan.read(0)[0].numpy()
+    assert read.shape == (20, 30) == (scan.shape[1], scan.shape[0])
+    assert np.corrcoef(read.ravel(), grey.ravel())[0, 1] > 0.999

@@ -1,0 +1,266 @@
+"""Which DICOM images are one scan, and what their pixels mean: kinds of faults seen in archives."""
+
+import shutil
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+from bundle.data.series import read_header
+from bundle.data.volumes import find_scans, open_scan
+
+
+def change(path, **tags):
+    """Give a file other tags: values, functions of the data set, (VR, value), or None to remove one."""
+    dataset = pydicom.dcmread(path)
+    for name, value in tags.items():
+        value = value(dataset) if callable(value) else value
+        if value is None:
+            delattr(dataset, name)
+        elif isinstance(value, tuple):
+            dataset.add_new(name, *value)
+        else:
+            with pydicom.config.disable_value_validation():
+                setattr(dataset, name, value)
+    dataset.save_as(path)
+
+
+@pytest.fixture
+def scans_of(tmp_path):
+    """Function that finds the scans of tmp_path/in, of which none may fail."""
+
+    def find(failing=0):
+        scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+        assert len(failures) == failing, failures
+        return scans
+
+    return find
+
+
+def values(scan):
+    return [float(scan.read(index).mean()) for index in range(len(scan))]
+
+
+@pytest.mark.parametrize("series", ["1.2.3.4", ""])
+def test_two_patients_in_one_folder_are_two_scans(tmp_path, write_series, scans_of, series):
+    for patient in ("a", "b"):
+        write_series(tmp_path / "in", [0, 5, 10], series="1.2.3.4", PatientID=patient)
+        for path in (tmp_path / "in").glob("1.2.3.4-*"):
+            change(path, SeriesInstanceUID=series)
+            path.rename(path.with_name(patient + path.name))
+    scans = scans_of()
+    assert [len(scan) for scan in scans] == [3, 3] and all(scan.positions == [0, 5, 10] for scan in scans)
+    assert len({scan.name for scan in scans}) == 2
+
+
+def test_another_patient_with_a_blank_study_excludes_nothing(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", [0, 5, 10], series="1.1", StudyInstanceUID="", PatientID="a", ImageType=["ORIGINAL", "PRIMARY"])
+    derived = {"ImageType": ["DERIVED", "SECONDARY"], "ImagePositionPatient": None}
+    write_series(tmp_path / "in", [0, 5], series="1.2", StudyInstanceUID="", PatientID="b", **derived)
+    assert sorted(map(len, scans_of())) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "tags", [{"ConvolutionKernel": "Br40"}, {"AcquisitionNumber": 2}, {"FrameOfReferenceUID": "1.9"}, {"SliceThickness": 2}]
+)
+def test_two_reconstructions_in_one_series_are_two_scans(tmp_path, write_series, scans_of, tags):
+    write_series(tmp_path / "in", [0, 5, 10], ConvolutionKernel="Bl64", AcquisitionNumber=1)
+    for path in list((tmp_path / "in").iterdir()):
+        shutil.copy(path, path.with_name(f"other{path.name}"))
+        change(path.with_name(f"other{path.name}"), SOPInstanceUID=generate_uid(), **tags)
+    scans = scans_of()
+    assert [scan.positions for scan in scans] == [[0, 5, 10]] * 2 and len({scan.name for scan in scans}) == 2
+
+
+def test_acquisitions_of_one_slice_each_are_one_scan(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", [0, 5, 10])
+    for number, path in enumerate((tmp_path / "in").iterdir()):
+        change(path, AcquisitionNumber=number)
+    (scan,) = scans_of()
+    assert scan.positions == [0, 5, 10] and scan.warnings == []
+
+
+def test_a_series_in_sub_folders_is_one_scan_and_its_copy_another(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", [5 * k for k in range(12)])
+    for number, path in enumerate(sorted((tmp_path / "in").iterdir())):
+        (tmp_path / f"in/DIR{number // 4}").mkdir(exist_ok=True)
+        path.rename(tmp_path / f"in/DIR{number // 4}/{path.name}")
+    (scan,) = scans_of()
+    assert scan.positions == [5 * k for k in range(12)] and "/" not in scan.name
+    shutil.copytree(tmp_path / "in/DIR0", tmp_path / "in/copy")
+    assert sum(len(scan) for scan in scans_of()) == 16
+
+
+@pytest.mark.parametrize("fields", [["Series"], ["Study"], ["Series", "Study", "FrameOfReference"]])
+def test_uids_scrambled_slice_by_slice_are_ignored(tmp_path, write_series, scans_of, fields):
+    write_series(tmp_path / "in", [0, 5, 10, 20], FrameOfReferenceUID="1.8")
+    for path in (tmp_path / "in").iterdir():
+        names = [f"{name}UID" if name == "FrameOfReference" else f"{name}InstanceUID" for name in fields]
+        change(path, **{name: generate_uid() for name in names})
+    (scan,) = scans_of()
+    assert scan.positions == [0, 5, 10, 20]
+
+
+def test_single_slices_of_many_patients_without_names_stay_single(tmp_path, write_series, scans_of):
+    for number, height in enumerate([3, 40, 44, 90, 97]):
+        position = [-50 + 7 * (number % 3), -40, height]
+        write_series(tmp_path / "in", [height], series=f"1.{number}", StudyInstanceUID=f"2.{number}", ImagePositionPatient=position)
+    assert [len(scan) for scan in scans_of()] == [1] * 5
+
+
+def test_digits_at_a_rounding_edge_divide_nothing(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", [0, 5, 10, 15])
+    for number, path in enumerate(sorted((tmp_path / "in").iterdir())):
+        edge = 0.0050001 if number % 2 else 0.0049999
+        turned = [float(np.sqrt(1 - edge**2)), edge, 0, -edge, float(np.sqrt(1 - edge**2)), 0]
+        change(path, ImageOrientationPatient=[f"{value:.7f}" for value in turned], PixelSpacing=[0.7005001 - number % 2 * 1e-6] * 2)
+    (scan,) = scans_of()
+    assert len(scan) == 4
+
+
+def test_equal_positions_of_many_different_images_are_an_anonymisers(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", [0] * 12)
+    (scan,) = scans_of()
+    assert len(scan) == 12 and scan.affine is None and "claim the same position" in scan.warnings[0]
+    assert values(scan) == [10 * number - 1000 for number in reversed(range(12))], "by instance number"
+    for path in (tmp_path / "in").iterdir():
+        change(path, PixelData=b"\0" * 96)
+    (scan,) = scans_of()
+    assert len(scan) == 1 and scan.warnings[0] == "left out 11 images at the place of another one"
+
+
+def test_frames_without_functional_groups_are_slices_of_unknown_length(tmp_path, write_dicom, scans_of):
+    (tmp_path / "in").mkdir()
+    path = write_dicom(tmp_path / "in/x", np.full((6, 8), -1000))
+    change(path, NumberOfFrames=3, PixelData=lambda dataset: b"".join(bytes([k, 0]) * 48 for k in (10, 20, 30)))
+    (scan,) = scans_of()
+    assert values(scan) == [-1004, -984, -964] and scan.affine is None and "lengths are not known" in scan.warnings[0]
+
+
+def test_axial_reformats_are_the_scan_and_test_slices_are_not(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", range(12), series="1.1", ImageType=["DERIVED", "SECONDARY", "REFORMATTED"], SliceThickness=1)
+    write_series(tmp_path / "in", [6, 6, 6], series="1.2", SliceThickness=10, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series(tmp_path / "in", [9], series="1.3", SliceThickness=10, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series(tmp_path / "in", range(3), series="1.4", ImageType=["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MIP"])
+    (scan,) = scans_of()
+    assert len(scan) == 12
+    for words in ("left out 3 images of one place over time", "left out 1 single test images", "left out 3 projections of"):
+        assert any(words in warning for warning in scan.warnings), scan.warnings
+
+
+def test_contrast_monitoring_is_no_scan_however_long(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", range(5), series="1.1")
+    write_series(tmp_path / "in", [2] * 15, series="1.2", SliceThickness=10)
+    for number, path in enumerate(sorted((tmp_path / "in").glob("1.2-*"))):
+        change(path, AcquisitionTime=f"1012{number * 2:02d}.00")
+    (scan,) = scans_of()
+    assert len(scan) == 5 and "left out 15 images of one place over time" in scan.warnings
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+@pytest.mark.parametrize("name", ["x.dcm", "IM0001"])
+def test_files_without_preamble_are_read(tmp_path, write_series, scans_of, implicit, name):
+    write_series(tmp_path / "in", [0, 5])
+    for path in list((tmp_path / "in").iterdir()):
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta, dataset.preamble = pydicom.dataset.FileMetaDataset(), None
+        dataset.save_as(path, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
+        assert path.read_bytes()[128:132] != b"DICM"
+        path.rename(path.with_name(path.name[-1] + name))
+    (scan,) = scans_of()
+    assert values(scan) == [-1000, -990] and scan.positions == [0, 5]
+
+
+def test_numbers_that_are_none_are_done_without(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", [0, 5, 10])
+    for path in (tmp_path / "in").iterdir():
+        content = path.read_bytes()
+        number = pydicom.dcmread(path).InstanceNumber
+        element = b"\x20\x00\x13\x00IS"
+        start = content.index(element) + 8
+        path.write_bytes(content[:start] + b"A1"[: len(str(number))].ljust(content[start - 2], b" ") + content[start + content[start - 2] :])
+    (scan,) = scans_of()
+    assert scan.positions == [0, 5, 10]
+    for path in (tmp_path / "in").iterdir():
+        change(path, PixelSpacing=[0, 0])
+    (scan,) = scans_of()
+    assert len(scan) == 3 and scan.spacing is None and "lengths are not known" in scan.warnings[0]
+    assert values(scan) == [-1000, -990, -980], "by the names of the files"
+
+
+def test_images_that_share_a_uid_are_warned_of(tmp_path, write_series, scans_of):
+    write_series(tmp_path / "in", [0, 5, 10], SOPInstanceUID="1.2.9")
+    (scan,) = scans_of()
+    assert len(scan) == 3 and "2 images have the SOPInstanceUID of another one" in scan.warnings
+
+
+@pytest.mark.parametrize(("signed", "stored", "tag"), [(0, 63536, 63536), (0, 63536, -2000), (1, -2000, 63536), (1, -2000, -2000)])
+def test_padding_around_the_field_of_view_is_air(tmp_path, write_dicom, signed, stored, tag):
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((6, 8)))
+    pixels = np.full((6, 8), 1024, np.int32)
+    pixels[0], pixels[3, 3] = stored, stored  # one of them inside of the body
+    change(path, RescaleSlope=1, PixelRepresentation=signed, PixelData=pixels.astype("<i2" if signed else "<u2").tobytes())
+    change(path, PixelPaddingValue=("SS" if tag < 0 else "US", tag))
+    hu = open_scan(path).read(0)[0].numpy()
+    assert (hu[0] == -1024).all() and hu[1, 1] == 0 and hu[3, 3] == stored - 1024
+
+
+def test_a_range_of_padding_is_air(tmp_path, write_dicom):
+    path = write_dicom(tmp_path / "x.dcm", np.full((6, 8), -1024))
+    change(path, PixelPaddingValue=("US", 0), PixelPaddingRangeLimit=("US", 9), RescaleIntercept=0)
+    assert (open_scan(path).read(0) == -1024).all()
+
+
+def test_a_modality_lut_is_applied(tmp_path, write_dicom):
+    path = write_dicom(tmp_path / "x.dcm", np.full((6, 8), -1020))
+    table = pydicom.Dataset()
+    table.add_new("LUTDescriptor", "US", [4, 0, 16])
+    table.add_new("LUTData", "US", [0, 7, 500, 900])
+    table.ModalityLUTType = "HU"
+    change(path, RescaleSlope=None, RescaleIntercept=None, ModalityLUTSequence=[table])
+    scan = open_scan(path)
+    assert scan.hounsfield and (scan.read(0) == 500).all()
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"RescaleSlope": 0}, "no rescale slope"),
+        ({"RescaleSlope": None}, "no rescale slope"),
+        ({"Modality": "MR"}, "the modality is MR, not CT"),
+        ({"BitsStored": 8, "HighBit": 7, "BitsAllocated": 8, "PixelData": b"\7" * 48}, "images of 8 bits"),
+    ],
+)
+def test_values_that_are_no_hu_make_a_picture_and_a_warning(tmp_path, write_dicom, tags, words):
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((6, 8)))
+    change(path, **tags)
+    scan = open_scan(path)
+    assert not scan.hounsfield and any(words in warning for warning in scan.warnings)
+    assert np.isfinite(scan.read(0).numpy()).all() and not scan.read(0).meta["hounsfield"]
+
+
+@pytest.mark.parametrize("kind", ["RGB", "PALETTE COLOR"])
+def test_colours_become_luminance(tmp_path, write_dicom, kind):
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((6, 8)))
+    grey = np.tile(np.arange(8, dtype=np.uint8) * 30, (6, 1))
+    tags = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PhotometricInterpretation": kind, "SOPClassUID": SecondaryCaptureImageStorage}
+    if kind == "RGB":
+        tags |= {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PixelData": np.repeat(grey, 3).tobytes()}
+    else:
+        tags["PixelData"] = grey.tobytes()
+        for colour in ("Red", "Green", "Blue"):
+            tags[f"{colour}PaletteColorLookupTableDescriptor"] = "US", [256, 0, 16]
+            tags[f"{colour}PaletteColorLookupTableData"] = (np.arange(256, dtype="<u2") * 256).tobytes()
+    change(path, **tags)
+    scan = open_scan(path)
+    assert not scan.hounsfield and "images in colours" in scan.warnings[0]
+    read = scan.read(0)[0].numpy()
+    assert (np.diff(read, axis=1) > 0).all() and (read == read[:1]).all()
+
+
+def test_a_header_is_read_without_what_is_not_looked_at(tmp_path, write_dicom):
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((6, 8)))
+    change(path, ImageComments="x")
+    assert "ImageComments" not in read_header(path) and read_header(path).Rows == 6
+    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
