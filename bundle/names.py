@@ -26,6 +26,7 @@ ANNOTATION = {CLASSIFICATION: CLASS, SEGMENTATION: MASK, DETECTION: BOXES}
 # Keys that exist in batches only.
 TARGET = "target"  # clean slice that reconstruction is compared with
 ANNOTATED = "annotated"  # task -> bool (batch,): which samples are annotated for it
+SLICE = "slice"  # of a prediction: the slice as it was read, before its values and its size are changed
 RECORD = "record"  # per sample: {image, group, source}, to name it in results
 
 # Value of `mask` for "annotated, no lesion", which saves a file of zeros.

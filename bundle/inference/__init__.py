@@ -6,13 +6,13 @@ from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer
 from bundle.inference.predict import Predictor, predict_scans
 from bundle.inference.results import Result
-from bundle.inference.slices import BoxesToFiled, LoadScanSlice, SplitBatch, collate, slices_of
+from bundle.inference.slices import AnswersToSlice, LoadScanSlice, SplitBatch, collate, slices_of
 from bundle.inference.worklist import Worklist, fingerprint
 from bundle.inference.writer import write_result
 from bundle.networks import read_novelty
 
 __all__ = [
-    "BoxesToFiled",
+    "AnswersToSlice",
     "FlipInferer",
     "LoadScanSlice",
     "Predictor",

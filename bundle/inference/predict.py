@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from ignite.engine import Events
 from monai.engines import Evaluator
 from tqdm import tqdm
 
 from bundle.data.volumes import Scan
-from bundle.inference.results import Collector, Result, task_results
+from bundle.inference.results import Collector, Result
 from bundle.inference.slices import slices_of
 from bundle.inference.worklist import Worklist
 from bundle.inference.writer import write_result
 from bundle.networks import Novelty
+from bundle.tasks import Task
 
 class Predictor:
     """Predict a scan: `predictor(scan)` gives its `Result`.
 
     Args:
         evaluator: of configs/inference.json, whose batches are single slices when an iteration is completed.
-        tasks, **options: see `task_results`.
+        tasks: that are answered.
         novelty: distance from the training data, or None where that is not known.
-
-    Raises:
-        UserError: of `task_results`.
     """
 
-    def __init__(self, evaluator: Evaluator, tasks: Iterable[str], novelty: Novelty | None = None, **options) -> None:
+    def __init__(self, evaluator: Evaluator, tasks: Sequence[Task], novelty: Novelty | None = None) -> None:
         self.evaluator, self.novelty = evaluator, novelty
-        self.tasks = task_results(tasks, **options)
+        self.tasks = list(tasks)
         evaluator.interrupt_resume_enabled = False  # after an error ignite would resume the run that failed
 
     def __call__(self, scan: Scan) -> Result:
@@ -67,4 +65,4 @@ def predict_scans(worklist: Worklist, predictor: Predictor, model: Mapping[str, 
         for scan in tqdm(pending, "scans", disable=None if len(pending) > 1 else True):
             with worklist.attempt(scan) as folder:
                 write_result(predictor(scan), folder, model, worklist.stamp(scan), keep_identifiers)
-        worklist.finish()
+        worklist.finish(predictor.tasks)

@@ -82,12 +82,13 @@ class Report:
         self.slices.append({"index": index, "codes": ends, "network": network, "drawn": drawn})
         self.shape = pixels.shape
 
-    def write(self, path, prediction: Mapping) -> None:
+    def write(self, path, prediction: Mapping, lines: Mapping[str, str] | None = None) -> None:
         """Write the page.
 
         Args:
             path: of the HTML file.
             prediction: content of the scan's predictions.json, its slices in the order in which they were added.
+            lines: title -> text, further results.
 
         Raises:
             UserError: if the slices are not those that were added.
@@ -104,7 +105,7 @@ class Report:
         viewer = self._viewer(prediction, colors)
         # What a picture says is base64: its JSON needs no escaping.
         looks = {"colors": colors, "box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE}
-        stream = template.stream(p=prediction, viewer=viewer, pictures=self.pictures, **looks)
+        stream = template.stream(p=prediction, lines=lines or {}, viewer=viewer, pictures=self.pictures, **looks)
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             stream.dump(file)
 

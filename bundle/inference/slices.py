@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from monai.config import KeysCollection
 from monai.engines.utils import IterationEvents
-from monai.transforms import MapTransform, Transform
+from monai.transforms import Invertd, InvertibleTransform, Transform
 from monai.utils.enums import CommonKeys
-from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.volumes import Scan
-from bundle.data.transforms import move_boxes
-from bundle.errors import UserError
-from bundle.names import IMAGE
+from bundle.names import IMAGE, SLICE
+from bundle.tasks import Task
 
 # Keys of the samples here, beside those of `bundle.names`.
 SCAN, INDEX = "scan", "index"
-SLICE = "slice"  # the slice as it was read, before its values and its size are changed
 SAMPLES = "samples"  # of a batch
 
 
@@ -64,35 +60,19 @@ def to_cpu(answer):
     return torch.as_tensor(answer).detach().float().cpu()
 
 
-class BoxesToFiled(MapTransform):
-    """Bring detections to pixels of the stored slice, x = column as stored, clipped to its edges; weak and vanished ones go.
-
-    Replaces {"boxes", "scores", "masks" …} of the network by {"boxes" (N, 4) x1 y1 x2 y2, "scores" (N,), "areas" (N,)},
-    areas of the instance masks (more than 0.5) in pixels of the stored slice.
+class AnswersToSlice(Transform):
+    """Turn the network's answers for a slice into those that are reported, on the grid of the stored slice.
 
     Args:
-        score_threshold: lowest score that is kept, from 0 to 1.
-
-    Raises:
-        UserError: if the threshold is out of range.
+        tasks: of the network.
+        preprocessing: of the slices; what has the pixels of the image goes through it backwards.
     """
 
-    def __init__(self, keys: KeysCollection, score_threshold: float = 0.5, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if not 0 <= score_threshold <= 1:
-            raise UserError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
-        self.score_threshold = score_threshold
+    def __init__(self, tasks: Sequence[Task], preprocessing: InvertibleTransform) -> None:
+        self.tasks, dense = list(tasks), [task.name for task in tasks if task.dense]
+        self.invert = Invertd(dense, preprocessing, IMAGE, nearest_interp=False, allow_missing_keys=True) if dense else dict
 
-    def __call__(self, data):
-        data = dict(data)
-        for key in self.key_iterator(data):
-            boxes, scores, masks = (data[key][name] for name in ("boxes", "scores", "masks"))
-            areas = (masks > 0.5).sum((1, 2, 3)) * torch.linalg.det(data[IMAGE].affine[:2, :2]).abs().float()
-            boxes = move_boxes(boxes, data[IMAGE].affine)
-            rows, columns = data[SLICE].shape[-2:]
-            if data[SLICE].affine[0, 1]:  # stored with rows and columns exchanged
-                rows, columns = columns, rows
-            boxes = clip_boxes_to_image(boxes, (rows, columns))
-            kept = (scores >= self.score_threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            data[key] = {"boxes": boxes[kept], "scores": scores[kept], "areas": areas[kept]}
-        return data
+    def __call__(self, sample: dict) -> dict:
+        tasks = [task for task in self.tasks if task.name in sample]
+        sample = self.invert({**sample, **{task.name: task.activate(sample[task.name]) for task in tasks}})
+        return {**sample, **{task.name: task.to_slice(sample[task.name], sample) for task in tasks}}

@@ -10,7 +10,7 @@ import re
 import shutil
 import traceback
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain
@@ -24,7 +24,7 @@ from bundle.config import running_workflow
 from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError, user_message
 from bundle.files import file_hash, write_table
-from bundle.inference.results import TASK_RESULTS
+from bundle.tasks import Task
 from bundle.inference.writer import PREDICTIONS
 
 logger = logging.getLogger(__name__)
@@ -173,12 +173,15 @@ class Worklist:
         except OSError:
             logger.error(text)
 
-    def finish(self) -> None:
+    def finish(self, tasks: Sequence[Task]) -> None:
         """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything else in the folder.
 
         Older results of a scan that failed now stay in its folder and are not in the tables; those of a DICOM series whose
         files cannot be read any more are, since nothing tells which series they were of. Where there are several processes,
         one writes, when all are ready.
+
+        Args:
+            tasks: whose columns the tables have.
 
         Raises:
             UserError: if nothing at all could be predicted.
@@ -198,7 +201,7 @@ class Worklist:
         for name, rows in {"scans": scan_rows, "slices": slice_rows, "lesions": lesion_rows}.items():
             path = self.folder / f"{name}.csv"
             if predictions:
-                write_table(chain.from_iterable(map(rows, predictions)), path, ("scan",))
+                write_table(chain.from_iterable(rows(prediction, tasks) for prediction in predictions), path, ("scan",))
             else:
                 path.unlink(missing_ok=True)  # of an earlier run
         if not predictions:
@@ -223,26 +226,26 @@ def fingerprint(*files) -> str:
     return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(text.encode()).hexdigest()])
 
 
-def scan_rows(prediction: Mapping) -> Iterable[dict]:
+def scan_rows(prediction: Mapping, tasks: Sequence[Task]) -> Iterable[dict]:
     """Rows of scans.csv, one: what is known of a scan as a whole."""
     row = {"scan": prediction["scan"]}
-    for task, results in TASK_RESULTS.items():
-        row |= results.scan_columns(prediction[task]) if task in prediction else {}
+    for task in tasks:
+        row |= task.scan_columns(prediction[task.name]) if task.name in prediction else {}
     row["lung_ml"] = prediction["lung"] and prediction["lung"]["volume_ml"]
     row["novelty"] = prediction["novelty"] and prediction["novelty"]["distance"]
     yield row | {"slices": len(prediction["slices"]), "warnings": "; ".join(prediction["warnings"])}
 
 
-def slice_rows(prediction: Mapping) -> Iterable[dict]:
+def slice_rows(prediction: Mapping, tasks: Sequence[Task]) -> Iterable[dict]:
     """Rows of slices.csv."""
     for found in prediction["slices"]:
         row = {"scan": prediction["scan"], "slice": found["index"], "position_mm": found["position_mm"]}
-        for task, results in TASK_RESULTS.items():
-            row |= results.slice_columns(found) if task in prediction else {}
+        for task in tasks:
+            row |= task.slice_columns(found) if task.name in prediction else {}
         yield row | {key: found[key] for key in ("lung_mm2", "novelty")}
 
 
-def lesion_rows(prediction: Mapping) -> Iterable[dict]:
+def lesion_rows(prediction: Mapping, tasks: Sequence[Task]) -> Iterable[dict]:
     """Rows of lesions.csv."""
     for lesion in prediction.get("detection", []):
         row = {"scan": prediction["scan"], "lesion": lesion["id"], "score": lesion["score"]}

@@ -19,7 +19,7 @@ from bundle.inference.markups import write_markups
 from bundle.inference.nifti import Volume
 from bundle.inference.overlay import draw_overlay
 from bundle.inference.report import Report
-from bundle.inference.results import TASK_RESULTS, Result
+from bundle.inference.results import Result
 from bundle.names import DETECTION, RECONSTRUCTION, SEGMENTATION
 
 PREDICTIONS = "predictions.json"
@@ -60,7 +60,7 @@ def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = 
         files["markups"] = "markups.mrk.json"
     prediction["files"] = files
     report = _draw_slices(result, folder / files["overlays"])
-    report.write(folder / files["report"], prediction)
+    report.write(folder / files["report"], prediction, _report_lines(result))
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
     return prediction
 
@@ -90,6 +90,10 @@ def _draw_slices(result: Result, folder: Path) -> Report:
     return report
 
 
+def _report_lines(result: Result) -> dict[str, str]:
+    return {title: text for task in result.tasks for title, text in task.report(result.entries[task.name]).items()}
+
+
 def _as_read(plane: np.ndarray, slice_) -> np.ndarray:
     """(x, y) as stored to (rows, columns) as `Scan.read` turns a slice: the way back of `to_file_grid`."""
     matrix = slice_.affine[:2, :2].numpy()
@@ -101,8 +105,8 @@ def _caption(row: Mapping, result: Result) -> str:
     """One line below the overlay: which slice, and what each task says of it."""
     scan = result.scan
     parts = [f"slice {row['index']}" if len(scan) > 1 else Path(scan.name).name]
-    for task, results in TASK_RESULTS.items():
-        parts += results.caption(row) if task in result.entries else []
+    for task in result.tasks:
+        parts += task.caption(row)
     return "   ·   ".join(parts)
 
 

@@ -16,10 +16,11 @@ from bundle.data.volumes import NIFTI, Scan, open_scan
 from bundle.data.transforms import to_file_grid
 from bundle.errors import UserError
 from bundle.inference.markups import lesion_axes
-from bundle.inference.results import Collector, Result, task_results
-from bundle.inference.slices import INDEX, SCAN, SLICE, collate, to_cpu
+from bundle.inference.results import Collector, Result
+from bundle.inference.slices import INDEX, SCAN, collate, to_cpu
 from bundle.networks import MultiTaskNet
-from bundle.names import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION
+from bundle.names import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION, SLICE
+from bundle.tasks import make_tasks
 
 
 class PlaceAsScand(MapTransform):
@@ -128,7 +129,7 @@ class VolumeInferer(Inferer):
         """
         scan = VolumeScan(inputs)
         tasks = [task for task in self.tasks if task in network.heads]
-        collector = Collector(scan, task_results(tasks, **self.options))
+        collector = Collector(scan, make_tasks(tasks, **self.options))
         for found in self.answers(scan, network, tasks):
             collector.add(found, found)
         return collector.finish()

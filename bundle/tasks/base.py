@@ -33,6 +33,7 @@ class Task:
         headline: figures whose mean is the task's part in the validation score.
         columns: title -> figure, of the tables and curves of a training.
         outlined: whether `outlines` show an answer without the image.
+        dense: whether an answer has the pixels of the image, and goes through the preprocessing backwards in a prediction.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Task:
     weight = share = 1.0
     headline: Sequence[str] = ()
     columns: Mapping[str, str] = {}
-    outlined = False
+    outlined = dense = False
 
     def __init__(self, **options) -> None:
         pass
@@ -136,6 +137,57 @@ class Task:
     def join_members(self, answers: Sequence):
         """One answer from those of several networks."""
         return torch.stack(list(answers)).mean(0)
+
+    # --- scans ---
+
+    def activate(self, answer):
+        """What is reported of a slice, from the head's answer for it: probabilities from logits."""
+        return answer
+
+    def to_slice(self, answer, sample: Mapping):
+        """The activated answer on the grid of the stored slice, where that is more than to undo the preprocessing (`dense`).
+
+        Args:
+            answer: of `activate`.
+            sample: "image", preprocessed, and "slice", as read.
+        """
+        return answer
+
+    def row(self, answer, view, result) -> dict:
+        """Entries of a slice in predictions.json; voxels go to `result.store`. By default the numbers of the answer.
+
+        Args:
+            answer: of `to_slice`.
+            view: a `bundle.inference.results.SliceView`.
+            result: the `bundle.inference.Result` so far.
+        """
+        return {self.name: np.round(np.asarray(answer, dtype=float), 6).tolist()}
+
+    def entry(self, result):
+        """The entry of the task in predictions.json, for the whole scan: by default the mean over the slices with lung."""
+        rows = [row[self.name] for row in counted(result.slices, result.bearing)]
+        return np.mean(rows, axis=0).round(6).tolist()
+
+    def caption(self, row: Mapping) -> list[str]:
+        """What the line below the picture of a slice says."""
+        return []
+
+    def report(self, entry) -> dict[str, str]:
+        """Lines of report.html, title -> text, beside what the page itself draws."""
+        return {}
+
+    def scan_columns(self, entry) -> dict:
+        """Columns of scans.csv, of an entry of predictions.json."""
+        return {self.name: entry}
+
+    def slice_columns(self, row: Mapping) -> dict:
+        """Columns of slices.csv, of a row of "slices" in predictions.json."""
+        return {self.name: row[self.name]}
+
+
+def counted(rows: Sequence, bearing: Sequence[bool]) -> list:
+    """Rows of the slices that show lung, of all where none does."""
+    return [row for row, has_lung in zip(rows, bearing) if has_lung] or list(rows)
 
 
 def mean_figures(cases: Sequence[dict]) -> Figures:

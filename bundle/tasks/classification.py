@@ -13,7 +13,7 @@ from sklearn.metrics import RocCurveDisplay, confusion_matrix
 
 from bundle.names import CLASS, CLASSIFICATION, SOURCE
 from bundle.networks.heads import ClassificationHead
-from bundle.tasks.base import Figures, Task
+from bundle.tasks.base import Figures, Task, counted
 
 CONFIDENCE_BINS = 10
 
@@ -100,6 +100,25 @@ class Classification(Task):
         return answers.log_softmax(2).logsumexp(0) - math.log(len(answers))
 
     join_members = join_views  # deep ensembles: Lakshminarayanan et al., arXiv 1612.01474
+
+    def activate(self, answer: torch.Tensor) -> torch.Tensor:
+        return answer.softmax(0)
+
+    def row(self, answer: torch.Tensor, view, result) -> dict:
+        return {"probabilities": {name: round(p, 6) for name, p in zip(self.classes, answer.tolist())}}
+
+    def entry(self, result) -> dict:
+        """predicted, probabilities (means over the slices with lung), and slices, how many were counted."""
+        rows = counted([[row["probabilities"][name] for name in self.classes] for row in result.slices], result.bearing)
+        mean = dict(zip(self.classes, np.mean(rows, axis=0, dtype=float).round(6).tolist()))
+        return {"predicted": max(mean, key=mean.get), "probabilities": mean, "slices": len(rows)}
+
+    def scan_columns(self, entry: Mapping) -> dict:
+        probabilities = {f"probability {name}": value for name, value in entry["probabilities"].items()}
+        return {"predicted": entry["predicted"], **probabilities}
+
+    def slice_columns(self, row: Mapping) -> dict:
+        return {f"probability {name}": value for name, value in row["probabilities"].items()}
 
 
 def known_classes(batch: Mapping) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,10 +15,12 @@ from torch.nn.functional import one_hot
 from torchvision import ops
 
 from bundle.data.batch import plain
+from bundle.data.transforms import move_boxes
 from bundle.errors import UserError
-from bundle.names import BOXES, DETECTION, INSTANCES, SOURCE
+from bundle.names import BOXES, DETECTION, IMAGE, INSTANCES, SLICE, SOURCE
 from bundle.networks.detection import MaskRCNNHead
 from bundle.tasks.base import Figures, Task
+from bundle.tasks.lesions import link_boxes
 
 # COCO's AP, at IoU 0.1 and 0.5 and averaged over 0.5:0.05:0.95; its lowest threshold, 0.1, comes first.
 COCO = COCOMetric(classes=["lesion"], iou_list=(0.1, 0.5), iou_range=(0.5, 0.95, 0.05), max_detection=(100,), verbose=False)
@@ -35,9 +37,11 @@ class Detection(Task):
 
     Args:
         detection: further arguments of `MaskRCNNHead`.
+        score_threshold: lowest score of a detection in a prediction, from 0 to 1.
+        link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
 
     Raises:
-        UserError: for an argument that `MaskRCNNHead` does not have.
+        UserError: for an argument that `MaskRCNNHead` does not have, or a threshold out of range.
     """
 
     name, field = DETECTION, BOXES
@@ -45,11 +49,15 @@ class Detection(Task):
     headline = ("ap10", "ap50")  # AP@0.5 alone is noisy while a detector still learns
     columns = {"AP@0.1": "ap10", "AP@0.5": "ap50"}
 
-    def __init__(self, detection: Mapping | None = None, **_) -> None:
+    def __init__(
+        self, detection: Mapping | None = None, score_threshold: float = 0.5, link_iou: float = 0.2, **_
+    ) -> None:
         known = [name for name in signature(MaskRCNNHead).parameters if name not in ("channels", "strides")]
         if unknown := [name for name in detection or {} if name not in known]:
             raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
-        self.options = dict(detection or {})
+        if not 0 <= score_threshold <= 1:
+            raise UserError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
+        self.options, self.score_threshold, self.link_iou = dict(detection or {}), score_threshold, link_iou
 
     def stratum(self, record: Mapping) -> tuple:
         return bool(record[BOXES]), record.get(SOURCE)
@@ -124,6 +132,42 @@ class Detection(Task):
     def join_members(self, answers: Sequence) -> list:
         """All detections, of overlapping ones the surest."""
         return [None if found[0] is None else _pool(found) for found in zip(*answers)]
+
+    def to_slice(self, answer: Mapping[str, torch.Tensor], sample: Mapping) -> dict[str, torch.Tensor]:
+        """Boxes in pixels of the stored slice, x = column as stored, clipped to its edges; weak and vanished ones go.
+
+        Returns:
+            {"boxes" (N, 4) x1 y1 x2 y2, "scores" (N,), "areas" (N,)}, areas of the instance masks (more than 0.5) in pixels of
+            the stored slice.
+        """
+        boxes, scores, masks = (answer[name] for name in ("boxes", "scores", "masks"))
+        image, stored = sample[IMAGE], sample[SLICE]
+        areas = (masks > 0.5).sum((1, 2, 3)) * torch.linalg.det(image.affine[:2, :2]).abs().float()
+        rows, columns = stored.shape[-2:]
+        if stored.affine[0, 1]:  # stored with rows and columns exchanged
+            rows, columns = columns, rows
+        boxes = ops.clip_boxes_to_image(move_boxes(boxes, image.affine), (rows, columns))
+        kept = (scores >= self.score_threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        return {"boxes": boxes[kept], "scores": scores[kept], "areas": areas[kept]}
+
+    def row(self, answer: Mapping[str, torch.Tensor], view, result) -> dict:
+        found = zip(answer["boxes"].tolist(), answer["scores"].tolist(), answer["areas"].tolist())
+        boxes = [([round(v, 2) for v in box], round(score, 6), round(area, 4)) for box, score, area in found]
+        return {"boxes": [dict(zip(("box", "score", "area"), box)) for box in boxes]}
+
+    def entry(self, result) -> list[dict]:
+        """The boxes of the slices, linked to lesions in space."""
+        return link_boxes([row["boxes"] for row in result.slices], result.scan, self.link_iou)
+
+    def caption(self, row: Mapping) -> list[str]:
+        return [f"{len(row['boxes'])} box" + ("" if len(row["boxes"]) == 1 else "es")]
+
+    def scan_columns(self, entry: Sequence[Mapping]) -> dict:
+        return {"lesions": len(entry), "highest score": max((lesion["score"] for lesion in entry), default=None)}
+
+    def slice_columns(self, row: Mapping) -> dict:
+        scores = [box["score"] for box in row["boxes"]]
+        return {"boxes": len(scores), "highest score": max(scores, default=None)}
 
 
 def fuse(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

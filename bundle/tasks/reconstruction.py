@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from monai.metrics import SSIMMetric
 from torch.nn import functional
@@ -22,6 +23,7 @@ class Reconstruction(Task):
     """
 
     name = RECONSTRUCTION
+    dense = True
     headline = ("ssim",)
     columns = {"SSIM": "ssim"}
 
@@ -47,3 +49,22 @@ class Reconstruction(Task):
 
     def outlines(self, answer: torch.Tensor, batch: Mapping, index: int) -> dict:
         return {"error": (answer[index, 0].float().cpu() - batch[TARGET][index, 0].cpu()).abs().numpy()}
+
+    def row(self, answer: torch.Tensor, view, result) -> dict:
+        """The rebuilt slice in HU (within the window) or 0 to 255, and |input - rebuilt| as a share of the window."""
+        rebuilt = answer[0].clamp(0, 1).numpy()
+        error = np.abs(rebuilt - view.shown)
+        hu = view.low + rebuilt * (view.high - view.low)
+        values, dtype = (hu, np.int16) if result.scan.hounsfield else (rebuilt * 255, np.uint8)
+        result.store("reconstruction", np.round(values), view.slice, dtype)
+        result.store("reconstruction_error", np.round(error * 255), view.slice, slope=1 / 255)
+        return {"reconstruction_error": round(float(error.mean()), 6)}
+
+    def entry(self, result) -> dict:
+        return {"mean_error": round(float(np.mean([row["reconstruction_error"] for row in result.slices])), 6)}
+
+    def scan_columns(self, entry: Mapping) -> dict:
+        return {"reconstruction_error": entry["mean_error"]}
+
+    def slice_columns(self, row: Mapping) -> dict:
+        return {"reconstruction_error": row["reconstruction_error"]}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from monai.losses import DiceCELoss, DiceLoss, FocalLoss, GeneralizedDiceLoss, TverskyLoss
@@ -16,6 +18,7 @@ from bundle.errors import UserError
 from bundle.names import EMPTY_MASK, MASK, SEGMENTATION, SOURCE
 from bundle.networks.heads import DenseHead
 from bundle.tasks.base import Figures, Task, mean_figures
+from bundle.tasks.lesions import volume_ml
 
 
 class Segmentation(Task):
@@ -26,10 +29,14 @@ class Segmentation(Task):
         decoder_channels: of the decoder, deepest first: see `DenseHead`.
         decoder_dropout: of the decoder.
         segmentation_loss: a key of `SEGMENTATION_LOSSES`.
+        lesion_threshold: probability above which a pixel is lesion in a prediction.
+
+    Raises:
+        UserError: if the loss is unknown, or names of classes would share a file.
     """
 
     name, field = SEGMENTATION, MASK
-    outlined = True
+    outlined = dense = True
     headline = ("dice",)
     columns = {"Dice": "dice", "IoU": "iou"}
 
@@ -39,9 +46,13 @@ class Segmentation(Task):
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
         decoder_dropout: float = 0.0,
         segmentation_loss: str = "generalized_dice",
+        lesion_threshold: float = 0.5,
         **_,
     ) -> None:
-        self.classes = list(segmentation_classes)
+        self.classes, self.threshold = list(segmentation_classes), lesion_threshold
+        if len(set(map(file_part, self.classes))) < len(self.classes):
+            found = ", ".join(self.classes)
+            raise UserError(f"segmentation_classes: found {found}, expected names that differ in letters or digits")
         self.decoder_channels, self.decoder_dropout = decoder_channels, decoder_dropout
         self.criterion = LesionAndComplementLoss(segmentation_loss)
 
@@ -105,6 +116,62 @@ class Segmentation(Task):
     def join_members(self, answers: Sequence[torch.Tensor]) -> torch.Tensor:
         """Logits of the mean probability."""
         return torch.stack(list(answers)).sigmoid().mean(0).logit(eps=1e-6)
+
+    def activate(self, answer: torch.Tensor) -> torch.Tensor:
+        return answer.sigmoid()
+
+    def row(self, answer: torch.Tensor, view, result) -> dict:
+        """Mask and probabilities, and the area of each lesion class.
+
+        The probabilities were brought to the grid of the slice by linear interpolation and are only now cut at the threshold,
+        which keeps outlines smoother than enlarging a mask of the network's size.
+        """
+        labels, one, spacing = to_labels(answer, self.threshold), len(self.classes) == 1, result.scan.spacing
+        view.lesions = labels > 0
+        result.store("mask", labels, view.slice, picture_scale=255 if one else 1)
+        for name, values in zip(self.classes, torch.as_tensor(answer).numpy()):
+            kind = "probability" if one else f"probability_{file_part(name)}"
+            result.store(kind, np.round(values * 255), view.slice, slope=1 / 255)
+        pixels = {name: int((labels == value).sum()) for value, name in enumerate(self.classes, start=1)}
+        mm2 = spacing and {name: round(count * spacing[0] * spacing[1], 2) for name, count in pixels.items()}
+        return {"lesion_pixels": pixels, "lesion_mm2": mm2}
+
+    def entry(self, result) -> dict:
+        return {name: self._lesion(name, result) for name in self.classes}
+
+    def _lesion(self, name: str, result) -> dict:
+        found = {"volume_ml": None, "share_of_lung": None, "pixels": sum(row["lesion_pixels"][name] for row in result.slices)}
+        if result.scan.thickness is not None:
+            found["volume_ml"] = volume_ml([row["lesion_mm2"][name] for row in result.slices], result.scan)
+            if lung := result.entries["lung"]:
+                found["share_of_lung"] = round(found["volume_ml"] / lung["volume_ml"], 6)
+        return found
+
+    def caption(self, row: Mapping) -> list[str]:
+        sizes = {name: f"{pixels} px" for name, pixels in row["lesion_pixels"].items()}
+        sizes |= {name: f"{area / 100:.1f} cm²" for name, area in (row["lesion_mm2"] or {}).items()}
+        return [f"{name} {sizes[name]}" if pixels else f"no {name}" for name, pixels in row["lesion_pixels"].items()]
+
+    def scan_columns(self, entry: Mapping) -> dict:
+        keys = ("volume_ml", "share_of_lung", "pixels")
+        return {f"{name} {key}": found[key] for name, found in entry.items() for key in keys}
+
+    def slice_columns(self, row: Mapping) -> dict:
+        columns = {}
+        for name, pixels in row["lesion_pixels"].items():
+            columns |= {f"{name} pixels": pixels, f"{name} mm2": row["lesion_mm2"] and row["lesion_mm2"][name]}
+        return columns
+
+
+def to_labels(probabilities: torch.Tensor, threshold: float = 0.5) -> np.ndarray:
+    """(C, rows, columns) to uint8 (rows, columns): 0, or 1 + the likeliest channel where it exceeds the threshold."""
+    highest, channel = torch.as_tensor(probabilities).max(0)
+    return torch.where(highest > threshold, channel + 1, 0).numpy().astype(np.uint8)
+
+
+def file_part(name: str) -> str:
+    """Name of a class as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 class _WithFocal(nn.Module):

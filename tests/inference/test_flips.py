@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from some_tasks import some_tasks
 
 from bundle.inference.flips import FlipInferer
 from bundle.networks import MultiTaskNet
@@ -29,13 +30,13 @@ def mirror(found):
 def fuse(straight, of_mirror_image):
     """Joined detections where the network finds these, both given as they lie in the image itself."""
     answers = iter([{DETECTION: [straight]}, {DETECTION: [of_mirror_image and mirror(of_mirror_image)]}])
-    return FlipInferer()(torch.zeros(1, 1, 20, WIDTH), lambda image: next(answers))[DETECTION][0]
+    return FlipInferer(some_tasks())(torch.zeros(1, 1, 20, WIDTH), lambda image: next(answers))[DETECTION][0]
 
 
 def test_maps_come_back_where_they_were():
     image = torch.rand(2, 1, 20, WIDTH)
     offset = torch.linspace(0, 1, WIDTH)  # of a network that is not symmetric
-    answer = FlipInferer()(image, lambda x: {SEGMENTATION: 3 * x + offset, RECONSTRUCTION: x})
+    answer = FlipInferer(some_tasks())(image, lambda x: {SEGMENTATION: 3 * x + offset, RECONSTRUCTION: x})
     torch.testing.assert_close(answer[RECONSTRUCTION], image)
     torch.testing.assert_close(answer[SEGMENTATION], 3 * image + 0.5)
 
@@ -43,7 +44,7 @@ def test_maps_come_back_where_they_were():
 def test_class_probabilities_are_averaged_and_the_embedding_is_that_of_the_image():
     logits = [torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[5.0, -2.0, 0.0]])]
     answers = iter([{CLASSIFICATION: row, EMBEDDING: row} for row in logits])
-    answer = FlipInferer()(torch.zeros(1, 1, 8, 8), lambda image: next(answers))
+    answer = FlipInferer(some_tasks())(torch.zeros(1, 1, 8, 8), lambda image: next(answers))
     mean = (logits[0].softmax(1) + logits[1].softmax(1)) / 2
     torch.testing.assert_close(answer[CLASSIFICATION].softmax(1), mean)
     torch.testing.assert_close(answer[CLASSIFICATION].exp(), mean)
@@ -86,7 +87,7 @@ def test_a_mirrored_image_gets_the_mirrored_answer_of_a_real_network():
     network.heads[DETECTION].roi_heads.box_predictor.cls_score.weight.data *= 30
     image = torch.rand(2, 1, 64, 64)
     with torch.no_grad():
-        answer, mirrored = FlipInferer()(image, network), FlipInferer()(image.flip(-1), network)
+        answer, mirrored = FlipInferer(some_tasks())(image, network), FlipInferer(some_tasks())(image.flip(-1), network)
     torch.testing.assert_close(answer[CLASSIFICATION], mirrored[CLASSIFICATION])
     torch.testing.assert_close(answer[SEGMENTATION], mirrored[SEGMENTATION].flip(-1))
     for one, two in zip(answer[DETECTION], mirrored[DETECTION]):
@@ -95,8 +96,3 @@ def test_a_mirrored_image_gets_the_mirrored_answer_of_a_real_network():
         torch.testing.assert_close(one["boxes"][:, [1, 3]], two["boxes"][:, [1, 3]], rtol=0, atol=1e-3)
         torch.testing.assert_close(one["boxes"][:, 0], 64 - two["boxes"][:, 2], rtol=0, atol=1e-3)
         torch.testing.assert_close(one["masks"], two["masks"].flip(-1), rtol=0, atol=1e-3)
-
-
-def test_a_threshold_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="iou_threshold: found 0, expected a number above 0, at most 1"):
-        FlipInferer(0)

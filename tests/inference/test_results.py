@@ -15,10 +15,9 @@ import SimpleITK as sitk
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
+from some_tasks import some_tasks
 from torch import nn
 from torchvision.ops import masks_to_boxes
-
-from bundle.inference import BoxesToFiled
 
 ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS, LESION = 40, 64, (slice(8, 20), slice(30, 54))
@@ -432,7 +431,7 @@ def test_a_knob_out_of_range_is_refused_before_any_scan_is_computed(tmp_path):
 
 def test_score_threshold_must_be_a_probability():
     with pytest.raises(ValueError, match="score_threshold: found 7"):
-        BoxesToFiled("detection", score_threshold=7)
+        some_tasks("detection", score_threshold=7)
 
 
 def test_a_slice_and_its_mirror_image_get_one_answer_unless_flips_are_off(tmp_path):

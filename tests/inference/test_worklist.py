@@ -8,6 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from some_tasks import some_tasks
 from pydicom.uid import generate_uid
 
 from bundle.errors import UserError
@@ -61,7 +62,7 @@ def test_results_take_the_place_of_older_ones_whole(picture, tmp_path, monkeypat
     worklist = Worklist(picture, tmp_path / "out", "three")
     with worklist.locked():
         write_results(worklist, *worklist.pending(), model="three")
-        worklist.finish()
+        worklist.finish(some_tasks())
     assert json.loads((tmp_path / "out/a.png/predictions.json").read_text())["model"] == "three"
     assert [path.name for path in (tmp_path / "out/a.png").iterdir()] == ["predictions.json"]
     assert not list((tmp_path / "out").rglob(".tmp*"))
@@ -85,7 +86,7 @@ def test_tables_hold_hidden_scans_and_nothing_that_another_program_has_written(p
         (tmp_path / f"out/{number}").mkdir(parents=True)
         (tmp_path / f"out/{number}/predictions.json").write_text(text)
     write_results(worklist, worklist.scans[0])
-    worklist.finish()
+    worklist.finish(some_tasks())
     assert [line.split(",")[0] for line in (tmp_path / "out/scans.csv").read_text().splitlines()] == ["scan", ".a.png"]
 
 
@@ -99,14 +100,14 @@ def test_older_results_of_a_scan_that_fails_now_are_in_no_table(tmp_path):
     (tmp_path / "in/b.png").write_bytes(b"no picture any more")
     later = Worklist(tmp_path / "in", tmp_path / "out", "other weights")
     later.fail(later.scans[1], UserError("c.png: found nothing"))
-    later.finish()
+    later.finish(some_tasks())
     tables = {name: (tmp_path / f"out/{name}.csv").read_text().splitlines()[1:] for name in ("scans", "failures")}
     assert [line.split(",")[0] for line in tables["scans"]] == ["a.png"]
     assert sorted(line.split(",")[0] for line in tables["failures"]) == ["b.png", "c.png"]
     assert (tmp_path / "out/c.png/predictions.json").exists()
     later.fail(later.scans[0], UserError("a.png: found nothing"))
     with pytest.raises(ValueError, match="input: nothing could be read"):
-        later.finish()
+        later.finish(some_tasks())
     assert [path.name for path in (tmp_path / "out").glob("*.csv")] == ["failures.csv"]
 
 

@@ -1,4 +1,4 @@
-"""Boxes of single slices linked to lesions in space."""
+"""Boxes of single slices linked to lesions in space, and volumes."""
 
 from __future__ import annotations
 
@@ -80,3 +80,8 @@ def _measure(boxes: Sequence[Mapping], scan: Scan) -> dict:
     lesion["score"] = max(box["score"] for box in boxes)
     lesion["boxes"] = [{key: box[key] for key in ("slice", "box", "score")} for box in boxes]
     return lesion
+
+
+def volume_ml(areas: Sequence[float], scan: Scan) -> float:
+    """mL of areas in mm2, one a slice."""
+    return round(float(np.dot(areas, scan.thickness)) / 1000, 4)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bundle.inference.lesions import link_boxes
+from bundle.tasks.lesions import link_boxes
 
 
 def scan(affine=None, axis=2, shape=(64, 64, 8), positions=None, thickness=None):
