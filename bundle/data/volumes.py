@@ -130,10 +130,33 @@ class Scan:
             index: of the slice along `axis`.
 
         Returns:
-            MetaTensor (1, rows, columns) of float32. NaN, which surrounds the field of view in some files, is air. The affine
-            (3, 3) leads from (row, column) to (y, x) of the stored slice, where x, the column, runs along the first of its two
-            axes. `meta` holds "filename_or_obj", "hounsfield", "picture", "file_shape" of the stored slice, "file_affine"
-            (4, 4) to RAS and "spacing" (row, column) in mm, both None without geometry.
+            MetaTensor (1, rows, columns) of float32. The affine (3, 3) leads from (row, column) to (y, x) of the stored slice,
+            where x, the column, runs along the first of its two axes. `meta` holds "filename_or_obj", "hounsfield", "picture",
+            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, both None
+            without geometry.
+
+        Raises:
+            UserError: see `read_stored`.
+        """
+        stored = np.expand_dims(self.read_stored(index), self.axis)
+        pixels = orientations.apply_orientation(stored, self._turn)[..., 0]
+        x, y = (axis for axis in range(3) if axis != self.axis)
+        to_stored = orientations.inv_ornt_aff(self._turn, stored.shape)[np.ix_([y, x, 3], [0, 1, 3])]
+        meta = {
+            "filename_or_obj": self.sources[index][0],
+            "hounsfield": self.hounsfield,
+            "file_shape": pixels.shape if self.kind == "picture" else stored.shape,
+            "file_affine": None if self.affine is None else torch.as_tensor(self.affine),
+            "spacing": self.spacing,
+            "picture": self.kind == "picture",
+        }
+        return MetaTensor(torch.from_numpy(pixels.copy())[None], affine=torch.as_tensor(to_stored), meta=meta)
+
+    def read_stored(self, index: int) -> np.ndarray:
+        """Read a slice as it lies in the file.
+
+        Returns:
+            float32 (x, y), the shape of the grid without `axis`. NaN, which surrounds the field of view in some files, is air.
 
         Raises:
             UserError: naming the file, if the pixels cannot be read or are not finite.
@@ -150,19 +173,7 @@ class Scan:
             plane = np.where(outside, AIR, plane)
         if not np.isfinite(plane).all():
             raise UserError(f"{file}: found NaN or infinite pixels, expected finite values")
-        stored = np.expand_dims(plane, self.axis)
-        pixels = orientations.apply_orientation(stored, self._turn)[..., 0]
-        x, y = (axis for axis in range(3) if axis != self.axis)
-        to_stored = orientations.inv_ornt_aff(self._turn, stored.shape)[np.ix_([y, x, 3], [0, 1, 3])]
-        meta = {
-            "filename_or_obj": file,
-            "hounsfield": self.hounsfield,
-            "file_shape": pixels.shape if self.kind == "picture" else stored.shape,
-            "file_affine": None if self.affine is None else torch.as_tensor(self.affine),
-            "spacing": self.spacing,
-            "picture": self.kind == "picture",
-        }
-        return MetaTensor(torch.from_numpy(pixels.copy())[None], affine=torch.as_tensor(to_stored), meta=meta)
+        return plane
 
     def _plane(self, index: int) -> np.ndarray:
         """Values of a stored slice, (x, y)."""

@@ -7,7 +7,7 @@ from bundle.monailabel.faces import FACES, make_faces
 from bundle.monailabel.infer import (
     ClassificationInferer,
     LesionDetector,
-    PlaceAsScand,
+    LoadVolumed,
     SegmentationInferer,
     TakeAnswerd,
     VolumeScan,
@@ -19,7 +19,7 @@ __all__ = [
     "ClassificationInferer",
     "LesionDetector",
     "LoadVolumeSliced",
-    "PlaceAsScand",
+    "LoadVolumed",
     "SegmentationInferer",
     "TakeAnswerd",
     "VolumeDataset",

@@ -12,7 +12,7 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from torch.nn.modules.dropout import _DropoutNd
 
-from bundle.data.volumes import NIFTI, Scan, open_scan
+from bundle.data.volumes import Scan, open_scan
 from bundle.data.transforms import to_file_grid
 from bundle.errors import UserError
 from bundle.inference.markups import lesion_axes
@@ -23,18 +23,20 @@ from bundle.names import CLASSIFICATION, DETECTION, IMAGE, SEGMENTATION, SLICE
 from bundle.tasks import make_tasks
 
 
-class PlaceAsScand(MapTransform):
-    """Lay a volume whose NIfTI file does not tell how it lies where `bundle.data.volumes` lays it; nibabel has another place.
+class LoadVolumed(MapTransform):
+    """Read a volume by `bundle.data.volumes`, so that prediction, training and MONAI Label see the same values and geometry.
 
-    So prediction, training and the viewers, which read with ITK, agree on which end is up.
+    Returns a MetaTensor (1, X, Y, Z) of float32 with its affine to RAS in mm, and the metadata that MONAI Label looks for.
     """
 
     def __call__(self, data):
         data = dict(data)
         for key in self.keys:
-            path = str(data[key].meta["filename_or_obj"])
-            if path.lower().endswith(NIFTI) and not (scan := open_scan(path)).oriented:
-                data[key].affine = torch.as_tensor(scan.affine)
+            scan = open_scan(data[key])
+            voxels = np.stack([scan.read_stored(index) for index in range(len(scan))], scan.axis)
+            affine = torch.as_tensor(np.eye(4) if scan.affine is None else scan.affine)
+            meta = {"filename_or_obj": scan.path, "original_affine": affine, "spatial_shape": scan.shape, "space": "RAS"}
+            data[key] = MetaTensor(torch.from_numpy(voxels)[None], affine=affine, meta=meta)
         return data
 
 
@@ -42,7 +44,7 @@ class VolumeScan(Scan):
     """A volume in memory, in HU.
 
     Args:
-        volume: (1, 1, X, Y, Z) with its affine to RAS in mm, as MONAI's LoadImage reads it; Z may be absent.
+        volume: (1, 1, X, Y, Z) with its affine to RAS in mm, of `LoadVolumed`; Z may be absent.
 
     Raises:
         UserError: if it has several channels.

@@ -330,7 +330,8 @@ def ball(container, folder):
     if container == "zero sform":
         header, voxels = nib.load(folder / name).header, (folder / name).read_bytes()[348:]
         header.set_qform(affine, 1)
-        header["srow_x"] = header["srow_y"] = header["srow_z"] = 0  # and a code that says that they hold
+        header["vox_offset"], header["srow_x"] = 352, 0
+        header["srow_y"] = header["srow_z"] = 0  # and a code that says that they hold
         (folder / name).write_bytes(header.binaryblock + voxels)
     elif container == "gzip named nii":
         (folder / name).rename(folder / "x.nii")

@@ -98,21 +98,27 @@ def test_a_flat_volume_and_one_of_several_channels(faces, ask, write_volume, tmp
     path, _ = write_volume(tmp_path / "a.nii.gz")
     image = nibabel.load(path)
     nibabel.save(nibabel.Nifti1Image(image.get_fdata()[:, :, 0].astype(np.int16), image.affine), tmp_path / "flat.nii.gz")
-    assert ask(faces["segmentation"], tmp_path / "flat.nii.gz")["pred"].shape == (1, 64, 56)
+    assert ask(faces["segmentation"], tmp_path / "flat.nii.gz")["pred"].shape == (1, 64, 56, 1)
     with pytest.raises(
         ValueError, match=r"volume: found a batch of shape \(1, 2, 4, 4, 4\), expected one volume of one channel"
     ):
         VolumeScan(MetaTensor(torch.zeros(1, 2, 4, 4, 4)))
 
 
-def test_values_that_are_no_numbers_are_refused(faces, ask, write_volume, tmp_path):
+def test_values_that_are_no_numbers_are_air_and_infinite_ones_refused(faces, ask, write_volume, tmp_path):
     path, _ = write_volume(tmp_path / "a.nii.gz")
-    hu = nibabel.load(path).get_fdata()
-    hu[3, 3, 3] = np.nan
-    nibabel.save(nibabel.Nifti1Image(hu.astype(np.float32), np.eye(4)), tmp_path / "nan.nii.gz")
+    image = nibabel.load(path)
+    answers = []
+    for value in (-1024, np.nan, np.inf):
+        hu = image.get_fdata().astype(np.float32)
+        hu[3, 3, 3] = value
+        nibabel.save(nibabel.Nifti1Image(hu, image.affine), tmp_path / "x.nii.gz")
+        if not np.isinf(value):
+            answers.append(ask(faces["segmentation"], tmp_path / "x.nii.gz")["pred"])
+    np.testing.assert_array_equal(*answers)
     with pytest.raises(Exception) as refused:
-        ask(faces["segmentation"], tmp_path / "nan.nii.gz")
+        ask(faces["segmentation"], tmp_path / "x.nii.gz")
     error = refused.value
     while error.__cause__:
         error = error.__cause__
-    assert "nan.nii.gz: found NaN or infinite pixels" in str(error)
+    assert "x.nii.gz: found NaN or infinite pixels" in str(error)
