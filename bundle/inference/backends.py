@@ -1,4 +1,4 @@
-"""The network run by onnxruntime or openvino in place of torch: the same answers, sooner on a CPU."""
+"""The network run by onnxruntime or openvino instead of torch: the same answers, faster on a CPU."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from bundle.names import DETECTION, EMBEDDING
 PACKAGES = {"torch": (), "onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
 
 for exporter in ("onnxscript", "onnx_ir"):
-    logging.getLogger(exporter).setLevel(logging.WARNING)  # every step of its optimisation is news to it
+    logging.getLogger(exporter).setLevel(logging.WARNING)  # it logs every step of its optimisation
 
 
 def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False) -> nn.Module:
-    """Give the network, or one that answers alike and calculates in another library.
+    """Return the network, or one with the same answers that runs in another library.
 
     Args:
-        network: with its weights, or to be given them before the first call.
-        backend: torch (the network as it is), onnxruntime or openvino, which run on the CPU with float32 and as many
-            threads as torch.
-        amp: whether the caller turns mixed precision on, which torch alone has.
+        network: whose weights are loaded before the first call.
+        backend: torch (the network itself), onnxruntime or openvino, which run on the CPU with float32 and as many threads as
+            torch.
+        amp: whether the caller uses mixed precision, which only torch supports.
 
     Returns:
         Module for prediction alone: (B, C, H, W) to the dictionary of `MultiTaskNet.forward` in evaluation mode.
 
     Raises:
-        UserError: for an unknown backend, one that is not installed, or one that does not go with `amp` or the device.
+        UserError: for an unknown backend, one that is not installed, or one that does not support `amp` or the device.
     """
     if backend not in PACKAGES:
         raise UserError(f"backend: found {backend!r}, expected one of {', '.join(PACKAGES)}")
@@ -57,7 +57,7 @@ def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False)
 
 
 def one_by_one(network: Callable[[torch.Tensor], dict], image: torch.Tensor) -> dict:
-    """Call a network in evaluation mode with each image of a batch and join the answers to those of the batch."""
+    """Call a network in evaluation mode with each image of a batch and join the answers."""
     answers = [network(row) for row in image.split(1)]
     joined = {key: [answer[key] for answer in answers] for key in answers[0]}
     return {key: sum(parts, []) if key == DETECTION else torch.cat(parts) for key, parts in joined.items()}
@@ -66,13 +66,12 @@ def one_by_one(network: Callable[[torch.Tensor], dict], image: torch.Tensor) -> 
 class ExportedNet(nn.Module):
     """A network whose convolutions run in another library; anchors, suppression and the pooling of regions stay in torch.
 
-    Three parts are exported: encoder with the heads of whole images and of pixels and the feature pyramid; the box head;
-    the mask head. The first call exports, for images of its size, which takes some seconds. Nothing of it stays on the
-    disk, so that no export outlives its weights. Images are answered one after another: on a CPU a batch is not faster,
-    and the memory needed is that of one image.
+    Three parts are exported: encoder, dense heads and feature pyramid; the box head; the mask head. The first call exports for
+    the size of its images, which takes some seconds; no file is kept. Images are processed one by one: on a CPU a batch is not
+    faster and needs more memory.
 
     Args:
-        network: in which nothing is changed but its mode. Weights loaded after the first call have no effect.
+        network: of which only the mode is changed. Weights loaded after the first call have no effect.
         backend: onnxruntime or openvino.
     """
 
@@ -116,11 +115,11 @@ class ExportedNet(nn.Module):
 
 
 class Exported(nn.Module):
-    """A module that was written as ONNX and is run by another library with float32.
+    """A module that is exported to ONNX and run by another library with float32.
 
     Args:
         module: from one tensor to one or several, all with the same number of rows.
-        example: tensor of at least 2 rows; later ones may have any number of rows, otherwise its shape.
+        example: tensor of at least 2 rows; later inputs have its shape but for the number of rows.
         backend: onnxruntime or openvino.
     """
 
@@ -130,21 +129,21 @@ class Exported(nn.Module):
         with TemporaryDirectory() as folder:
             path = str(Path(folder) / "module.onnx")
             shapes = ({0: torch.export.Dim("rows")},)
-            # One file that is read at once: a separate one for the weights may be mapped, and the folder goes.
+            # One file, read at once: a separate one with the weights may be mapped, and the folder is removed.
             options = {"dynamo": True, "dynamic_shapes": shapes, "external_data": False, "verbose": False}
             torch.onnx.export(module.eval(), (example,), path, **options)
             self.run = {"onnxruntime": run_onnxruntime, "openvino": _openvino}[backend](path, threads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Outputs of the module for x (rows, ...)."""
-        # No row: a region head without a region. Neither library promises to take an empty array.
+        # A region head may get no region; neither library documents that it takes an empty array.
         array = (x if len(x) else x.new_zeros(1, *x.shape[1:])).numpy(force=True)
         outputs = tuple(torch.from_numpy(output)[: len(x)] for output in self.run(array))
         return outputs if len(outputs) > 1 else outputs[0]
 
 
 class _Trunk(nn.Module):
-    """All of the network that has the whole image as its input, with outputs in the order of `_names`."""
+    """The part of the network whose input is the whole image, with outputs in the order of `_names`."""
 
     def __init__(self, network: MultiTaskNet) -> None:
         super().__init__()
@@ -171,8 +170,8 @@ def run_onnxruntime(path: str, threads: int) -> Callable[[np.ndarray], list[np.n
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # of an exported Mask R-CNN it warns of every detection but the first
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its idle threads would take torch's time
+    options.log_severity_level = 3  # it warns at every call of an exported Mask R-CNN but the first
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its idle threads would slow torch down
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (argument,) = session.get_inputs()
     return lambda array: session.run(None, {argument.name: array})

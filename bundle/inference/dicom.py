@@ -56,28 +56,25 @@ GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: Sequence[str], model: Mapping) -> None:
     """Write a DICOM Segmentation (BINARY, a segment for each segmentation class) of a series or a multi-frame image.
 
-    Patient and study are those of the source. Every slice has a frame in every segment, also where nothing is segmented: the
-    frames of a segment are the grid of the scan, for readers that do not look at frame positions too, and an empty mask is
-    as valid as any. A frame of 512 x 512 pixels takes 32 KB.
+    Patient and study are those of the source. Every segment has a frame for every slice, empty or not, so that its frames are
+    the grid of the scan for readers that ignore frame positions. A frame of 512 x 512 pixels takes 32 KB.
 
     Args:
         path: of the file.
         sources: (path, frame from 0) of each slice, in slice order.
-        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class; an array or what becomes one. A memory map is
-            read slice by slice.
+        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class.
         names: of the segmentation classes.
         model: {"name", "version", "checkpoint"}.
 
     Raises:
         UserError: in one line without patient data, if the source lacks what a Segmentation needs; nothing is written.
     """
-    labels = np.asanyarray(labels)
     with _writing(path, "DICOM Segmentation"):
         headers = list(_read_headers(sources).values())
         _complete_geometry(headers)
         first = headers[0]
         if labels.shape != (first.Columns, first.Rows, len(sources)):
-            raise _Lacking(f"found slices of {first.Columns} x {first.Rows} pixels, expected {labels.shape} as the mask has")
+            raise UserError(f"found slices of {first.Columns} x {first.Rows} pixels, expected {labels.shape} as the mask has")
         Segmentation(
             source_images=headers,
             pixel_array=labels.transpose(2, 1, 0),
@@ -95,11 +92,11 @@ def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: 
 def write_structured_report(path, sources: Sequence[tuple[str, int]], prediction: Mapping, segmentation_path=None) -> None:
     """Write a DICOM Structured Report (Comprehensive SR, template TID 1500) of a scan's predictions.
 
-    It holds a group for each lesion (outlines of its boxes in pixels of the images, certainty in %, volume in mL, and in mm
-    width along a row, height along a column, depth across the slices), one for each segmentation class (volume in mL, share
-    of the lung in %, the segment it was measured on) and one for the scan (probabilities in %, predicted class, volume of
-    the lung in mL). What is null is left out. It needs no geometry. It is unverified and preliminary; that it is for
-    research only, and the warnings, are comments in the document itself.
+    It has a group for each lesion (outlines of its boxes in pixels of the images, certainty in %, volume in mL; in mm the width
+    along a row, height along a column, depth across the slices), one for each segmentation class (volume in mL, share of the
+    lung in %, its segment) and one for the scan (probabilities in %, predicted class, volume of the lung in mL). Values that are
+    null are omitted. Geometry is not needed. The report is unverified and preliminary; comments in it state that it is for
+    research only, and the warnings.
 
     Args:
         path: of the file.
@@ -229,7 +226,7 @@ def _lesion_group(lesion: Mapping, model: Mapping, sources: Sequence[tuple[str, 
 
 
 def _measure(name, value: float | None, unit: Code, factor: float = 1) -> list[sr.Measurement]:
-    """The measurement, or nothing where the value is not known. Products are rounded to what predictions.json tells."""
+    """The measurement, or nothing where the value is not known. Products have the digits of predictions.json."""
     return [] if value is None else [sr.Measurement(name, round(value * factor, 6), unit)]
 
 
@@ -246,7 +243,7 @@ def _public_code(name: str, known: Mapping[str, Code]) -> Code | None:
 
 
 def _series(header: Dataset, model: Mapping, number: int) -> dict:
-    """What the writers of highdicom want of a new series, which is number 100 times the source's and `number`."""
+    """Arguments of highdicom for a new series, whose number is 100 times that of the source, plus `number`."""
     return {
         "series_instance_uid": highdicom.UID(),
         "series_number": 100 * max(0, min(int(header.get("SeriesNumber") or 0), 10**6)) + number,
@@ -261,21 +258,17 @@ def _series(header: Dataset, model: Mapping, number: int) -> dict:
     }
 
 
-class _Lacking(ValueError):
-    """What the headers of a series have not."""
-
-
 @contextmanager
 def _writing(path, what: str):
-    """Turn what goes wrong into one line. Messages of libraries quote the patient: only the kind of an error is told."""
+    """Turn an error into one line. Messages of libraries quote the patient, so only the kind of an error is given."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
         return
-    except _Lacking as error:
+    except UserError as error:
         reason = str(error)
-    except OSError:  # of the disk
+    except OSError:  # of the disk: no fault of the series
         raise
     except Exception as error:
         reason = f"the headers of the series cannot be carried over ({type(error).__name__})"
@@ -308,29 +301,33 @@ def _is_valid(keyword: str, value) -> bool:
 
 def _require(dataset: Dataset, keywords: Sequence[str]) -> None:
     if missing := [keyword for keyword in keywords if dataset.get(keyword) in (None, "")]:
-        raise _Lacking(f"found no {', '.join(missing)} in a file of the series")
+        raise UserError(f"found no {', '.join(missing)} in a file of the series")
 
 
 def _complete_geometry(headers: Sequence[Dataset]) -> None:
-    """Make headers say what highdicom wants where they can, and refuse them where they cannot."""
+    """Add to the headers what highdicom needs, where it follows from them.
+
+    Raises:
+        UserError: if it does not.
+    """
     first = headers[0]
     if _is_multiframe(first):
         if len(headers) > 1:
-            raise _Lacking(f"found {len(headers)} multi-frame files, expected one, or single frames")
+            raise UserError(f"found {len(headers)} multi-frame files, expected one, or single frames")
         _require(first, ("FrameOfReferenceUID", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"))
         _share_groups(first)
         return
     for header in headers:
         _require(header, ("FrameOfReferenceUID", *GEOMETRY))
         if not np.allclose(header.ImageOrientationPatient, first.ImageOrientationPatient, atol=0.01):
-            raise _Lacking("found slices that are not parallel")
+            raise UserError("found slices that are not parallel")
         header.ImageOrientationPatient = first.ImageOrientationPatient  # its digits may differ from slice to slice
     first.SliceThickness = first.get("SliceThickness") or _usual_gap(headers)
     if "SpacingBetweenSlices" in first:  # often wrong or negative: highdicom finds it from the positions
         del first.SpacingBetweenSlices
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
         if len({header[keyword].value for header in headers}) > 1:
-            raise _Lacking(f"found slices of unequal {keyword}")
+            raise UserError(f"found slices of unequal {keyword}")
 
 
 def _usual_gap(headers: Sequence[Dataset]) -> float | None:
@@ -341,15 +338,15 @@ def _usual_gap(headers: Sequence[Dataset]) -> float | None:
 
 
 def _share_groups(header: Dataset) -> None:
-    """Put orientation and spacing, which may be told frame by frame, where highdicom looks for them."""
+    """Move orientation and spacing, which may be given frame by frame, to the shared groups, where highdicom reads them."""
     shared, frames = header.SharedFunctionalGroupsSequence[0], header.PerFrameFunctionalGroupsSequence
     for name in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
         if name not in shared:
             if any(name not in frame or frame[name] != frames[0][name] for frame in frames):
-                raise _Lacking(f"found frames with unequal or without {name}")
+                raise UserError(f"found frames with unequal or without {name}")
             setattr(shared, name, frames[0][name].value)
     if any("PlanePositionSequence" not in frame for frame in frames):
-        raise _Lacking("found frames without PlanePositionSequence")
+        raise UserError("found frames without PlanePositionSequence")
     if "SpacingBetweenSlices" in shared.PixelMeasuresSequence[0]:
         del shared.PixelMeasuresSequence[0].SpacingBetweenSlices
 

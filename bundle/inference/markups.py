@@ -18,9 +18,9 @@ SCHEMA += "markups-schema-v1.0.3.json#"
 def write_markups(path, prediction: Mapping) -> None:
     """Write a markups file of 3D Slicer (.mrk.json): one region of interest (ROI) for each lesion.
 
-    A ROI lies along the axes of the scan, so that it fits oblique ones: its first two sides along those of the stored slice,
-    the third across the slices. Coordinates are LPS in mm. The name of a ROI tells number and score of its lesion, the
-    description of its only control point the slices, the volume, and that this is for research only.
+    A ROI lies along the axes of the scan, which may be oblique: two in the plane of the stored slice, the third across the slices.
+    Coordinates are LPS in mm. Its name has number and score of the lesion; the description of its control point has the slices,
+    the volume, and that this is for research only.
 
     Args:
         path: of the file.
@@ -40,9 +40,9 @@ def write_markups(path, prediction: Mapping) -> None:
 def lesion_axes(affine, axial_axis: int) -> np.ndarray:
     """Axes of the boxes of a scan's lesions: columns of a right-handed rotation (3, 3) in LPS.
 
-    They run along the first and second axis in the plane of the stored slice and across the slices. Where these are not at
-    right angles (a tilted gantry), the nearest rotation is taken; where they are left-handed, the third is turned round,
-    which leaves a box as it was.
+    They run along the first and second axis in the plane of the stored slice and across the slices. If these are not at right
+    angles (a tilted gantry), the nearest rotation is taken; if they are left-handed, the third is inverted, which leaves a box
+    unchanged.
 
     Args:
         affine: (4, 4) from voxel index to RAS in mm.
@@ -63,12 +63,8 @@ def _roi(lesion: Mapping, orientation: list[float]) -> dict:
         "id": "1",
         "label": name,
         "description": f"{slices}, {lesion['volume_ml']:g} mL, score {lesion['score']:.3f}; AI, research use only",
-        "associatedNodeID": "",
         "position": lesion["center_mm"],
         "orientation": orientation,
-        "selected": True,
-        "locked": False,
-        "visibility": True,
         "positionStatus": "defined",
     }
     return {
@@ -77,14 +73,11 @@ def _roi(lesion: Mapping, orientation: list[float]) -> dict:
         "coordinateSystem": "LPS",
         "coordinateUnits": "mm",
         "locked": True,
-        "fixedNumberOfControlPoints": False,
         "labelFormat": "%N",
-        "lastUsedControlPointNumber": 1,
         "roiType": "Box",
         "center": lesion["center_mm"],
         "orientation": orientation,
         "size": lesion["size_mm"],
-        "insideOut": False,
         "controlPoints": [point],
         "display": {"visibility": True, "opacity": 1.0, "propertiesLabelVisibility": True, "pointLabelsVisibility": False},
     }

@@ -1,4 +1,4 @@
-"""A picture of one slice and what the network says about it."""
+"""A picture of one slice with the answers of the network."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ LINE, MARGIN = 24, 16
 
 
 def draw_overlay(path, pixels, spacing, labels, boxes, scores, probabilities: Mapping | None, caption: str) -> None:
-    """Draw a slice as radiologists look at it, with lesions, boxes with scores and class probabilities, as a PNG.
+    """Write a PNG of a slice in radiological orientation with lesions, boxes with scores and class probabilities.
 
-    All arrays lie as `bundle.data.transforms.LoadSlice` turns a slice: rows to posterior, columns to the patient's left.
+    The rows of all arrays run to posterior, the columns to the patient's left, as in `bundle.data.volumes.Scan.read`.
 
     Args:
         path: of the PNG.
         pixels: (rows, columns) in [0, 1].
-        spacing: (row, column) in mm; the picture has their proportion. None: square pixels.
-        labels: (rows, columns), 0 or 1 + segmentation class; None: nothing is segmented.
+        spacing: (row, column) in mm, for the proportion of the picture; None for square pixels.
+        labels: (rows, columns), 0 or 1 + segmentation class; None without segmentation.
         boxes: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column.
         scores: (N,).
-        probabilities: class to probability; None: no bars.
-        caption: one line below, shortened where it is too long.
+        probabilities: class to probability; None for no bars.
+        caption: one line below, shortened if it is too long.
     """
     grey = np.asarray(pixels, dtype=np.float32)
     size = _shown_size(grey.shape, spacing)
@@ -64,7 +64,7 @@ def _shown_size(shape: tuple[int, int], spacing) -> tuple[int, int]:
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text in one line, with an ellipsis in its middle where it is longer than `width` pixels."""
+    """The text in one line, with an ellipsis in its middle if it is longer than `width` pixels."""
     text = " ".join(str(text).split())
     if font.getlength(text) <= width:
         return text
@@ -78,7 +78,7 @@ def _draw_lesions(image: Image.Image, labels: np.ndarray) -> None:
     """Tint the lesions and draw their outlines, two pixels wide and smooth."""
     scale = np.divide(image.size[::-1], labels.shape)
     for label in np.unique(labels[labels > 0]).tolist():
-        # Only the part around the lesion is worked on: four pixels more on every side.
+        # Only the surroundings of the lesion are worked on: four pixels more on every side.
         rows, columns = np.nonzero(labels == label)
         edge = np.ceil(4 / scale).astype(int)
         top, left = np.maximum([rows.min(), columns.min()] - edge, 0)
@@ -87,14 +87,14 @@ def _draw_lesions(image: Image.Image, labels: np.ndarray) -> None:
         mask = Image.fromarray(np.where(labels[top:bottom, left:right] == label, 255, 0).astype(np.uint8))
         mask = mask.resize((max(box[2] - box[0], 1), max(box[3] - box[1], 1)), Image.Resampling.BILINEAR)
         soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(1)), dtype=np.float32) / 255
-        # Across an edge blurred by one pixel the value rises by 0.4 per pixel: the line is where it is near a half.
+        # Across an edge blurred by one pixel the value rises by 0.4 per pixel: the line lies where it is near 0.5.
         alpha = np.maximum(0.22 * (soft > 0.5), (2 - 5 * np.abs(soft - 0.5)).clip(0, 1))
         color = LESIONS[(label - 1) % len(LESIONS)]
         image.paste(color, tuple(box[:2]), Image.fromarray((alpha * 255).astype(np.uint8)))
 
 
 def _draw_boxes(image: Image.Image, boxes: np.ndarray, scores) -> None:
-    """Boxes in pixels of the picture; each score stands where it covers least of other boxes and scores."""
+    """Draw boxes in pixels of the picture; each score is placed where it covers least of other boxes and scores."""
     draw, font = ImageDraw.Draw(image), _font(13)
     shown = sorted(zip(boxes.tolist(), map(float, scores)), key=lambda pair: pair[1])
     for (x1, y1, x2, y2), _ in shown:
@@ -120,7 +120,7 @@ def _place_label(box, size, within, boxes, labels) -> tuple[float, float, float,
     for x, y in outside + inside:
         x, y = min(max(x, 0), within[0] - width), min(max(y, 0), within[1] - height)
         place = (x, y, x + width, y + height)
-        # Another score is unreadable below this one; a box is only partly hidden.
+        # A covered score cannot be read; a covered box is only partly hidden.
         cost = sum(_overlap(place, b) for b in boxes) + 10 * sum(_overlap(place, other) for other in labels)
         if cost < least:
             best, least = place, cost
@@ -132,7 +132,7 @@ def _overlap(a, b) -> float:
 
 
 def _draw_classes(draw: ImageDraw.ImageDraw, probabilities: Mapping, top: float, width: int) -> None:
-    """A bar for every class, the likeliest set off."""
+    """Draw a bar for every class, the likeliest in another colour."""
     predicted = max(probabilities, key=probabilities.get)
     names = {name: _fit(name, _font(14, name == predicted), 0.4 * width) for name in probabilities}
     left = 2 * MARGIN + max(_font(14, name == predicted).getlength(text) for name, text in names.items())
