@@ -1,12 +1,14 @@
 import csv
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
 import torch
-from monai.transforms import Compose, RandAffined, RandFlipd, Resized, SpatialPadd
+from monai.bundle import ConfigParser
+from monai.transforms import Compose, RandAffined
 from PIL import Image
 
 from bundle.data.transforms import (
@@ -21,6 +23,7 @@ from bundle.data.transforms import (
 )
 from bundle.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS = 60, 100
 BOX = [50.0, 15.0, 70.0, 25.0]
 KEYS = ["image", "mask", "instances"]
@@ -38,13 +41,11 @@ def record(tmp_path):
     return {**files, "boxes": [BOX], "class": 1, "group": "p1", "source": "test"}
 
 
-def preprocessing(size=64):
-    return [
-        LoadSliced(),
-        ScaleIntensityd("image"),
-        Resized(KEYS, size, size_mode="longest", mode=["bilinear", "nearest-exact", "nearest-exact"], allow_missing_keys=True),
-        SpatialPadd(KEYS, [size, size], allow_missing_keys=True),
-    ]
+def shipped(id, size=64):
+    """A component of configs/train.json as it is shipped, as a list of transforms."""
+    parser = ConfigParser(json.loads((ROOT / "configs/train.json").read_text()))
+    parser["image_size"] = size
+    return parser.get_parsed_content(id).transforms
 
 
 def extent(mask):
@@ -54,7 +55,7 @@ def extent(mask):
 
 def test_resize_and_padding_keep_the_aspect_and_move_boxes(record):
     record.pop("instances")
-    sample = Compose([*preprocessing(), FollowImaged()])(record)
+    sample = Compose([*shipped("preprocessing"), FollowImaged()])(record)
     top = (64 - round(ROWS * 0.64)) // 2
     expected = np.array([50, 15, 70, 25]) * 0.64 + [0, top, 0, top]
     np.testing.assert_allclose(sample["boxes"][0], expected, atol=0.6)
@@ -70,7 +71,7 @@ def test_resized_mask_lies_on_its_image(record, tmp_path, side):
     disc = ((rows - (side - 1) / 2) ** 2 + (columns - (side - 1) / 2) ** 2 < (0.3 * side) ** 2).astype(np.uint8) * 255
     Image.fromarray(disc).save(tmp_path / "image.png")
     Image.fromarray(disc).save(tmp_path / "mask.png")
-    sample = Compose(preprocessing())({"image": record["image"], "mask": record["mask"]})
+    sample = Compose(shipped("preprocessing"))({"image": record["image"], "mask": record["mask"]})
     for key in ("image", "mask"):
         weights = sample[key][0].numpy()
         centre = [(weights.sum(axis) * np.arange(64)).sum() / weights.sum() for axis in (1, 0)]
@@ -78,35 +79,40 @@ def test_resized_mask_lies_on_its_image(record, tmp_path, side):
 
 
 @pytest.mark.parametrize("with_instances", [True, False])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 def test_augmentation_moves_image_mask_boxes_and_instances_together(record, seed, with_instances):
     if not with_instances:
         record.pop("instances")
-    augmentation = [
-        RandFlipd(KEYS, prob=0.5, spatial_axis=1, allow_missing_keys=True),
-        RandFlipd(KEYS, prob=0.5, spatial_axis=0, allow_missing_keys=True),
-        RandAffined(
-            KEYS,
-            prob=1.0,
-            scale_range=(0.2, 0.2),
-            translate_range=(5, 5),
-            mode=["bilinear", "nearest", "nearest"],
-            padding_mode="zeros",
-            allow_missing_keys=True,
-        ),
-    ]
-    sample = Compose([*preprocessing(), *augmentation, FollowImaged()]).set_random_state(seed)(record)
-    np.testing.assert_allclose(sample["boxes"][0], extent(sample["mask"][0]), atol=1.5)
-    np.testing.assert_allclose(sample["boxes"][0], extent(sample["image"][0] > 0.6), atol=1.5)
+    steps = [*shipped("preprocessing"), *shipped("augmentation"), FollowImaged()]
+    sample = Compose(steps).set_random_state(seed)(record)
+    inside = extent(sample["mask"][0])
+    # Whatever is done to its grey values, the rectangle is brighter than 0.5 and the rest is darker.
+    np.testing.assert_allclose(extent(sample["image"][0] > 0.5), inside, atol=1.5)
     assert ("instances" in sample) == with_instances
     if with_instances:
         np.testing.assert_array_equal(sample["boxes"][0], extent(sample["instances"][0]))
+        np.testing.assert_allclose(sample["boxes"][0], inside, atol=1)
+    else:  # the hull of the turned box
+        (x1, y1, x2, y2), (width, height) = sample["boxes"][0].tolist(), inside[2:] - inside[:2]
+        assert x1 <= inside[0] + 1 and y1 <= inside[1] + 1 and x2 >= inside[2] - 1 and y2 >= inside[3] - 1
+        assert x2 - x1 < width + 0.6 * height + 3 and y2 - y1 < height + 0.6 * width + 3
+
+
+def test_the_shipped_augmentation_flips_turns_scales_and_shifts(record):
+    """Over 40 draws the rectangle, right of the middle, is seen on both sides, in several sizes and heights."""
+    preprocess, augment = Compose(shipped("preprocessing")), Compose(shipped("augmentation"))
+    sample, extents = preprocess(record), []
+    for seed in range(40):
+        extents.append(extent(augment.set_random_state(seed)(sample)["mask"][0]))
+    left, top, right, bottom = np.transpose(extents)
+    assert (left + right < 60).any() and (left + right > 68).any()
+    assert np.ptp(right - left) > 4 and np.ptp(top + bottom) > 8
 
 
 def test_rotated_box_without_instance_is_the_hull_of_its_corners(record):
     record.pop("instances")
     rotate = RandAffined(KEYS, prob=1.0, rotate_range=0.3, mode=["bilinear", "nearest", "nearest"], allow_missing_keys=True)
-    sample = Compose([*preprocessing(), rotate, FollowImaged()]).set_random_state(0)(record)
+    sample = Compose([*shipped("preprocessing"), rotate, FollowImaged()]).set_random_state(0)(record)
     inside = extent(sample["mask"][0])
     x1, y1, x2, y2 = sample["boxes"][0]
     assert x1 <= inside[0] + 1 and y1 <= inside[1] + 1 and x2 >= inside[2] - 1 and y2 >= inside[3] - 1
@@ -114,19 +120,19 @@ def test_rotated_box_without_instance_is_the_hull_of_its_corners(record):
 
 def test_a_box_moved_out_of_the_image_is_dropped_with_its_instance(record):
     out = RandAffined(KEYS, prob=1.0, translate_range=((60, 61), (60, 61)), padding_mode="zeros", allow_missing_keys=True)
-    sample = Compose([*preprocessing(), out, FollowImaged()]).set_random_state(0)(record)
+    sample = Compose([*shipped("preprocessing"), out, FollowImaged()]).set_random_state(0)(record)
     assert sample["boxes"].shape == (0, 4) and sample["instances"].shape == (0, 64, 64)
 
 
 def test_no_boxes_means_annotated_and_nothing_there(record):
     record.update(boxes=[])
     record.pop("instances")
-    sample = Compose([*preprocessing(), FollowImaged()])(record)
+    sample = Compose([*shipped("preprocessing"), FollowImaged()])(record)
     assert sample["boxes"].shape == (0, 4) and sample["instances"].shape == (0, 64, 64)
 
 
 def test_an_absent_annotation_stays_absent(record):
-    sample = Compose([*preprocessing(), FollowImaged()])({"image": record["image"]})
+    sample = Compose([*shipped("preprocessing"), FollowImaged()])({"image": record["image"]})
     assert not {"mask", "boxes", "instances", "class"} & sample.keys()
 
 
