@@ -1,0 +1,312 @@
+"""Every knob changes the components that it is for. A knob without a case fails, and so does one that is not passed on."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from torch import nn
+
+from bundle.config import WORKFLOWS, knobs
+from bundle.errors import UserError
+from bundle.training import curriculum
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    "train": ["train", "preset_smoke"],
+    "evaluate": ["train", "preset_smoke", "evaluate"],
+    "inference": ["inference", "preset_smoke"],
+}
+
+
+class Opened(ConfigWorkflow):
+    """A workflow on the small phantom data, whose components are looked at and never run."""
+
+    def __init__(self, workflow, phantom_dir, folder, entries):
+        places = {"output_dir": str(folder / "out"), "device": "cpu"}
+        places |= {"input": str(phantom_dir / "images")} if workflow == "inference" else {"dataset_dir": str(phantom_dir)}
+        files = [str(ROOT / f"configs/{name}.json") for name in FILES[workflow]]
+        super().__init__(files, logging_file=False, **{**places, **entries})
+        self.shipped = json.loads(Path(files[0]).read_text())
+
+    def __getitem__(self, id):
+        return self.parser.get_parsed_content(id)
+
+    def handler(self, section, name):
+        """The handler of a class in a list of handlers."""
+        targets = [handler["_target_"].split(".")[-1] for handler in self.parser[section]]
+        return self[f"{section}#{targets.index(name)}"]
+
+    def default(self, id):
+        """What a knob is if it is not set."""
+        self.parser[id] = self.shipped[id]
+        return self[id]
+
+    def arguments(self, function, id="run"):
+        """What an expression of a list passes to a function."""
+        (item,) = (index for index, text in enumerate(self.parser[id]) if f".{function}(" in text)
+        expression = self.parser[f"{id}#{item}"]
+        call = expression[expression.index(function) + len(function) :]
+        self.parser["passed"] = f"$(lambda *values, **named: (*values, *named.values())){call}"
+        return self["passed"]
+
+    def head(self, task):
+        return self["network"].heads[task]
+
+    def outcome(self, id):
+        """Line of the error that getting a component raises; None without an error."""
+        try:
+            self[id]
+        except Exception as error:
+            while error and not isinstance(error, UserError):
+                error = error.__cause__
+            assert error, f"{id}: expected no error but a UserError"
+            return str(error)
+
+
+def sizes(module):
+    return [tuple(parameter.shape) for parameter in module.parameters()]
+
+
+def of_transform(transforms, name):
+    (found,) = (item for item in transforms.transforms if type(item).__name__ == name)
+    return found
+
+
+def seed_after(w):
+    w.arguments("set_determinism", "initialize")
+    (index,) = (i for i, text in enumerate(w.parser["initialize"]) if "set_determinism" in text)
+    w[f"initialize#{index}"]
+    return torch.initial_seed()
+
+
+def stages(w):
+    """Configurations of the stages of the curriculum, by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "running_config", lambda: json.loads(json.dumps(dict(w.parser.get()), default=str)))
+        return curriculum._stage_configs("out", str(ROOT / "configs"))
+
+
+# Knob -> [value, {component: how it is read}]; for an argument of a component, `knob::argument`.
+TRAIN = {
+    "bundle_root": ["elsewhere", {"output_dir": lambda w: w.default("output_dir")}],
+    "dataset_dir": ["elsewhere", {"datalist": lambda w: w["datalist"], "records": lambda w: w.outcome("records")}],
+    "datalist": ["none.json", {"records": lambda w: w.outcome("records")}],
+    "output_dir": [
+        "out",
+        {
+            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").folder,
+            "run": lambda w: w.arguments("start_run")[0],
+        },
+    ],
+    "classes": [
+        ["a", "b"],
+        {
+            "records": lambda w: w.outcome("records"),
+            "head": lambda w: w.head("classification")[-1].out_features,
+            "metrics": lambda w: w.handler("validate#handlers", "MultiTaskMetrics").classes,
+        },
+    ],
+    "segmentation_classes": [
+        ["a", "b"],
+        {
+            "mask": lambda w: w["preprocessing"].transforms[0].segmentation_classes,
+            "head": lambda w: sizes(w.head("segmentation").output),
+            "metrics": lambda w: w.handler("validate#handlers", "MultiTaskMetrics").segmentation_classes,
+        },
+    ],
+    "tasks": [
+        {"segmentation": 0.5},
+        {
+            "heads": lambda w: list(w["network"].heads),
+            "loss": lambda w: w["loss"].weights,
+            "sampler": lambda w: w["train#sampler"].weights.tolist(),
+            "metrics": lambda w: w.handler("validate#handlers", "MultiTaskMetrics").tasks,
+        },
+    ],
+    "uncertainty_weights": [
+        True,
+        {
+            "loss": lambda w: len(sizes(w["loss"])),
+            "optimizer": lambda w: sum(len(group["params"]) for group in w["optimizer"].param_groups),
+        },
+    ],
+    "segmentation_loss": ["dice", {"loss": lambda w: type(w["loss"].segmentation.loss)}],
+    "label_smoothing": [0.3, {"loss": lambda w: w["loss"].label_smoothing}],
+    "backbone": ["regnety_002", {"encoder": lambda w: sizes(w["network"].encoder)}],
+    "width": [0.25, {"encoder": lambda w: sizes(w["network"].encoder)}],
+    "pretrained": ["none.pth", {"encoder": lambda w: w.outcome("network")}],
+    "decoder_channels": [[8, 8], {task: lambda w, t=task: sizes(w.head(t)) for task in ("segmentation", "reconstruction")}],
+    "skips": [False, {"reconstruction": lambda w: sizes(w.head("reconstruction"))}],
+    "dropout": [
+        0.7,
+        {"classification": lambda w: [m.p for m in w.head("classification").modules() if isinstance(m, nn.Dropout)]},
+    ],
+    "detection": [{"fpn_channels": 8}, {"head": lambda w: sizes(w.head("detection"))}],
+    "detection::fpn_channels": [8, {"fpn": lambda w: sizes(w.head("detection").fpn)}],
+    "detection::box_features": [8, {"box head": lambda w: sizes(w.head("detection").roi_heads.box_head)}],
+    "detection::mask_channels": [[8, 8], {"mask head": lambda w: sizes(w.head("detection").roi_heads.mask_head)}],
+    "detection::anchor_sizes": [[[5], [6], [7], [8]], {"anchors": lambda w: w.head("detection").rpn.anchor_generator.sizes}],
+    "detection::aspect_ratios": [[1.5], {"anchors": lambda w: w.head("detection").rpn.anchor_generator.aspect_ratios}],
+    "detection::score_threshold": [0.2, {"boxes": lambda w: w.head("detection").roi_heads.score_thresh}],
+    "detection::nms_threshold": [0.7, {"boxes": lambda w: w.head("detection").roi_heads.nms_thresh}],
+    "detection::detections_per_image": [3, {"boxes": lambda w: w.head("detection").roi_heads.detections_per_img}],
+    "image_size": [
+        96,
+        {
+            "train": lambda w: w["train#dataset"][0]["image"].shape,
+            "validate": lambda w: w["validate#dataset"][0]["image"].shape,
+            "shifts": lambda w: of_transform(w["augmentation"], "RandAffined").rand_affine.rand_affine_grid.translate_range,
+        },
+    ],
+    "window": [[-200, 100], {"preprocessing": lambda w: of_transform(w["preprocessing"], "ScaleIntensityd").window}],
+    "max_epochs": [
+        7,
+        {"trainer": lambda w: w["train#trainer"].state.max_epochs, "schedule": lambda w: w["lr_scheduler"].t_total},
+    ],
+    "batch_size": [
+        3,
+        {"train": lambda w: w["train#dataloader"].batch_size, "validate": lambda w: w["validate#dataloader"].batch_size},
+    ],
+    "epoch_size": [
+        2,
+        {"draws": lambda w: w["train#sampler"].num_samples, "drop_last": lambda w: w["train#dataloader"].drop_last},
+    ],
+    "learning_rate": [0.5, {"optimizer": lambda w: w["optimizer"].param_groups[0]["lr"]}],
+    "weight_decay": [0.5, {"optimizer": lambda w: w["optimizer"].param_groups[0]["weight_decay"]}],
+    "warmup_epochs": [4, {"schedule": lambda w: w["lr_scheduler"].warmup_steps}],
+    "init_checkpoint": [
+        "w.pt",
+        {
+            "check": lambda w: w.arguments("check_annotated")[2],
+            "run": lambda w: w.arguments("start_run")[2],
+            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").init_checkpoint,
+        },
+    ],
+    "transfer": [False, {"curriculum": lambda w: [c["init_checkpoint"] for c in stages(w).values()]}],
+    "resume": [
+        False,
+        {
+            "run": lambda w: w.arguments("start_run")[1],
+            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").resume,
+            "curriculum": lambda w: [config["resume"] for config in stages(w).values()],
+        },
+    ],
+    "amp": [True, {"train": lambda w: w["train#trainer"].amp, "validate": lambda w: w["validate#evaluator"].amp}],
+    "num_workers": [
+        1,
+        {"train": lambda w: w["train#dataloader"].num_workers, "validate": lambda w: w["validate#dataloader"].num_workers},
+    ],
+    "cache_rate": [
+        0.0,
+        {"train": lambda w: w["train#dataset"].cache_num, "validate": lambda w: w["validate#dataset"].cache_num},
+    ],
+    "seed": [5, {"start": seed_after, "epochs": lambda w: w.handler("train#handlers", "RunRecorder").seed}],
+    "device": [
+        "meta",
+        {
+            "network": lambda w: next(w["network"].parameters()).device,
+            "trainer": lambda w: w["train#trainer"].state.device,
+            "evaluator": lambda w: w["validate#evaluator"].state.device,
+        },
+    ],
+    "val_interval": [4, {"recorder": lambda w: w.handler("train#handlers", "RunRecorder").val_interval}],
+    "stages": [{"stage_joint": {"seed": 3}}, {"curriculum": lambda w: {name: c["seed"] for name, c in stages(w).items()}}],
+}
+EVALUATE = {
+    "pretrained": ["none.pth", {"encoder": lambda w: w.outcome("network")}],
+    "split": ["training", {"data": lambda w: [record["image"] for record in w["data"]]}],
+    "bootstrap": [3, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").bootstrap}],
+    "checkpoint": ["w.pt", {"run": lambda w: w.arguments("load_weights")[1]}],
+    "evaluation_dir": ["there", {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder}],
+    "dataset_dir": ["elsewhere", {"data": lambda w: w.outcome("data")}],
+    "output_dir": [
+        "out",
+        {"checkpoint": lambda w: w["checkpoint"], "metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder},
+    ],
+    "classes": [["a", "b"], {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").classes}],
+    "segmentation_classes": [
+        ["a", "b"],
+        {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").segmentation_classes},
+    ],
+    "tasks": [{"detection": 1.0}, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").tasks}],
+    "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
+    "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],
+    "seed": [5, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").seed}],
+    "amp": [True, {"evaluator": lambda w: w["evaluator"].amp}],
+    "device": ["meta", {"evaluator": lambda w: w["evaluator"].state.device}],
+}
+INFERENCE = {
+    "bundle_root": ["elsewhere", {"checkpoint": lambda w: w["checkpoint"], "output_dir": lambda w: w.default("output_dir")}],
+    "dataset_dir": ["elsewhere", {"input": lambda w: w.default("input")}],
+    "input": ["none.png", {"worklist": lambda w: w.outcome("worklist")}],
+    "output_dir": ["out", {"worklist": lambda w: w["worklist"].folder}],
+    "checkpoint": [
+        "w.pt",
+        {"run": lambda w: w.arguments("load_weights")[1], "reference": lambda w: w["reference"]},
+    ],
+    "reference": ["none.pt", {"writer": lambda w: w.outcome("handlers#1")}],
+    "classes": [
+        ["a", "b"],
+        {
+            "head": lambda w: w.head("classification")[-1].out_features,
+            "writer": lambda w: w.handler("handlers", "ScanWriter").names["classes"],
+        },
+    ],
+    "segmentation_classes": [
+        ["a", "b"],
+        {
+            "head": lambda w: sizes(w.head("segmentation").output),
+            "writer": lambda w: w.handler("handlers", "ScanWriter").names["segmentation_classes"],
+        },
+    ],
+    "tasks": [
+        {"segmentation": 1.0},
+        {
+            "heads": lambda w: list(w["network"].heads),
+            "writer": lambda w: w.handler("handlers", "ScanWriter").names["tasks"],
+        },
+    ],
+    **{knob: TRAIN[knob] for knob in ("backbone", "width", "decoder_channels", "skips", "dropout", "window")},
+    **{knob: case for knob, case in TRAIN.items() if knob.startswith("detection")},
+    "image_size": [96, {"dataset": lambda w: w["dataset"][0]["image"].shape}],
+    "score_threshold": [0.9, {"boxes": lambda w: of_transform(w["postprocessing"], "BoxesToFiled").score_threshold}],
+    "link_iou": [0.9, {"writer": lambda w: w.handler("handlers", "ScanWriter").link_iou}],
+    "flips": [False, {"inferer": lambda w: type(w["inferer"])}],
+    "backend": ["onnxruntime", {"network": lambda w: type(w["network"])}],
+    "keep_identifiers": [True, {"writer": lambda w: w.handler("handlers", "ScanWriter").keep_identifiers}],
+    "export_task": ["classification", {"network_def": lambda w: list(w["network_def"].heads)}],
+    "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
+    "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],
+    "amp": [True, {"evaluator": lambda w: w["evaluator"].amp}],
+    "device": [
+        "meta",
+        {
+            "network": lambda w: next(w["network"].parameters()).device,
+            "evaluator": lambda w: w["evaluator"].state.device,
+        },
+    ],
+}
+CASES = {"train": TRAIN, "evaluate": EVALUATE, "inference": INFERENCE}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_every_knob_has_a_case(workflow):
+    """Those that a config file itself refers to; evaluate.json lies over train.json."""
+    text = (ROOT / f"configs/{workflow}.json").read_text()
+    own = knobs(workflow)
+    expected = {knob for knob in own if knob in json.loads(text) or re.search(rf"@{knob}\b", text)}
+    expected |= {f"{knob}::{part}" for knob in expected for part in knobs("train").get(knob, {}).get("properties", ())}
+    assert CASES[workflow].keys() == expected
+
+
+@pytest.mark.parametrize(("workflow", "knob"), [(workflow, knob) for workflow in WORKFLOWS for knob in CASES[workflow]])
+def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, tmp_path):
+    value, components = CASES[workflow][knob]
+    for name, read in components.items():
+        before, after = (
+            read(Opened(workflow, phantom_dir, tmp_path, entries)) for entries in ({}, {knob: value})
+        )
+        assert before != after, f"{workflow}: {knob} {value!r} leaves {name} as it is, {before!r}"
