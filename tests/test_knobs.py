@@ -25,8 +25,9 @@ class Opened(ConfigWorkflow):
     """A workflow on the small phantom data, whose components are looked at and never run."""
 
     def __init__(self, workflow, phantom_dir, folder, entries):
-        places = {"output_dir": str(folder / "out"), "device": "cpu"}
-        places |= {"input": str(phantom_dir / "images")} if workflow == "inference" else {"dataset_dir": str(phantom_dir)}
+        training = {"dataset_dir": str(phantom_dir), "cache_rate": 0.0}
+        places = {"input": str(phantom_dir / "images")} if workflow == "inference" else training
+        places |= {"output_dir": str(folder / "out"), "device": "cpu"}
         files = [str(ROOT / f"configs/{name}.json") for name in FILES[workflow]]
         super().__init__(files, logging_file=False, **{**places, **entries})
         self.shipped = json.loads(Path(files[0]).read_text())
@@ -50,7 +51,9 @@ class Opened(ConfigWorkflow):
         expression = self.parser[f"{id}#{item}"]
         call = expression[expression.index(function) + len(function) :]
         self.parser["passed"] = f"$(lambda *values, **named: (*values, *named.values())){call}"
-        return self["passed"]
+        passed = self["passed"]
+        self.parser.config.pop("passed")
+        return passed
 
     def head(self, task):
         return self["network"].heads[task]
@@ -75,8 +78,16 @@ def of_transform(transforms, name):
     return found
 
 
+def names(holder):
+    return [task.name for task in holder.tasks]
+
+
+def of_task(holder, name):
+    """The task of a name among the tasks of a component."""
+    return holder.tasks[names(holder).index(name)]
+
+
 def seed_after(w):
-    w.arguments("set_determinism", "initialize")
     (index,) = (i for i, text in enumerate(w.parser["initialize"]) if "set_determinism" in text)
     w[f"initialize#{index}"]
     return torch.initial_seed()
@@ -106,7 +117,7 @@ TRAIN = {
         {
             "records": lambda w: w.outcome("records"),
             "head": lambda w: w.head("classification")[-1].out_features,
-            "metrics": lambda w: w.handler("validate#handlers", "MultiTaskMetrics").classes,
+            "metrics": lambda w: of_task(w.handler("validate#handlers", "MultiTaskMetrics"), "classification").classes,
         },
     ],
     "segmentation_classes": [
@@ -114,18 +125,19 @@ TRAIN = {
         {
             "mask": lambda w: w["preprocessing"].transforms[0].segmentation_classes,
             "head": lambda w: sizes(w.head("segmentation").output),
-            "metrics": lambda w: w.handler("validate#handlers", "MultiTaskMetrics").segmentation_classes,
+            "metrics": lambda w: of_task(w.handler("validate#handlers", "MultiTaskMetrics"), "segmentation").classes,
         },
     ],
     "tasks": [
         {"segmentation": 0.5},
         {
             "heads": lambda w: list(w["network"].heads),
-            "loss": lambda w: w["loss"].weights,
+            "loss": lambda w: {task.name: task.weight for task in w["loss"].tasks},
             "sampler": lambda w: w["train#sampler"].weights.tolist(),
-            "metrics": lambda w: w.handler("validate#handlers", "MultiTaskMetrics").tasks,
+            "metrics": lambda w: names(w.handler("validate#handlers", "MultiTaskMetrics")),
         },
     ],
+    "draws": [{"segmentation": 5.0}, {"sampler": lambda w: w["train#sampler"].weights.tolist()}],
     "uncertainty_weights": [
         True,
         {
@@ -133,9 +145,9 @@ TRAIN = {
             "optimizer": lambda w: sum(len(group["params"]) for group in w["optimizer"].param_groups),
         },
     ],
-    "segmentation_loss": ["dice", {"loss": lambda w: type(w["loss"].segmentation.loss)}],
-    "label_smoothing": [0.3, {"loss": lambda w: w["loss"].label_smoothing}],
-    "backbone": ["regnety_002", {"encoder": lambda w: sizes(w["network"].encoder)}],
+    "segmentation_loss": ["dice", {"loss": lambda w: type(of_task(w["loss"], "segmentation").criterion.loss)}],
+    "label_smoothing": [0.3, {"loss": lambda w: of_task(w["loss"], "classification").label_smoothing}],
+    "backbone": ["vgg13", {"encoder": lambda w: sizes(w["network"].encoder)}],
     "width": [0.25, {"encoder": lambda w: sizes(w["network"].encoder)}],
     "pretrained": ["none.pth", {"encoder": lambda w: w.outcome("network")}],
     "decoder_channels": [[8, 8], {task: lambda w, t=task: sizes(w.head(t)) for task in ("segmentation", "reconstruction")}],
@@ -200,7 +212,7 @@ TRAIN = {
         {"train": lambda w: w["train#dataloader"].num_workers, "validate": lambda w: w["validate#dataloader"].num_workers},
     ],
     "cache_rate": [
-        0.0,
+        1.0,
         {"train": lambda w: w["train#dataset"].cache_num, "validate": lambda w: w["validate#dataset"].cache_num},
     ],
     "seed": [5, {"start": seed_after, "epochs": lambda w: w.handler("train#handlers", "RunRecorder").seed}],
@@ -226,12 +238,6 @@ EVALUATE = {
         "out",
         {"checkpoint": lambda w: w["checkpoint"], "metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder},
     ],
-    "classes": [["a", "b"], {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").classes}],
-    "segmentation_classes": [
-        ["a", "b"],
-        {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").segmentation_classes},
-    ],
-    "tasks": [{"detection": 1.0}, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").tasks}],
     "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
     "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],
     "seed": [5, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").seed}],
@@ -247,36 +253,36 @@ INFERENCE = {
         "w.pt",
         {"run": lambda w: w.arguments("load_weights")[1], "reference": lambda w: w["reference"]},
     ],
-    "reference": ["none.pt", {"writer": lambda w: w.outcome("handlers#1")}],
+    "reference": ["none.pt", {"predictor": lambda w: w.outcome("predictor")}],
     "classes": [
         ["a", "b"],
         {
             "head": lambda w: w.head("classification")[-1].out_features,
-            "writer": lambda w: w.handler("handlers", "ScanWriter").names["classes"],
+            "predictor": lambda w: w["predictor"].tasks["classification"].classes,
         },
     ],
     "segmentation_classes": [
         ["a", "b"],
         {
             "head": lambda w: sizes(w.head("segmentation").output),
-            "writer": lambda w: w.handler("handlers", "ScanWriter").names["segmentation_classes"],
+            "predictor": lambda w: w["predictor"].tasks["segmentation"].names,
         },
     ],
     "tasks": [
         {"segmentation": 1.0},
         {
             "heads": lambda w: list(w["network"].heads),
-            "writer": lambda w: w.handler("handlers", "ScanWriter").names["tasks"],
+            "predictor": lambda w: list(w["predictor"].tasks),
         },
     ],
     **{knob: TRAIN[knob] for knob in ("backbone", "width", "decoder_channels", "skips", "dropout", "window")},
     **{knob: case for knob, case in TRAIN.items() if knob.startswith("detection")},
     "image_size": [96, {"dataset": lambda w: w["dataset"][0]["image"].shape}],
     "score_threshold": [0.9, {"boxes": lambda w: of_transform(w["postprocessing"], "BoxesToFiled").score_threshold}],
-    "link_iou": [0.9, {"writer": lambda w: w.handler("handlers", "ScanWriter").link_iou}],
+    "link_iou": [0.9, {"predictor": lambda w: w["predictor"].tasks["detection"].link_iou}],
     "flips": [False, {"inferer": lambda w: type(w["inferer"])}],
     "backend": ["onnxruntime", {"network": lambda w: type(w["network"])}],
-    "keep_identifiers": [True, {"writer": lambda w: w.handler("handlers", "ScanWriter").keep_identifiers}],
+    "keep_identifiers": [True, {"run": lambda w: w.arguments("predict_scans")[3]}],
     "export_task": ["classification", {"network_def": lambda w: list(w["network_def"].heads)}],
     "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
     "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],
@@ -305,8 +311,7 @@ def test_every_knob_has_a_case(workflow):
 @pytest.mark.parametrize(("workflow", "knob"), [(workflow, knob) for workflow in WORKFLOWS for knob in CASES[workflow]])
 def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, tmp_path):
     value, components = CASES[workflow][knob]
+    usual, changed = (Opened(workflow, phantom_dir, tmp_path, entries) for entries in ({}, {knob: value}))
     for name, read in components.items():
-        before, after = (
-            read(Opened(workflow, phantom_dir, tmp_path, entries)) for entries in ({}, {knob: value})
-        )
+        before, after = read(usual), read(changed)
         assert before != after, f"{workflow}: {knob} {value!r} leaves {name} as it is, {before!r}"
