@@ -95,21 +95,26 @@ def seed_after(w):
 
 def stages(w):
     """Configurations of the stages of the curriculum, by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curriculum, "running_config", lambda: json.loads(json.dumps(dict(w.parser.get()), default=str)))
-        return curriculum._stage_configs("out", str(ROOT / "configs"))
+    return curriculum._stage_configs(w, Path("out"), ROOT / "configs")
 
 
-# Knob -> [value, {component: how it is read}]; for an argument of a component, `knob::argument`.
+def kinds(transforms):
+    return [type(item).__name__ for item in transforms.transforms]
+
+
+# Knob -> [value, {component: how it is read}, other entries]; for an argument of a component, `knob::argument`.
 TRAIN = {
     "bundle_root": ["elsewhere", {"output_dir": lambda w: w.default("output_dir")}],
     "dataset_dir": ["elsewhere", {"datalist": lambda w: w["datalist"], "records": lambda w: w.outcome("records")}],
-    "datalist": ["none.json", {"records": lambda w: w.outcome("records")}],
+    "datalist": [
+        "none.json",
+        {"records": lambda w: w.outcome("records"), "run": lambda w: w.arguments("open_run")[4]},
+    ],
     "output_dir": [
         "out",
         {
             "recorder": lambda w: w.handler("train#handlers", "RunRecorder").folder,
-            "run": lambda w: w.arguments("start_run")[0],
+            "run": lambda w: w.arguments("open_run")[0],
         },
     ],
     "classes": [
@@ -193,7 +198,7 @@ TRAIN = {
         "w.pt",
         {
             "check": lambda w: w.arguments("check_annotated")[2],
-            "run": lambda w: w.arguments("start_run")[2],
+            "run": lambda w: w.arguments("open_run")[3],
             "recorder": lambda w: w.handler("train#handlers", "RunRecorder").init_checkpoint,
         },
     ],
@@ -201,7 +206,7 @@ TRAIN = {
     "resume": [
         False,
         {
-            "run": lambda w: w.arguments("start_run")[1],
+            "run": lambda w: w.arguments("open_run")[2],
             "recorder": lambda w: w.handler("train#handlers", "RunRecorder").resume,
             "curriculum": lambda w: [config["resume"] for config in stages(w).values()],
         },
@@ -215,6 +220,17 @@ TRAIN = {
         1.0,
         {"train": lambda w: w["train#dataset"].cache_num, "validate": lambda w: w["validate#dataset"].cache_num},
     ],
+    "ema_momentum": [
+        0.5,
+        {
+            "average": lambda w: w["ema"] and w["ema"].momentum,
+            "evaluator": lambda w: w["validate#evaluator"].network is w["network"],
+            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").ema is None,
+        },
+    ],
+    "frozen_encoder": [True, {"encoder": lambda w: any(p.requires_grad for p in w["network"].encoder.parameters())}],
+    "lungs_at_random": [0.5, {"augmentation": lambda w: kinds(w["augmentation"])}],
+    "denoising": [True, {"corruption": lambda w: kinds(w["corruption"])}],
     "seed": [5, {"start": seed_after, "epochs": lambda w: w.handler("train#handlers", "RunRecorder").seed}],
     "device": [
         "meta",
@@ -231,7 +247,22 @@ EVALUATE = {
     "pretrained": ["none.pth", {"encoder": lambda w: w.outcome("network")}],
     "split": ["training", {"data": lambda w: [record["image"] for record in w["data"]]}],
     "bootstrap": [3, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").bootstrap}],
-    "checkpoint": ["w.pt", {"run": lambda w: w.arguments("load_weights")[1]}],
+    "checkpoint": ["w.pt", {"run": lambda w: w.arguments("load_weights", "load")[1]}],
+    "classes": [["a"], {"grad_cam": lambda w: w.arguments("draw_attention", "grad_cam")[2]}, {"dataloader": None}],
+    "window": [[-200, 100], {"reference": lambda w: w.arguments("make_reference", "reference")[3]}],
+    "regions": [
+        "lung",
+        {
+            "data": lambda w: kinds(w["dataset"].transform),
+            "metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder,
+        },
+    ],
+    "failures": [True, {"gallery": lambda w: w.handler("handlers", "FailureGallery") is None}],
+    "with_images": [
+        False,
+        {"gallery": lambda w: w.handler("handlers", "FailureGallery").with_images},
+        {"failures": True},
+    ],
     "evaluation_dir": ["there", {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder}],
     "dataset_dir": ["elsewhere", {"data": lambda w: w.outcome("data")}],
     "output_dir": [
@@ -310,8 +341,9 @@ def test_every_knob_has_a_case(workflow):
 
 @pytest.mark.parametrize(("workflow", "knob"), [(workflow, knob) for workflow in WORKFLOWS for knob in CASES[workflow]])
 def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, tmp_path):
-    value, components = CASES[workflow][knob]
-    usual, changed = (Opened(workflow, phantom_dir, tmp_path, entries) for entries in ({}, {knob: value}))
+    value, components, *others = CASES[workflow][knob]
+    usual = {id: entry for entries in others for id, entry in entries.items()}
+    usual, changed = (Opened(workflow, phantom_dir, tmp_path, entries) for entries in (usual, {**usual, knob: value}))
     for name, read in components.items():
         before, after = read(usual), read(changed)
         assert before != after, f"{workflow}: {knob} {value!r} leaves {name} as it is, {before!r}"
