@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # of the MONAI bundle: the package is installed in place (pip install -e)
-TRAINED_WITH = "configs/preset_cpu.json"  # overlay on train.json that models/model.pt was trained with
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predict.add_argument("input", metavar="INPUT", help="file, folder (searched with all folders in it) or quoted glob pattern")
     predict.add_argument("-o", "--output_dir", metavar="OUT", required=True, help="folder of the results; not inside INPUT")
     predict.add_argument(
-        "--config", metavar="FILE", action="append", default=[], help="overlay such as configs/preset_cpu.json"
+        "--config", metavar="FILE", action="append", default=[], help="overlay on configs/inference.json"
     )
     known, knobs = parser.parse_known_args(arguments)
     config = ROOT / "configs/inference.json"
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"found no {config}, expected the bundle around its package: install it with pip install -e FOLDER")
     for overlay in known.config:
         if not Path(overlay).is_file():
-            parser.error(f"--config: found no file {overlay}, expected an overlay such as {ROOT / TRAINED_WITH}")
+            parser.error(f"--config: found no file {overlay}, expected an overlay in JSON or YAML")
     if known.config:
         from bundle.config import merge_overlays  # takes seconds, which --help need not wait for
 

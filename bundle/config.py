@@ -150,8 +150,9 @@ def check_config(config: Mapping, workflow: str, also: Iterable[str] = ()) -> No
     for id, value in leaves(config):
         if isinstance(value, str) and value.lower() in ("true", "false", "null"):  # all of which would count as true
             raise UserError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")
-    schema = {**SCHEMA, "properties": knobs(workflow)}
-    for error in _Validator(schema).iter_errors(config):
+    known = knobs(workflow)
+    given = {id: value for id, value in config.items() if value is not None or not known.get(id, {}).get("nullable")}
+    for error in _Validator({**SCHEMA, "properties": known}).iter_errors(given):
         raise UserError(_describe(error))
     known = {*components(workflow), *re.findall(r"[@%](\w+)", json.dumps(config)), *READ_BY_MONAI, *also}
     if workflow == "inference":

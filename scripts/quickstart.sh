@@ -10,12 +10,12 @@ echo "1/3 Phantom data and the curriculum: classification, segmentation, detecti
 python -m monai.bundle run training --config_file "['configs/train.json','$small']" --output_dir "$out" --resume False
 
 echo "2/3 Evaluation on the test split"
-python -m monai.bundle run --config_file "['configs/train.json','$small','configs/evaluate.json']" --output_dir "$out"
+python -m monai.bundle run --config_file "['configs/train.json','configs/evaluate.json']" --output_dir "$out"
 
 echo "3/3 Prediction on a slice of each test patient"
 mkdir -p "$out/slices"
 cp data/phantom/images/p2[2-7]_1.nii.gz "$out/slices"
-python -m monai.bundle run --config_file "['configs/inference.json','$small']" \
+python -m monai.bundle run --config_file configs/inference.json \
     --input "$out/slices" --output_dir "$out/predictions" --checkpoint "$out/model.pt"
 
 echo "Done in $((SECONDS - start)) s. Where to look (one epoch a stage on phantom data: the way through, not a result):"

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import torch
+from monai.bundle import ConfigParser
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from bundle.data.phantom import make_phantom
@@ -34,6 +36,30 @@ def phantom_dir(tmp_path_factory) -> Path:
     """Phantom data of 64 x 64 pixels, only to be read: three patients a split (one a class), two slices each."""
     folder = tmp_path_factory.mktemp("data") / "phantom"
     return Path(make_phantom(folder, size=64, groups=(3, 3, 3), slices_per_group=2))
+
+
+@pytest.fixture(scope="session")
+def save_smoke():
+    """Function that writes untrained weights of the network of configs/preset_smoke.json and returns the network."""
+
+    def save(path, **entries):
+        parser = ConfigParser()
+        parser.read_config([Path(__file__).parents[1] / f"configs/{name}.json" for name in ("train", "preset_smoke")])
+        parser.update(entries)
+        torch.manual_seed(0)
+        network = parser.get_parsed_content("network_def")
+        torch.save(network.state_dict(), path)
+        return network
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def checkpoint(save_smoke, tmp_path_factory) -> Path:
+    """Such weights of all tasks, only to be read."""
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    save_smoke(path)
+    return path
 
 
 @pytest.fixture(scope="session")

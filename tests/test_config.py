@@ -34,7 +34,7 @@ IN_WORDS = {
     "$os.path.join(os.path.dirname(@checkpoint), 'reference.pt')": "reference.pt beside `checkpoint`",
     "$bundle.training.distributed.local_device()": "GPU if there is one",
     '{"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "detection": 1.0}': "all four at 1.0",
-    json.dumps(json.loads((CONFIGS / "preset_cpu.json").read_text())["detection"]): "that of preset_cpu.json",
+    "$bundle.networks.shipped_checkpoint(@bundle_root)": "models/model.pt",
     json.dumps(json.loads((CONFIGS / "train.json").read_text())["stages"]): "the four stages",
     "$@output_dir + '/evaluation' + ('' if @regions == 'all' else '_' + @regions)": "`output_dir`/evaluation",
 }
@@ -143,10 +143,10 @@ def test_every_stage_has_tasks():
     assert set(read("preset_cpu.json").get("stages", {})) <= set(stages)
 
 
-def test_preset_cpu_parses_with_train_and_evaluate(phantom_dir, tmp_path):
-    files = [str(CONFIGS / name) for name in ("train.json", "preset_cpu.json", "evaluate.json")]
-    places = {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path)}
-    workflow = ConfigWorkflow(files, logging_file=False, image_size=64, device="cpu", **places)
+def test_train_and_evaluate_parse_together(phantom_dir, checkpoint, tmp_path):
+    files = [str(CONFIGS / name) for name in ("train.json", "evaluate.json")]
+    places = {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "checkpoint": str(checkpoint)}
+    workflow = ConfigWorkflow(files, logging_file=False, device="cpu", **places)
     workflow.initialize()
     parse = workflow.parser.get_parsed_content
     assert len(parse("evaluator").data_loader.dataset) == len(parse("records")["test"])
@@ -269,6 +269,7 @@ WINDOW = "expected two numbers in HU, the lower one first, such as [-1350, 150]"
         ({"init_checkpoint": "null"}, f"init_checkpoint: found the text 'null', {WORDS}"),
         ({"train": {"handlers": [{"interval": "null"}]}}, f"train::handlers::0::interval: found the text 'null', {WORDS}"),
         ({"init_checkpoint": 3}, "init_checkpoint: found 3, expected a text or None"),
+        ({"batch_size": None}, "batch_size: found None, expected a whole number of at least 1"),
         ({"pretrained": None}, "pretrained: found None, expected True, False or the path of a file of weights"),
         ({"segmentation_loss": "l1"}, "segmentation_loss: found 'l1', expected one of generalized_dice, gen"),
         ({"decoder_channels": [8, 0]}, "decoder_channels::1: found 0, expected a whole number of at least 1"),

@@ -13,7 +13,8 @@ from torch.nn import functional
 from bundle.data.batch import prepare_batch
 from bundle.errors import UserError
 from bundle.files import write_checkpoint
-from bundle.networks import MultiTaskNet, read_weights
+from bundle.networks import MultiTaskNet
+from bundle.networks.weights import add_heads
 from bundle.names import CLASSIFICATION
 from bundle.tasks.classification import calibration_error, known_classes
 
@@ -56,7 +57,8 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) 
     with torch.no_grad():
         last.weight /= temperature
         last.bias /= temperature
-    write_checkpoint({**read_weights(checkpoint), **network.state_dict()}, path)
+    network.description["temperature"] = temperature * (network.description["temperature"] or 1)
+    write_checkpoint(add_heads(network.state_dict(), checkpoint), path)
     errors = [calibration_error(*_confidence(logits / t, labels)) for t in (1, temperature)]
     logger.info(
         f"{path}: temperature {temperature:.3f} from {len(labels)} slices: cross-entropy {loss(0):.3f} before, {found.fun:.3f} "

@@ -12,10 +12,10 @@ from pathlib import Path
 from monai.bundle import ConfigParser
 
 import bundle
-from bundle.cli import ROOT, TRAINED_WITH
+from bundle.cli import ROOT
 from bundle.config import merge_overlays
 from bundle.errors import UserError, exit_in_one_line
-from bundle.networks import load_weights
+from bundle.networks import build_network, load_weights, read_model
 from bundle.names import CLASSIFICATION, DETECTION, SEGMENTATION
 
 # MONAI Label reads what a bundle does from its name. The values are keys of configs/monailabel.
@@ -34,7 +34,7 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
     Args:
         output_dir: folder to make them in: `model` of the app.
         checkpoint: weights of all faces. Without it a face keeps its weights; a new one gets models/model.pt of the bundle.
-        configs: overlays that describe the network of the weights, such as configs/preset_cpu.json.
+        configs: overlays.
 
     Returns:
         The folders.
@@ -45,29 +45,28 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
     """
     for file in configs:
         if not Path(file).is_file():
-            raise UserError(f"{file}: no such config, expected a file such as configs/preset_cpu.json")
+            raise UserError(f"{file}: no such config, expected an overlay, a file in JSON or YAML")
     faces = []
     for name, task in FACES.items():
         face = Path(output_dir) / name
         (face / "configs").mkdir(parents=True, exist_ok=True)
         (face / "models").mkdir(exist_ok=True)
+        model = face / "models/model.pt"
+        source = model if model.exists() and not checkpoint else Path(checkpoint or ROOT / "models/model.pt")
         inference = face_config("inference", task, configs)
-        if task not in inference["tasks"]:
-            raise UserError(f"tasks: found {', '.join(inference['tasks'])}, expected {task} among them for {name}")
+        described = read_model(source, {knob: inference.get(knob) for knob in inference["network_knobs"]})
+        if task not in described["tasks"]:
+            raise UserError(f"tasks: found {', '.join(described['tasks'])}, expected {task} among them for {name}")
+        load_weights(build_network(described), source, strict=True)
         _write(face / "configs/inference.json", inference)
         if task == SEGMENTATION:
             _write(face / "configs/train.json", face_config("train", "train", configs))
-        _write(face / "configs/metadata.json", face_metadata(task, inference))
+        _write(face / "configs/metadata.json", face_metadata(task, described))
         link = face / "bundle"
         link.unlink(missing_ok=True)
         link.symlink_to(Path(bundle.__file__).resolve().parent, target_is_directory=True)
-        model = face / "models/model.pt"
-        if checkpoint or not model.exists():
-            source = Path(checkpoint or ROOT / "models/model.pt")
-            load_weights(_network(inference), source, strict=True)
+        if source != model:
             shutil.copyfile(source, model)
-        else:
-            load_weights(_network(inference), model, strict=True)
         faces.append(face)
     return faces
 
@@ -94,19 +93,19 @@ def face_config(source: str, overlay: str, configs: Sequence = ()) -> dict:
     if source == "inference":
         # The app sets `dropout` of network_def for its scoring.
         config["network_def"] = {**config["multitask_net"], "dropout": 0.0, "decoder_dropout": "@network_def#dropout"}
-    kept, found = set(), {id.split("#")[0] for id in own} | {"bundle_root", "device", "network_def"}
+    kept, found = set(), {id.split("#")[0] for id in own} | {"bundle_root", "device", "network_def", "network_knobs"}
     while found:
         kept |= found
         found = set(re.findall(r"@(\w+)", json.dumps([config[key] for key in found]))) & config.keys() - kept
     return {key: value for key, value in config.items() if key in kept}
 
 
-def face_metadata(task: str, config: Mapping) -> dict:
-    """metadata.json of a face: configs/metadata.json, with the format of its one answer to a volume."""
+def face_metadata(task: str, model: Mapping) -> dict:
+    """metadata.json of a face: configs/metadata.json, with the format of its one answer to a volume, of `read_model`'s model."""
     metadata = json.loads((ROOT / "configs/metadata.json").read_text())
     names = {
-        SEGMENTATION: ["background", *config.get("segmentation_classes", [])],
-        CLASSIFICATION: config.get("classes", []),
+        SEGMENTATION: ["background", *model["segmentation_classes"]],
+        CLASSIFICATION: model["classes"],
         DETECTION: ["lesion"],
     }[task]
     volume = {"num_channels": 1, "spatial_shape": ["*", "*", "*"], "is_patch_data": False}
@@ -126,10 +125,6 @@ def face_metadata(task: str, config: Mapping) -> dict:
     return metadata
 
 
-def _network(config: Mapping):
-    return ConfigParser(dict(config)).get_parsed_content("network_def")
-
-
 def _write(path: Path, content: Mapping) -> None:
     path.write_text(json.dumps(content, indent=4) + "\n")
 
@@ -144,10 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="overlay that describes their network; default: that of models/model.pt without --checkpoint",
+        help="overlay on inference.json and train.json; weights without a description need one that describes their network",
     )
     known = parser.parse_args(arguments)
-    configs = known.config or ([] if known.checkpoint else [ROOT / TRAINED_WITH])
     with exit_in_one_line():
-        for face in make_faces(known.output_dir, known.checkpoint, configs):
+        for face in make_faces(known.output_dir, known.checkpoint, known.config):
             print(face)

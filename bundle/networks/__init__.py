@@ -1,10 +1,11 @@
-"""The multi-task network: one encoder, a head for each task."""
+"""The multi-task network: one encoder, a head for each task; and its checkpoints."""
 
 from bundle.networks.encoders import build_encoder
 from bundle.networks.ensemble import EnsembleNet
-from bundle.networks.multitask import MultiTaskNet, fitting_tasks, freeze_encoder, load_weights, read_weights
+from bundle.networks.multitask import MultiTaskNet, freeze_encoder
 from bundle.networks.novelty import Novelty, read_novelty
 from bundle.networks.views import TaskView, TensorView
+from bundle.networks.weights import build_network, load_weights, open_network, read_model, read_weights, shipped_checkpoint
 
 __all__ = [
     "EnsembleNet",
@@ -13,9 +14,12 @@ __all__ = [
     "TaskView",
     "TensorView",
     "build_encoder",
-    "fitting_tasks",
+    "build_network",
     "freeze_encoder",
     "load_weights",
+    "open_network",
+    "read_model",
     "read_novelty",
     "read_weights",
+    "shipped_checkpoint",
 ]

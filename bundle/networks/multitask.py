@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+import bundle
 from bundle.errors import UserError
 from bundle.networks.detection import MaskRCNNHead
 from bundle.networks.encoders import build_encoder
@@ -17,21 +18,33 @@ from bundle.networks.heads import ClassificationHead, DenseHead
 from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, check_tasks
 
 
+FORMAT = 1  # of the description in a state_dict
+
+
 class MultiTaskNet(nn.Module):
     """Shared encoder with heads for classification, segmentation, reconstruction and detection (arXiv 2308.01137).
+
+    Its state_dict describes it: `_extra_state` holds the `description` as JSON in UTF-8, as a uint8 tensor.
 
     Args:
         tasks: names of the active tasks, or a mapping with them as keys. A task that is absent has no parameters.
         backbone: see `bundle.networks.encoders.build_encoder`, as for `width` and `pretrained`.
-        num_classes: of the classification.
-        segmentation_channels: lesion classes of the segmentation.
+        classes: names of the classes of the classification.
+        segmentation_classes: names of the channels of the segmentation.
         in_channels: of the image.
         image_size: side of the images it is made for, in pixels.
+        window: lowest and highest value, in HU, that an image in HU shows it as 0 and 1.
+        cropping: what is cut out of a slice before it is resized: None or "body".
         decoder_channels: of both U-Net decoders, deepest first: see `DenseHead`.
         skips: skip connections of the reconstruction decoder; the segmentation decoder always has them.
         dropout: of the classification head.
         detection: further arguments of `MaskRCNNHead`.
         decoder_dropout: of the segmentation decoder; 0 in the curriculum, more for Monte-Carlo dropout in MONAI Label.
+        sources: names of the data sources that it was trained on.
+        temperature: that its class logits were divided by, if they were.
+
+    Attributes:
+        description: the arguments above that do not change from use to use, with `FORMAT` and the version of the package.
 
     Raises:
         UserError: for an unknown task, backbone or argument of the detection, or an image size that the encoder's stride
@@ -42,10 +55,12 @@ class MultiTaskNet(nn.Module):
         self,
         tasks: Iterable[str],
         backbone: str = "vgg13_bn",
-        num_classes: int = 3,
-        segmentation_channels: int = 1,
+        classes: Sequence[str] = ("other", "COVID-19", "lung cancer"),
+        segmentation_classes: Sequence[str] = ("lesion",),
         in_channels: int = 1,
         image_size: int = 256,
+        window: Sequence[float] = (-1350, 150),
+        cropping: str | None = None,
         width: float = 1.0,
         pretrained: bool | str = False,
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
@@ -53,25 +68,66 @@ class MultiTaskNet(nn.Module):
         dropout: float = 0.2,
         detection: Mapping | None = None,
         decoder_dropout: float = 0.0,
+        sources: Sequence[str] = (),
+        temperature: float | None = None,
     ) -> None:
         super().__init__()
+        options = {name: value.default for name, value in signature(MaskRCNNHead).parameters.items()}
+        known = [name for name in options if name not in ("channels", "strides")]
+        if unknown := [name for name in detection or {} if name not in known]:
+            raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
+        detection = {**{name: options[name] for name in known}, **(detection or {})}
+        self.description = {
+            "format": FORMAT,
+            "version": bundle.__version__,
+            "tasks": check_tasks(tasks),
+            "backbone": backbone,
+            "classes": classes,
+            "segmentation_classes": segmentation_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "window": window,
+            "cropping": cropping,
+            "width": width,
+            "decoder_channels": decoder_channels,
+            "skips": skips,
+            "dropout": dropout,
+            "detection": detection,
+            "sources": sources,
+            "temperature": temperature,
+        }
+        self.description = json.loads(json.dumps(self.description))  # tuples are lists, as when it is read again
         self.in_channels = in_channels
         self.encoder = build_encoder(backbone, in_channels, width, pretrained)
         channels, strides = self.encoder.channels, self.encoder.strides
         self.stride = strides[-1]
-        known = [name for name in signature(MaskRCNNHead).parameters if name not in ("channels", "strides")]
-        if unknown := [name for name in detection or {} if name not in known]:
-            raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
         make = {
-            CLASSIFICATION: lambda: ClassificationHead(channels[-1], num_classes, dropout=dropout),
+            CLASSIFICATION: lambda: ClassificationHead(channels[-1], len(classes), dropout=dropout),
             SEGMENTATION: lambda: DenseHead(
-                channels, strides, decoder_channels, segmentation_channels, dropout=decoder_dropout
+                channels, strides, decoder_channels, len(segmentation_classes), dropout=decoder_dropout
             ),
             RECONSTRUCTION: lambda: DenseHead(channels, strides, decoder_channels, in_channels, skips),
-            DETECTION: lambda: MaskRCNNHead(channels, strides, **(detection or {})),
+            DETECTION: lambda: MaskRCNNHead(channels, strides, **detection),
         }
-        self.heads = nn.ModuleDict({task: make[task]() for task in check_tasks(tasks)})
+        self.heads = nn.ModuleDict({task: make[task]() for task in self.description["tasks"]})
         self._check((1, in_channels, image_size, image_size))
+        self.register_load_state_dict_pre_hook(_describe_if_it_does_not)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The description as bytes, for the state_dict."""
+        return encode(self.description)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take over from a state_dict what its weights were made of; what the network is stays.
+
+        Raises:
+            UserError: if the names of its outputs are others.
+        """
+        found = decode(state)
+        for name in ("classes", "segmentation_classes"):
+            if found[name] != self.description[name]:
+                raise UserError(f"{name}: found weights for {found[name]}, expected weights for {self.description[name]}")
+        self.description |= {name: found[name] for name in ("sources", "temperature")}
 
     def forward(
         self,
@@ -161,85 +217,16 @@ def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch
     return spread
 
 
-def read_weights(path) -> Mapping[str, torch.Tensor]:
-    """State_dict of a network from a file of it, or of a dictionary with one under "network".
-
-    Raises:
-        UserError: if there is no such file.
-        UserError: if it cannot be read.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; train first, or name another one")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
-        ) from None
-    return weights.get("network", weights) if isinstance(weights, Mapping) else {}
+def encode(description: Mapping) -> torch.Tensor:
+    """A description as JSON in UTF-8: uint8 (bytes,)."""
+    return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
 
 
-def fitting_tasks(network: MultiTaskNet, path) -> list[str]:
-    """Tasks of a network whose heads are in a file of weights, of the same shapes."""
-    weights = read_weights(path)
-
-    def fits(task: str, head: nn.Module) -> bool:
-        return all(
-            f"heads.{task}.{key}" in weights and weights[f"heads.{task}.{key}"].shape == value.shape
-            for key, value in head.state_dict().items()
-        )
-
-    return [task for task, head in network.heads.items() if fits(task, head)]
+def decode(state: torch.Tensor) -> dict:
+    """The description of `encode`; a mean of equal states, as federated learning makes it, is rounded."""
+    return json.loads(bytes(state.cpu().double().round().to(torch.uint8).tolist()))
 
 
-def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:
-    """Load a state_dict file into the encoder and those heads that both the file and the network have.
-
-    A head that was made for another number of classes is loaded but for its output layer, which stays as it is.
-
-    Args:
-        network: the network, changed in place.
-        path: of `read_weights`.
-        strict: every head of the network must be in the file, for the same classes.
-
-    Returns:
-        Names of the parts that were loaded: "encoder" and tasks; "but its output layer" after a task says what was not.
-
-    Raises:
-        UserError: if there is no such file.
-        UserError: if it is no state_dict, or of another architecture, naming the first parameter that does not fit.
-    """
-    weights = read_weights(path)
-    parts = {"encoder": network.encoder, **network.heads}
-    prefixes = {name: "encoder." if name == "encoder" else f"heads.{name}." for name in parts}
-    loaded = {}
-    for name, module in parts.items():
-        prefix = prefixes[name]
-        found = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
-        if found or name == "encoder" or strict:
-            expected = module.state_dict()
-            output = {} if strict else _output_of_other_classes(found, expected)
-            _check_fit(path, prefix, {**found, **output}, expected)
-            loaded[f"{name} but its output layer" if output else name] = module, {**found, **output}
-    for module, values in loaded.values():
-        module.load_state_dict(values)
-    return list(loaded)
-
-
-def _output_of_other_classes(found: Mapping, expected: Mapping) -> Mapping:
-    """Output layer of a head, where the head in a file differs from it in the number of outputs alone; otherwise nothing."""
-    weight, bias = output = list(expected)[-2:]
-    differ = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
-    if differ == output and found.keys() == expected.keys() and found[weight].shape[1:] == expected[weight].shape[1:]:
-        return {weight: expected[weight], bias: expected[bias]}
-    return {}
-
-
-def _check_fit(path, prefix: str, found: Mapping, expected: Mapping) -> None:
-    for key in [*expected, *found]:
-        shapes = [tuple(side[key].shape) if key in side else "absent" for side in (found, expected)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{path}: found {prefix}{key} {shapes[0]}, expected {shapes[1]}; it was made with another network: set the "
-                "tasks, classes, backbone, width and decoder_channels it was trained with"
-            )
+def _describe_if_it_does_not(network: MultiTaskNet, weights: dict, prefix: str, *_) -> None:
+    """Let weights without a description, as version 0.1 wrote them, be loaded by torch itself."""
+    weights.setdefault(f"{prefix}_extra_state", network.get_extra_state())

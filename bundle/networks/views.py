@@ -112,6 +112,7 @@ def _rename_detection(view: TensorView, weights: dict, prefix: str, *_) -> None:
 
 
 def _pass_over_other_heads(view: TaskView | TensorView, weights: dict, prefix: str, *_) -> None:
+    weights.pop(f"{prefix}_extra_state", None)  # the description of the whole network
     for key in [key for key in weights if key.startswith(f"{prefix}heads.")]:
         if key.removeprefix(f"{prefix}heads.").split(".")[0] not in view.heads:
             del weights[key]

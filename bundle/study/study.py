@@ -29,10 +29,11 @@ from monai.bundle import ConfigParser
 
 from bundle.config import check_config, overlay
 from bundle.errors import UserError
-from bundle.training.curriculum import run_workflow, trained_tasks
+from bundle.training.curriculum import run_workflow
 from bundle.training.run_folder import environment
 from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
-from bundle.networks import EnsembleNet, MultiTaskNet, load_weights
+from bundle.networks import EnsembleNet, open_network
+from bundle.networks.weights import trained_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -220,9 +221,10 @@ class Study:
     def _evaluate(self, configs: Sequence[Mapping], evaluation: Path) -> None:
         """Measure the network of a finished run, or the ensemble of those of several, on the test split."""
         folders = [config["output_dir"] for config in configs]
-        tasks = {task: 1.0 for folder in folders for task in trained_tasks(Path(folder) / "model.pt")}
-        entries = {"tasks": tasks, "bootstrap": 0, "evaluation_dir": str(evaluation)}
+        entries = {"bootstrap": 0, "evaluation_dir": str(evaluation)}
         if len(configs) > 1:
+            tasks = {task: 1.0 for folder in folders for task in trained_tasks(Path(folder) / "model.pt")}
+            entries["model"] = f"${{**bundle.networks.read_model(@checkpoint, {{}}), 'tasks': {tasks}}}"
             entries["imports"] = [*configs[0]["imports"], "$import bundle.study"]
             entries["network"] = f"$bundle.study.open_ensemble({folders}).to(@device)"
             entries["run"] = ["$@evaluator.run()"]
@@ -245,14 +247,7 @@ def _end_with_parent() -> None:
 
 def open_ensemble(folders: Iterable[str]) -> EnsembleNet:
     """Ensemble of the networks of finished runs, with their weights."""
-    return EnsembleNet([_open_network(Path(folder)) for folder in folders])
-
-
-def _open_network(folder: Path) -> MultiTaskNet:
-    parser = ConfigParser(json.loads((folder / "config.json").read_text()))
-    network = parser.get_parsed_content("network_def")
-    load_weights(network, folder / "model.pt", strict=True)
-    return network
+    return EnsembleNet([open_network(Path(folder) / "model.pt") for folder in folders])
 
 
 def _steps(checkpoint: Path) -> int:

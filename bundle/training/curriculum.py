@@ -14,8 +14,6 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from bundle.config import check_config, overlay, raw_config
 from bundle.errors import UserError
 from bundle.files import list_files, listed_files, remove_listed_files, write_checkpoint, write_json, write_text
-from bundle.names import check_tasks
-from bundle.networks import fitting_tasks, read_weights
 from bundle.training.history import stage_table
 from bundle.training.run_folder import (
     RESULTS,
@@ -81,8 +79,7 @@ def _run_stage(config: Mapping, config_dir: Path) -> None:
     """Train a stage and measure all tasks that its weights answer on the validation split."""
     stage = Path(config["output_dir"])
     run_workflow(config, stage / "train.json", config_dir)
-    tasks = dict.fromkeys(_answered_tasks(stage / "model.pt", config), 1.0)
-    entries = {"tasks": tasks, "split": "validation", "bootstrap": 0, "evaluation_dir": str((stage / REPORT).parent)}
+    entries = {"split": "validation", "bootstrap": 0, "evaluation_dir": str((stage / REPORT).parent)}
     evaluate = ConfigParser.load_config_file(str(config_dir / "evaluate.json"))
     run_workflow(overlay(config, evaluate, entries), stage / "evaluate.json", config_dir)
 
@@ -137,22 +134,6 @@ def _stage_configs(workflow: ConfigWorkflow, folder: Path, config_dir: Path) -> 
             config["resume"] = config["resume"] and before["resume"]
         configs[name] = before = config
     return configs
-
-
-def trained_tasks(checkpoint) -> tuple[str, ...]:
-    """Tasks whose heads a checkpoint of weights holds."""
-    weights = read_weights(checkpoint)
-    return check_tasks({key.split(".")[1] for key in weights if key.startswith("heads.")})
-
-
-def _answered_tasks(checkpoint, config: Mapping) -> list[str]:
-    """Tasks that the network of a configuration answers with a checkpoint; a head for other classes waits for its stage."""
-    tasks = trained_tasks(checkpoint)
-    parser = ConfigParser(overlay(config, {"tasks": dict.fromkeys(tasks, 1.0), "pretrained": False}))
-    answered = fitting_tasks(parser.get_parsed_content("network_def"), checkpoint)
-    if others := [task for task in tasks if task not in answered]:
-        logger.warning(f"{checkpoint}: not measured for {', '.join(others)}, whose head is one for other classes")
-    return answered
 
 
 def run_workflow(config: Mapping, path: Path, config_dir, run_id: str = "run") -> None:

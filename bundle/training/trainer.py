@@ -19,8 +19,9 @@ from monai.utils.enums import CommonKeys
 
 from bundle.errors import UserError
 from bundle.files import add_listed_file, log_artifacts, write_checkpoint, write_json
-from bundle.names import IMAGE, RECORD
+from bundle.names import IMAGE, RECORD, SOURCE
 from bundle.networks import load_weights, read_weights
+from bundle.networks.weights import add_heads, describe, redescribe
 from bundle.tasks import Task
 from bundle.training.history import plot_curves
 from bundle.training.run_folder import close_run
@@ -207,9 +208,10 @@ class RunRecorder:
             )
         if idist.get_rank() == 0:
             weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
+            seen = {record[SOURCE] for record in self.dataset.data if SOURCE in record}
+            weights = redescribe(weights, sources=sorted(seen.union(describe(weights)["sources"])))
             if self.init_checkpoint:
-                before = read_weights(self.init_checkpoint)
-                weights = {**{k: v for k, v in before.items() if k.startswith("heads.")}, **weights}
+                weights = add_heads(weights, self.init_checkpoint)
             write_json(self.best(), self.folder / "metrics.json")
             write_checkpoint(weights, self.folder / "model.pt")
             log_artifacts(trainer, [self.folder / "config.json", self.folder / "curves.png"])

@@ -96,7 +96,9 @@ def test_without_a_class_there_is_nothing_to_draw(network, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluation_looks_and_blackens(phantom_dir, tmp_path):
+def test_evaluation_looks_and_blackens(phantom_dir, save_smoke, tmp_path):
+    save_smoke(tmp_path / "model.pt")
+
     def open_workflow(run_id="run", **entries):
         configs = [f"configs/{file}.json" for file in ("train", "preset_smoke", "evaluate")]
         entries |= {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "device": "cpu", "bootstrap": 0}
@@ -105,7 +107,6 @@ def test_evaluation_looks_and_blackens(phantom_dir, tmp_path):
         return workflow
 
     looking = open_workflow("grad_cam")
-    torch.save(looking.parser.get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     looking.run()
     assert (tmp_path / "evaluation/grad_cam.png").exists() and (tmp_path / "evaluation/grad_cam_mean.png").exists()
     seen = {}

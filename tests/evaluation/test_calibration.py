@@ -13,6 +13,7 @@ from bundle.evaluation.calibration import calibrate
 from bundle.data.batch import collate
 from bundle.files import write_checkpoint
 from bundle.networks import MultiTaskNet, load_weights
+from bundle.networks.weights import add_heads, describe
 from bundle.names import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
 from bundle.tasks.classification import calibration_error
 
@@ -58,7 +59,8 @@ def test_the_temperature_is_found_and_built_in(network, temperature, tmp_path):
     with torch.no_grad():
         before = network(batches[0][IMAGE])[CLASSIFICATION]
     earlier = MultiTaskNet([CLASSIFICATION, SEGMENTATION], **TINY)  # with a head that this training did not have
-    write_checkpoint({**earlier.state_dict(), **network.state_dict()}, tmp_path / "model.pt")
+    write_checkpoint(earlier.state_dict(), tmp_path / "earlier.pt")
+    write_checkpoint(add_heads(network.state_dict(), tmp_path / "earlier.pt"), tmp_path / "model.pt")
     found = calibrate(network, batches, tmp_path / "model.pt", tmp_path / "calibrated.pt")
     assert found == pytest.approx(temperature, rel=0.15)
     loaded = MultiTaskNet([CLASSIFICATION, SEGMENTATION], **TINY).eval()
@@ -69,7 +71,7 @@ def test_the_temperature_is_found_and_built_in(network, temperature, tmp_path):
     assert torch.equal(after.argmax(1), before.argmax(1))
     for name, value in earlier.heads[SEGMENTATION].state_dict().items():
         assert torch.equal(loaded.heads[SEGMENTATION].state_dict()[name], value)
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "calibrated.pt", tmp_path / "model.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"calibrated.pt", "earlier.pt", "model.pt"}
 
 
 def test_what_cannot_be_calibrated_is_refused(network, tmp_path):
@@ -98,7 +100,7 @@ def test_calibration_error_is_the_mean_distance_over_bins():
     assert calibration_error(np.ones(4), np.array([True, True, True, False]), np.ones(4)) == pytest.approx(0.25)
 
 
-def test_a_finished_run_is_calibrated(phantom_dir, tmp_path):
+def test_a_finished_run_is_calibrated(phantom_dir, save_smoke, tmp_path):
     datalist = json.loads((phantom_dir / "datalist.json").read_text())
     by_class = [[record for record in datalist["validation"] if record.get("class") == label] for label in range(2)]
     datalist["validation"] = by_class[0][:2] + by_class[1][:1]
@@ -108,7 +110,7 @@ def test_a_finished_run_is_calibrated(phantom_dir, tmp_path):
         [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "evaluate")], run_id="calibrate", **entries
     )
     workflow.initialize()
-    network = workflow.parser.get_parsed_content("network_def")
+    network = save_smoke(tmp_path / "model.pt")
     with torch.no_grad():  # whatever the slice, class 0 is 4 times as likely as class 1: of the three slices it is 2 times
         network.heads[CLASSIFICATION][-1].weight.zero_()
         network.heads[CLASSIFICATION][-1].bias.copy_(torch.tensor([np.log(4), 0, -100]))
@@ -116,5 +118,6 @@ def test_a_finished_run_is_calibrated(phantom_dir, tmp_path):
     workflow.run()
     before, after = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("model", "calibrated"))
     changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
-    assert changed == ["heads.classification.6.bias"] and before.keys() == after.keys()
-    assert (before[changed[0]] / after[changed[0]])[0] == pytest.approx(2, rel=1e-3)
+    assert changed == ["_extra_state", "heads.classification.6.bias"] and before.keys() == after.keys()
+    assert describe(after) == {**describe(before), "temperature": pytest.approx(2, rel=1e-3)}
+    assert (before[changed[1]] / after[changed[1]])[0] == pytest.approx(2, rel=1e-3)

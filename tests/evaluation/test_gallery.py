@@ -97,11 +97,11 @@ def test_without_images_nothing_of_them_is_drawn(tmp_path):
         FailureGallery(some_tasks(CLASSIFICATION, RECONSTRUCTION), "x.png", with_images=False)
 
 
-def test_failures_are_drawn_beside_the_metrics(phantom_dir, tmp_path):
+def test_failures_are_drawn_beside_the_metrics(phantom_dir, save_smoke, tmp_path):
+    save_smoke(tmp_path / "model.pt")
     configs = [f"configs/{name}.json" for name in ("train", "preset_smoke", "evaluate")]
     entries = {"failures": True, "dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "device": "cpu", "bootstrap": 0}
     workflow = ConfigWorkflow(configs, **entries)
     workflow.initialize()
-    torch.save(workflow.parser.get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     workflow.run()
     assert {"failures.png", "metrics.json"} <= {path.name for path in (tmp_path / "evaluation").iterdir()}

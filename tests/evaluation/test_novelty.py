@@ -145,15 +145,15 @@ def test_a_file_that_is_no_reference_is_refused_in_one_line(reference, content):
 
 
 @pytest.fixture(scope="module")
-def parser(tmp_path_factory):
+def parser(save_smoke, tmp_path_factory):
     """The configuration of an evaluation on phantom slices of 64 pixels, with untrained weights in its output folder."""
     folder = tmp_path_factory.mktemp("novelty")
     parser = ConfigParser()
     parser.read_config([ROOT / f"configs/{name}.json" for name in ("train", "preset_smoke", "evaluate")])
     parser["dataset_dir"] = str(make_phantom(folder / "phantom", size=64, groups=(24, 24, 3), slices_per_group=2))
-    parser["output_dir"], parser["tasks"] = str(folder), {"classification": 1.0}
-    torch.manual_seed(0)
-    torch.save(parser.get_parsed_content("network").eval().state_dict(), folder / "model.pt")
+    parser["output_dir"] = str(folder)
+    network = save_smoke(folder / "model.pt", tasks={"classification": 1.0})
+    parser.get_parsed_content("network").load_state_dict(network.state_dict())
     return parser
 
 
@@ -219,7 +219,6 @@ def test_the_command_writes_the_reference_and_leaves_the_test_split_alone(parser
     configs = str([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "evaluate")])
     command = [sys.executable, "-m", "monai.bundle", "run", "reference", "--config_file", configs, "--dataset_dir", str(folder)]
     command += ["--datalist", tmp_path / "datalist.json", "--output_dir", tmp_path, "--checkpoint", checkpoint]
-    command += ["--tasks", "{'classification': 1.0}"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"datalist.json", "reference.pt", "manifest.txt"}

@@ -18,7 +18,7 @@ TINY = {
     "decoder_channels": (16, 8, 8, 8, 8),
     "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "detections_per_image": 5},
 }
-OTHER = {"backbone": "regnety_002", "width": 1.0, "in_channels": 3, "segmentation_channels": 2, "skips": False}
+OTHER = {"backbone": "regnety_002", "width": 1.0, "in_channels": 3, "segmentation_classes": ["a", "b"], "skips": False}
 OTHER["decoder_channels"] = (16, 8)  # the rest by sub-pixel convolution
 # [backend, arguments of the network, shape of the images]
 CASES = [

@@ -19,6 +19,8 @@ from some_tasks import some_tasks
 from torch import nn
 from torchvision.ops import masks_to_boxes
 
+from bundle.names import TASKS
+
 ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS, LESION = 40, 64, (slice(8, 20), slice(30, 54))
 # Axes of the file as (axis of the patient's L P S, direction): as drawn, flipped, turned by 90 degrees, slice axis first.
@@ -58,9 +60,10 @@ def predict(source, output_dir, network=None, **knobs):
 
     Without flips: the boxes of the network that stands in lie on one another and would be fused.
     """
-    config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", "flips": False, **knobs}
-    files = [str(ROOT / f"configs/{name}.json") for name in ("inference", "preset_smoke")]
-    workflow = ConfigWorkflow(files, logging_file=False, **config)
+    knobs = {"tasks": dict.fromkeys(TASKS, 1.0), "image_size": 64, "batch_size": 4, "flips": False, **knobs}
+    config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", **knobs}
+    workflow = ConfigWorkflow(str(ROOT / "configs/inference.json"), logging_file=False, **config)
+    workflow.parser["model"] = "$bundle.networks.read_model(None, @network_knobs)"
     workflow.parser["run"] = workflow.parser["run"][1:]  # no weights to load
     workflow.parser["network"] = "$@stand_in.to(@device)"
     workflow.parser["stand_in"] = network or Bright()

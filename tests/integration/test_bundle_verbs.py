@@ -20,7 +20,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT.parent / "shared/meta_schema_20240725.json"
-SMOKE = ROOT / "configs/preset_smoke.json"
 OFFLINE = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "HTTP", "HTTPS")}  # nothing listens there
 VERBS = ("verify_metadata", "verify_net_in_out", "ckpt_export", "onnx_export", "run", "run_workflow")
 PLACES = ("archive", "elsewhere")
@@ -68,7 +67,7 @@ def places(archive, bare_python, checkpoint, phantom_dir, tmp_path_factory):
     clean["PYTHONDONTWRITEBYTECODE"] = "1"
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     knobs = {name: ["--dataset_dir", out / "scan", "--output_dir", out / name] for name in PLACES}
-    away = ["--bundle_root", ROOT, "--checkpoint", checkpoint]
+    away = ["--bundle_root", ROOT]
     return {
         "archive": (bare_python, archive, Path("."), out, knobs["archive"], clean),
         "elsewhere": (sys.executable, elsewhere, ROOT, out, [*knobs["elsewhere"], *away], {**clean, "PYTHONPATH": str(ROOT)}),
@@ -78,7 +77,8 @@ def places(archive, bare_python, checkpoint, phantom_dir, tmp_path_factory):
 def words_of(verb: str, place: str, root: Path, out: Path, knobs: list, weights: Path) -> list:
     """A verb of `python -m monai.bundle` as a user types it, with what follows it."""
     meta = ["--meta_file", root / "configs/metadata.json"]
-    config = ["--config_file", str([str(root / "configs/inference.json"), str(SMOKE)])]
+    config = ["--config_file", root / "configs/inference.json"]
+    config += ["--checkpoint", weights] if place == "elsewhere" else []
     export = ["network_def", "--ckpt_file", weights, *meta, *config, "--filepath"]
     return {
         "verify_metadata": [*meta, "--filepath", SCHEMA],
@@ -111,15 +111,14 @@ def test_verb(verb, place, places, checkpoint, seconds):
 
 @pytest.fixture
 def network(checkpoint, phantom_dir, tmp_path):
-    """`network_def` of the workflow that MONAI creates for the overlay."""
-    files = [str(ROOT / "configs/inference.json"), str(SMOKE)]
+    """`network_def` of the workflow that MONAI creates for a checkpoint."""
     knobs = {"dataset_dir": phantom_dir / "images", "output_dir": tmp_path, "checkpoint": checkpoint, "bundle_root": ROOT}
     knobs = {key: str(value) for key, value in knobs.items()}
-    return monai.bundle.create_workflow(config_file=files, workflow_type="inference", **knobs).network_def
+    return monai.bundle.create_workflow(config_file=str(ROOT / "configs/inference.json"), workflow_type="inference", **knobs).network_def
 
 
 def load(checkpoint, **arguments):
-    """`monai.bundle.load`, which reads inference.json alone and is given the network of the overlay."""
+    """`monai.bundle.load`, which is given the network of another checkpoint than models/model.pt."""
     arguments = {"bundle_dir": ROOT.parent, "workflow_type": "inference", "device": "cpu", **arguments}
     return monai.bundle.load(ROOT.name, model_file=str(checkpoint), **arguments)
 

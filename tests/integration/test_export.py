@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(
     r"^    python -m monai\.bundle (\S+_export tensor_net .*)$", (ROOT / "docs/bundle.md").read_text(), re.M
 )
-CONFIG = "['configs/inference.json','configs/preset_smoke.json']"
 # configs/preset_smoke.json
 SMOKE = {"width": 0.125, "decoder_channels": [32, 32, 16, 8, 8], "image_size": 64}
 SMOKE["detection"] = {"fpn_channels": 16, "box_features": 32, "mask_channels": [16], "detections_per_image": 10}
@@ -43,9 +42,8 @@ def test_the_exported_file_answers_as_the_network(network, name, answers, tmp_pa
     replaced = {
         "models/model.pt": str(tmp_path / "model.pt"),
         f"models/{name}": str(tmp_path / name),
-        "configs/inference.json": CONFIG,
     }
-    Fire(monai.bundle, command=[replaced.get(word, word.replace("256,256", "64,64")) for word in words])
+    Fire(monai.bundle, command=[*[replaced.get(word, word.replace("256,256", "64,64")) for word in words], "--checkpoint", str(tmp_path / "model.pt")])
     exported = read_exported(str(tmp_path / name), TASKS)
     image = torch.rand(3, 1, 64, 64)
     with torch.no_grad():

@@ -11,11 +11,11 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SMOKE = [str(ROOT / "configs/inference.json"), str(ROOT / "configs/preset_smoke.json")]
+INFERENCE = ROOT / "configs/inference.json"
 
 
 def predict(*arguments):
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(SMOKE), *map(str, arguments)]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -42,14 +42,14 @@ def test_the_bundle_runner_predicts_as_chestct_does(phantom_dir, checkpoint, che
     [
         ("input", "empty", "error: input: empty: found no "),
         ("checkpoint", "missing.pt", "error: missing.pt: no such checkpoint"),
-        ("width", 0.25, "error: model.pt: found encoder."),
+        ("backbone", "resnet18", "error: backbone: found 'resnet18', expected "),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line_before_any_work(checkpoint, tmp_path, knob, value, line):
     (tmp_path / "empty").mkdir()
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "x.png")
     knobs = {"input": tmp_path / "x.png", "checkpoint": checkpoint, "output_dir": tmp_path / "out"}
-    knobs[knob] = tmp_path / value if isinstance(value, str) else value
+    knobs[knob] = value if knob == "backbone" else tmp_path / value
     done = predict(*(part for name, given in knobs.items() for part in (f"--{name}", given)))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     shown = done.stderr.strip().splitlines()[-1].replace(f"{tmp_path}/", "").replace(f"{checkpoint.parent}/", "")
@@ -57,21 +57,20 @@ def test_wrong_arguments_are_refused_in_one_line_before_any_work(checkpoint, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_inference_and_evaluation_have_every_property_monai_asks_for(phantom_dir):
-    evaluation = [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "evaluate")]
-    for files, folder in ((SMOKE, phantom_dir / "images"), (evaluation, phantom_dir)):
+def test_inference_and_evaluation_have_every_property_monai_asks_for(phantom_dir, checkpoint):
+    evaluation = [str(ROOT / f"configs/{name}.json") for name in ("train", "evaluate")]
+    for files, folder in ((str(INFERENCE), phantom_dir / "images"), (evaluation, phantom_dir)):
         meta = str(ROOT / "configs/metadata.json")
         workflow = ConfigWorkflow(
-            files, workflow_type="inference", meta_file=meta, logging_file=False, dataset_dir=str(folder)
+            files, workflow_type="inference", meta_file=meta, logging_file=False, dataset_dir=str(folder), checkpoint=str(checkpoint)
         )
         workflow.initialize()
         assert workflow.check_properties() == []
-        assert len(workflow.dataset) == (18 if files == SMOKE else 6)
+        assert len(workflow.dataset) == (18 if files == str(INFERENCE) else 6)
 
 
-@pytest.mark.parametrize("preset", ["preset_cpu", "preset_vgg13", "preset_smoke"])
-def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same(preset):
-    train, inference = ({**config(name), **config(preset)} for name in ("train", "inference"))
+def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same():
+    train, inference = config("train"), config("inference")
     # Training reads records, with masks; inference reads slices of scans. What is done to the image is the same.
     known = {"keys": "image", "mode": "bilinear"}
     trained = [
@@ -79,24 +78,9 @@ def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same(preset):
         for item in train["preprocessing"]["transforms"]
     ]
     assert inference["preprocessing"]["transforms"][1:] == trained[1:]
-    network = {key: value for key, value in train["network_def"].items() if key != "pretrained"}
-    assert inference["multitask_net"] == network
-    own = {"imports", "initialize", "run", "dataset_dir", "output_dir", "preprocessing", "network_def", "network"}
+    assert {**inference["multitask_net"], "pretrained": "@pretrained"} == train["network_def"]
+    own = {"model", "network_knobs", "tasks", "checkpoint"} | {"imports", "initialize", "run", "dataset_dir", "output_dir", "preprocessing", "network_def", "network"}
     own |= {"dataset", "dataloader", "inferer", "handlers", "evaluator", "data"}
     for knob in train.keys() & inference.keys() - own:
         assert inference[knob] == train[knob], knob
-    assert {"backbone", "tasks", "classes", "image_size", "window", "detection"} <= train.keys() & inference.keys() - own
-
-
-OVERLAYS = sorted(
-    path.stem for kind in ("backbone", "preset", "stage") for path in (ROOT / "configs").glob(f"{kind}_*.json")
-)
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_overlays_of_training_do_inference_no_harm(overlay):
-    parser = ConfigParser()
-    parser.read_config([str(ROOT / "configs/inference.json"), str(ROOT / f"configs/{overlay}.json")])
-    network = parser.get_parsed_content("multitask_net")
-    assert set(network.heads) == set(parser["tasks"])
-    assert parser.get_parsed_content("postprocessing") is not None
+    assert {"backbone", "classes", "image_size", "window", "detection"} <= train.keys() & inference.keys() - own

@@ -17,7 +17,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/monailabel.sh"
-SMOKE = ROOT / "configs/preset_smoke.json"
 AFFINE = np.array([[-5.0, 0, 0, 160], [0, -6, 0, 150], [0, 0, 6, -30], [0, 0, 0, 1]])
 
 
@@ -122,7 +121,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(environment, weights, studies):
-    command = ["bash", SCRIPT, "start", studies, "--checkpoint", weights, "--config", SMOKE]
+    command = ["bash", SCRIPT, "start", studies, "--checkpoint", weights]
     started = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     log = Path(environment["MONAILABEL_DIR"]) / "server.log"
     assert started.returncode == 0, started.stderr + (log.read_text()[-3000:] if log.exists() else "")

@@ -11,31 +11,22 @@ from monai.bundle import ConfigParser
 from bundle.monailabel import make_faces
 
 ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "configs/preset_smoke.json"
 
 
 @pytest.fixture(scope="session")
-def source():
+def source(checkpoint):
     """configs/inference.json for the smallest network, parsed."""
     parser = ConfigParser()
-    parser.read_config([ROOT / "configs/inference.json", SMOKE])
+    parser.read_config(ROOT / "configs/inference.json")
     parser.read_meta(ROOT / "configs/metadata.json")
+    parser["checkpoint"] = str(checkpoint)
     return parser
 
 
 @pytest.fixture(scope="session")
-def weights(source, tmp_path_factory):
-    """Untrained weights of the smallest network."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "model.pt"
-    torch.save(source.get_parsed_content("multitask_net").state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def faces(weights, tmp_path_factory):
+def faces(checkpoint, tmp_path_factory):
     """Face -> folder; only to be read."""
-    made = make_faces(tmp_path_factory.mktemp("faces"), weights, [SMOKE])
+    made = make_faces(tmp_path_factory.mktemp("faces"), checkpoint)
     return {face.name.removeprefix("chest_ct_"): face for face in made}
 
 
@@ -69,7 +60,7 @@ def ask():
     def ask(face, path, changes=None, dropout=0.0):
         parser = ConfigParser()
         parser.read_config(face / "configs/inference.json")
-        parser["device"] = "cpu"
+        parser["device"], parser["bundle_root"] = "cpu", str(face)
         parser["network_def"]["dropout"] = dropout
         for id, value in (changes or {}).items():
             parser[id] = value

@@ -11,18 +11,8 @@ from bundle.monailabel import make_faces
 from bundle.monailabel.faces import main
 from bundle.networks import MultiTaskNet
 
-SMOKE = Path(__file__).parents[2] / "configs/preset_smoke.json"
-NETWORK = (
-    "tasks",
-    "backbone",
-    "width",
-    "decoder_channels",
-    "skips",
-    "detection",
-    "image_size",
-    "classes",
-    "segmentation_classes",
-)
+CONFIGS = Path(__file__).parents[2] / "configs"
+KNOBS = ("tasks", "backbone", "decoder_channels", "skips", "detection", "image_size", "window", "classes", "segmentation_classes")
 
 
 def config(face, name="inference"):
@@ -34,12 +24,12 @@ def test_the_faces_are_the_bundle_as_it_is_now(faces, source):
     expected = source.get_parsed_content("multitask_net").state_dict()
     for name, face in faces.items():
         made = config(face)
-        for knob in (*NETWORK, "window"):
+        for knob in KNOBS:
             assert made[knob] == source[knob], (name, knob)
         assert made["slice_preprocessing"] == source["preprocessing"]
         renamed = json.dumps(source["postprocessing"]).replace("@preprocessing", "@slice_preprocessing")
         assert made["slice_postprocessing"] == json.loads(renamed)
-        parser = ConfigParser(made)
+        parser = ConfigParser({**made, "bundle_root": str(face)})
         network = parser.get_parsed_content("network_def")
         assert type(network) is MultiTaskNet
         weights = torch.load(face / "models/model.pt", weights_only=True)
@@ -74,7 +64,7 @@ def test_what_monai_label_reads_first_from_the_metadata(faces):
 
 def test_a_face_keeps_nothing_that_it_does_not_use(faces):
     for face in faces.values():
-        assert not {"worklist", "evaluator", "dataset_dir", "checkpoint", "run"} & config(face).keys()
+        assert not {"worklist", "evaluator", "dataset_dir", "run"} & config(face).keys()
     train = config(faces["segmentation"], "train")
     assert not {"datalist", "records", "dataset_dir", "stages", "training"} & train.keys()
     assert train["tasks"] == {"segmentation": 1.0}
@@ -83,7 +73,7 @@ def test_a_face_keeps_nothing_that_it_does_not_use(faces):
 
 def test_dropout_that_monai_label_sets_reaches_the_decoder_and_the_inferer(faces):
     for dropout in (0.0, 0.3):
-        parser = ConfigParser(config(faces["segmentation"]))
+        parser = ConfigParser({**config(faces["segmentation"]), "bundle_root": str(faces["segmentation"])})
         parser["network_def"]["dropout"] = dropout
         head = parser.get_parsed_content("network_def").heads["segmentation"]
         rates = {module.p for module in head.modules() if isinstance(module, torch.nn.Dropout)}
@@ -91,40 +81,42 @@ def test_dropout_that_monai_label_sets_reaches_the_decoder_and_the_inferer(faces
         assert parser.get_parsed_content("inferer").monte_carlo is (dropout > 0)
 
 
-def test_weights_that_were_trained_on_are_kept_until_others_are_named(weights, tmp_path):
-    face = make_faces(tmp_path, weights, [SMOKE])[0]
-    trained = {name: value + 1 for name, value in torch.load(weights, weights_only=True).items()}
+def test_weights_that_were_trained_on_are_kept_until_others_are_named(checkpoint, tmp_path):
+    face = make_faces(tmp_path, checkpoint)[0]
+    trained = torch.load(checkpoint, weights_only=True)
+    trained["encoder.features.0.bias"] += 1
     torch.save(trained, face / "models/model.pt")
-    make_faces(tmp_path, None, [SMOKE])
+    make_faces(tmp_path)
     kept = torch.load(face / "models/model.pt", weights_only=True)
     assert all(torch.equal(kept[name], trained[name]) for name in trained)
-    make_faces(tmp_path, weights, [SMOKE])
-    assert (face / "models/model.pt").read_bytes() == weights.read_bytes()
+    make_faces(tmp_path, checkpoint)
+    assert (face / "models/model.pt").read_bytes() == checkpoint.read_bytes()
 
 
-def test_weights_of_another_network_are_refused_in_one_line(weights, tmp_path, capsys):
+def test_a_config_of_another_network_is_refused_in_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "own.json").write_text(json.dumps({"classes": ["healthy", "ill", "dead"]}))
     with pytest.raises(SystemExit) as end:
-        main([str(tmp_path / "faces"), "--checkpoint", str(weights)])
+        main([str(tmp_path / "faces"), "--checkpoint", str(checkpoint), "--config", str(tmp_path / "own.json")])
     assert end.value.code == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert message.startswith(f"error: {weights}: found encoder.") and "another network" in message
+    assert message.startswith("error: classes: found ['healthy', 'ill', 'dead'], expected ['other', 'COVID-19', 'lung cancer'], as")
     assert not (tmp_path / "faces/chest_ct_segmentation/models/model.pt").exists()
 
 
-def test_a_config_that_is_not_there_is_named(weights, tmp_path):
-    with pytest.raises(UserError, match="nowhere.json: no such config, expected a file such as"):
-        make_faces(tmp_path, weights, ["nowhere.json"])
+def test_a_config_that_is_not_there_is_named(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="nowhere.json: no such config, expected an overlay"):
+        make_faces(tmp_path, checkpoint, ["nowhere.json"])
 
 
-def test_a_config_that_tells_how_to_train_is_refused(weights, tmp_path):
+def test_a_config_that_tells_how_to_train_is_refused(checkpoint, tmp_path):
     with pytest.raises(
         ValueError, match=r"multi_gpu_train.json: found 'train#dataloader#sampler', which does not fit inference"
     ):
-        make_faces(tmp_path, weights, [SMOKE, SMOKE.with_name("multi_gpu_train.json")])
+        make_faces(tmp_path, checkpoint, [CONFIGS / "multi_gpu_train.json"])
 
 
-def test_a_network_without_the_head_of_a_face_is_refused(weights, tmp_path):
-    (tmp_path / "one.json").write_text(json.dumps({"tasks": {"segmentation": 1.0}}))
+def test_a_network_without_the_head_of_a_face_is_refused(save_smoke, tmp_path):
+    save_smoke(tmp_path / "one.pt", tasks={"segmentation": 1.0})
     with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them for chest_ct_class"):
-        make_faces(tmp_path / "faces", weights, [SMOKE, tmp_path / "one.json"])
+        make_faces(tmp_path / "faces", tmp_path / "one.pt")

@@ -3,8 +3,10 @@ from itertools import chain, combinations
 import pytest
 import torch
 
+import bundle
 from bundle.errors import UserError
-from bundle.networks import MultiTaskNet, freeze_encoder, load_weights
+from bundle.networks import MultiTaskNet, freeze_encoder
+from bundle.networks.multitask import FORMAT, decode
 from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
@@ -32,7 +34,7 @@ CASES += [
 ]
 CASES += [
     [
-        {**TINY, "tasks": TASKS, "in_channels": 3, "num_classes": 5, "segmentation_channels": 2, "skips": False},
+        {**TINY, "tasks": TASKS, "in_channels": 3, "classes": list("abcde"), "segmentation_classes": ["a", "b"], "skips": False},
         (2, 3, 64, 64),
         {CLASSIFICATION: (2, 5), SEGMENTATION: (2, 2, 64, 64), RECONSTRUCTION: (2, 3, 64, 64)},
     ],
@@ -84,6 +86,25 @@ def test_the_embedding_is_the_mean_of_the_deepest_features_in_each_quarter():
 def test_a_task_that_is_absent_has_no_parameters(tasks):
     names = {name.split(".")[1] for name in MultiTaskNet(**TINY, tasks=tasks).state_dict() if name.startswith("heads.")}
     assert names == set(tasks)
+
+
+def test_a_state_dict_describes_the_network_and_changes_hands_by_torch_alone(tmp_path):
+    arguments = {**TINY, "tasks": TASKS, "classes": ["healthy", "ill"], "window": (-1000, 300), "cropping": "body"}
+    network = MultiTaskNet(**arguments, sources=["a"], temperature=1.5)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    said = decode(saved["_extra_state"])
+    assert said == network.description and (said["format"], said["version"]) == (FORMAT, bundle.__version__)
+    assert {name: said[name] for name in ("tasks", "classes", "window", "cropping", "image_size")} == {
+        "tasks": list(TASKS), "classes": ["healthy", "ill"], "window": [-1000, 300], "cropping": "body", "image_size": 64
+    }
+    assert said["detection"]["fpn_channels"] == 8 and said["detection"]["anchor_sizes"][0] == [4, 7], "defaults too"
+    other = MultiTaskNet(**arguments)
+    other.load_state_dict({name: value / 1.0 for name, value in saved.items()})  # federated learning makes numbers of bytes
+    assert other.description == said
+    with pytest.raises(UserError, match=r"classes: found weights for \['healthy', 'ill'\], expected weights for \['ill', 'healthy"):
+        MultiTaskNet(**{**arguments, "classes": ["ill", "healthy"]}).load_state_dict(saved)
+    MultiTaskNet(**arguments).load_state_dict({name: saved[name] for name in saved if name != "_extra_state"})
 
 
 def scalar(output, task):
@@ -182,97 +203,6 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_an_image_that_does_not_fit_is_refused_with_the_size_to_use(shape, message):
     with pytest.raises(ValueError, match=message):
         MultiTaskNet(**TINY, tasks=TASKS)(torch.rand(shape))
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """Weights of classification and reconstruction, and the network that has them."""
-    network = MultiTaskNet(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    return tmp_path / "model.pt", network
-
-
-def equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_weights_of_the_parts_that_both_have_are_loaded(checkpoint, wrapped):
-    path, source = checkpoint
-    if wrapped:  # last.pt of a run
-        torch.save({"network": source.state_dict(), "history": []}, path)
-    network = MultiTaskNet(**TINY, tasks=(SEGMENTATION, RECONSTRUCTION))
-    fresh = {key: value.clone() for key, value in network.heads[SEGMENTATION].state_dict().items()}
-    assert load_weights(network, path) == ["encoder", RECONSTRUCTION]
-    assert equal(network.encoder, source.encoder) and equal(network.heads[RECONSTRUCTION], source.heads[RECONSTRUCTION])
-    assert all(torch.equal(value, fresh[key]) for key, value in network.heads[SEGMENTATION].state_dict().items())
-
-
-def test_strict_loading_wants_every_head(checkpoint):
-    path, source = checkpoint
-    network = MultiTaskNet(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
-    assert load_weights(network, path, strict=True) == ["encoder", CLASSIFICATION, RECONSTRUCTION]
-    assert equal(network, source)
-    with pytest.raises(ValueError, match=r"model.pt: found heads.segmentation\.\S+ absent, expected \(.*tasks"):
-        load_weights(MultiTaskNet(**TINY, tasks=(SEGMENTATION,)), path, strict=True)
-
-
-@pytest.mark.parametrize(
-    ("task", "change"), [(CLASSIFICATION, {"num_classes": 2}), (SEGMENTATION, {"segmentation_channels": 3})]
-)
-def test_a_head_of_other_classes_is_loaded_but_for_its_output_layer(tmp_path, task, change):
-    source = MultiTaskNet(**TINY, tasks=(task, RECONSTRUCTION))
-    torch.save(source.state_dict(), tmp_path / "model.pt")
-    network = MultiTaskNet(**{**TINY, **change}, tasks=(task, RECONSTRUCTION))
-    output = list(network.heads[task].state_dict())[-2:]
-    fresh = {key: network.heads[task].state_dict()[key].clone() for key in output}
-    with pytest.raises(ValueError, match=rf"found heads.{task}.{output[0]} \(.*\), expected \(.*set the tasks, classes, "):
-        load_weights(network, tmp_path / "model.pt", strict=True)
-    assert load_weights(network, tmp_path / "model.pt") == ["encoder", f"{task} but its output layer", RECONSTRUCTION]
-    before, after = source.heads[task].state_dict(), network.heads[task].state_dict()
-    assert all(torch.equal(after[key], fresh.get(key, before[key])) for key in before)
-    assert equal(network.encoder, source.encoder) and equal(network.heads[RECONSTRUCTION], source.heads[RECONSTRUCTION])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"width": 0.25},
-            r"found encoder.features.0.weight \(8, 1, 3, 3\), expected \(16, 1, 3, 3\); it was made with another",
-        ),
-        ({"backbone": "vgg13"}, r"found encoder\.features\.2\.weight absent, expected \(8, 8, 3, 3\)"),
-        ({"backbone": "regnety_002", "width": 1.0}, r"found encoder\.model\.\S+ absent, expected"),
-        ({"decoder_channels": (16, 8, 8, 8, 4)}, r"found heads.reconstruction\.\S+ \(8, .*\), expected \(4, "),
-    ],
-)
-def test_weights_of_another_architecture_are_refused_and_nothing_is_changed(checkpoint, change, message):
-    path, _ = checkpoint
-    network = MultiTaskNet(**{**TINY, **change}, tasks=TASKS)
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        load_weights(network, path)
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 broken zip"], ids=["empty", "text", "broken"])
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
-    (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model.pt: cannot be read as a checkpoint") as caught:
-        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "model.pt")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    torch.save([1, 2, 3], tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model.pt: found encoder\.\S+ absent, expected"):
-        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "model.pt")
-
-
-def test_a_missing_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none.pt: no such checkpoint; train first, or name another one"):
-        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "none.pt")
 
 
 def test_a_frozen_encoder_keeps_its_weights_and_its_statistics():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from bundle.training.curriculum import trained_tasks
+from bundle.networks.weights import trained_tasks
 from bundle.training.trainer import RunRecorder
 from bundle.files import list_files, stop_listing, write_json
 from bundle.names import TASKS
@@ -231,14 +231,12 @@ def test_curriculum_measures_every_trained_task_after_every_stage_and_skips_what
 
 
 def test_a_head_for_other_classes_waits_for_the_stage_that_trains_it(curriculum, run, tmp_path):
-    first = weights(run(tmp_path / "first", tasks={"segmentation": 1.0, "reconstruction": 1.0}))
-    for name in ("weight", "bias"):
-        key = f"heads.segmentation.output.0.{name}"
-        first[key] = torch.cat([first[key], first[key]])
-    torch.save(first, tmp_path / "two_classes.pt")
-    out = curriculum(init_checkpoint=str(tmp_path / "two_classes.pt"), stages=dict.fromkeys(STAGES[:2], {}))
+    scar = {"tasks": {"segmentation": 1.0, "reconstruction": 1.0}, "segmentation_classes": ["scar"]}
+    first = weights(run(tmp_path / "first", **scar))
+    lesion = {"init_checkpoint": str(tmp_path / "first/model.pt"), "segmentation_classes": ["lesion"]}
+    out = curriculum(stages=dict.fromkeys(STAGES[:2], {}), **lesion)
     measured = [json.loads((out / stage / "validation/metrics.json").read_text()).keys() for stage in STAGES[:2]]
-    assert measured[0] == {"classification", "reconstruction"}, "the head of two lesion classes is not that of one"
+    assert measured[0] == {"classification", "reconstruction"}, "the head of scars is not that of lesions"
     assert measured[1] == {"classification", "segmentation", "reconstruction"}
     block = "heads.segmentation.blocks.0.convs.conv_0.conv.weight"
     assert torch.equal(weights(out / "stage_classification")[block], first[block]), "but is handed on"
