@@ -340,7 +340,8 @@ def test_every_knob_has_a_case(workflow):
 
 
 @pytest.mark.parametrize(("workflow", "knob"), [(workflow, knob) for workflow in WORKFLOWS for knob in CASES[workflow]])
-def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, tmp_path):
+def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where relative paths among the values lead
     value, components, *others = CASES[workflow][knob]
     usual = {id: entry for entries in others for id, entry in entries.items()}
     usual, changed = (Opened(workflow, phantom_dir, tmp_path, entries) for entries in (usual, {**usual, knob: value}))
