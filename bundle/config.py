@@ -44,7 +44,8 @@ TYPES = {
 def running_workflow() -> ConfigWorkflow:
     """The workflow whose expression is being evaluated.
 
-    MONAI gives an expression no handle on the workflow that evaluates it, so it is looked up among the callers.
+    MONAI gives an expression no handle on the workflow that evaluates it, so it is looked up among the callers, once: a config
+    keeps it under the id `workflow`, and whoever needs it gets it as an argument.
 
     Raises:
         RuntimeError: if no `monai.bundle.ConfigWorkflow` is among the callers.
@@ -107,15 +108,18 @@ def merge_overlays(file, overlays: Sequence) -> dict:
     return without_metadata(parser.get())
 
 
-def check_running(workflow: str) -> None:
+def check_running(running: ConfigWorkflow, workflow: str) -> None:
     """`check_config` on the running configuration; made for the id `initialize` of a config, so that no work has begun.
 
     Where the phantom data are used because no other were named, a line says so.
 
     Args:
+        running: of `running_workflow`.
         workflow: one of `WORKFLOWS`.
+
+    Raises:
+        UserError: if there is no id of this name to run, or of `check_config`.
     """
-    running = running_workflow()
     config = running.parser.get()
     if running.run_id not in config:
         others = "; calibrate, reference and grad_cam need configs/evaluate.json" if workflow == "train" else ""

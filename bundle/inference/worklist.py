@@ -17,10 +17,10 @@ from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
+from monai.bundle import ConfigWorkflow
 
 import bundle
 from bundle import files
-from bundle.config import running_workflow
 from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError, user_message
 from bundle.files import file_hash, write_table
@@ -218,10 +218,9 @@ def _read_prediction(path: Path) -> dict | None:
     return found if isinstance(found, dict) and "stamp" in found else None
 
 
-def fingerprint(*files) -> str:
+def fingerprint(workflow: ConfigWorkflow, *files) -> str:
     """Text that changes with the content of the files (those that exist) and with every knob that changes predictions."""
-    config = running_workflow().parser.get()
-    knobs = {id: value for id, value in config.items() if id not in WITHOUT_EFFECT and not id.startswith("_")}
+    knobs = {id: value for id, value in workflow.parser.get().items() if id not in WITHOUT_EFFECT and not id.startswith("_")}
     text = json.dumps(knobs, sort_keys=True, default=str)
     return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(text.encode()).hexdigest()])
 
