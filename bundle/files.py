@@ -43,8 +43,7 @@ def replacing(path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         yield temporary
-        for folder in _listing:
-            add_listed_file(path, folder)
+        list_file(path)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); check the disk and its permissions") from error
@@ -89,6 +88,7 @@ def list_files(folder) -> None:
 
     One relative path a line, added before the file is there. Other processes may list files of the same folder.
     """
+    list_file(Path(folder, MANIFEST))  # in those of the folders above
     _listing.add(os.path.abspath(folder))
 
 
@@ -97,12 +97,13 @@ def stop_listing(folder) -> None:
     _listing.discard(os.path.abspath(folder))
 
 
-def add_listed_file(path, folder) -> None:
-    """Add a file to the manifest of a folder, unless it is not below the folder or listed already."""
-    name = os.path.relpath(path, folder)
-    if Path(name).parts[0] != os.pardir and name not in listed_files(folder):
-        with Path(folder, MANIFEST).open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{name}\n")
+def list_file(path) -> None:
+    """Add a file to the manifests of all folders above it that are being listed."""
+    for folder in _listing:
+        name = os.path.relpath(path, folder)
+        if Path(name).parts[0] != os.pardir and name not in listed_files(folder):
+            with Path(folder, MANIFEST).open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"{name}\n")
 
 
 def listed_files(folder) -> list[str]:

@@ -18,7 +18,7 @@ from monai.utils import set_determinism
 from monai.utils.enums import CommonKeys
 
 from bundle.errors import UserError
-from bundle.files import add_listed_file, log_artifacts, write_checkpoint, write_json
+from bundle.files import list_file, log_artifacts, write_checkpoint, write_json
 from bundle.names import IMAGE, RECORD, SOURCE
 from bundle.networks import load_weights, read_weights
 from bundle.networks.weights import add_heads, describe, redescribe
@@ -78,16 +78,14 @@ def loss_terms(output: list[dict]) -> dict[str, float]:
 
 
 class RunRecorder:
-    """Handler that makes a training run repeatable, resumable and readable; attach it last.
+    """Make a training run repeatable, resumable and readable; attach this handler last.
 
-    Every epoch is seeded from (seed, epoch) alone, so an epoch depends on nothing but the state it starts from. After every
-    epoch the folder holds `last.pt` (network, optimiser, schedule, loss, gradient scaler, history; state_dicts and plain
-    numbers), `best.pt` (network of the epoch with the highest validation score), `history.json` and `curves.png`. The
-    evaluator's network may be an average of the trained one: then it is what `best.pt` and `model.pt` hold, and `last.pt`
-    holds both. A run that finds `last.pt` goes on from there. At the end `model.pt` holds the best network, with the heads of
-    `init_checkpoint` that this run did not have, and `metrics.json` the best epoch. All are written under a temporary name,
-    then renamed; `best.pt` before `last.pt`, so that a run killed between the two repeats the epoch and writes both. Of
-    several processes (see `bundle.training.distributed`) all keep the history and the first one writes.
+    Every epoch is seeded from (seed, epoch) alone. After every epoch the folder holds `last.pt` (the state_dicts of `state` and
+    the history), `best.pt` (the network of the epoch with the highest validation score), `history.json` and `curves.png`. A
+    run that finds `last.pt` goes on from it. At the end `model.pt` holds the best network, with the heads of `init_checkpoint`
+    that this run did not have, and `metrics.json` the best epoch. Where the evaluator's network is an average of the trained
+    one, `best.pt` and `model.pt` hold the average, and `last.pt` both. `best.pt` is written before `last.pt`, so that a run
+    killed between the two repeats the epoch. Of several processes all keep the history and the first one writes.
 
     Args:
         output_dir: folder of the run.
@@ -132,7 +130,7 @@ class RunRecorder:
             self.state["average"] = self.evaluator.network
         if idist.get_rank() == 0:
             for path in self.folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):  # TensorBoard's, of this run
-                add_listed_file(path, self.folder)
+                list_file(path)
         if self.history:  # federated learning trains on, epoch by epoch, with weights that it sets itself
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import UserError
-from bundle.files import listed_files, write_json
+from bundle.files import list_files, listed_files, remove_listed_files, stop_listing, write_json
 from bundle.training.run_folder import RESULTS, close_run, open_run
 
 CONFIG = {"seed": 0, "dataset_dir": "data", "output_dir": "run", "train": {"pretrained": "weights/rgb.pth"}}
@@ -58,6 +58,16 @@ def test_starting_anew_removes_what_the_run_has_written_and_nothing_else(begun, 
     assert not {"last.pt", "lungs"} & {path.name for path in begun.iterdir()}
     assert [path.name for path in (begun / "validation").iterdir()] == ["notes.txt"]
     assert listed_files(begun) == ["config.json", "environment.json"] and (tmp_path / "elsewhere.json").exists()
+
+
+def test_a_folder_knows_the_files_of_the_runs_below_it(tmp_path):
+    list_files(tmp_path)
+    open_run(tmp_path / "stage", CONFIG)
+    write_json({}, tmp_path / "stage/last.pt")
+    close_run(tmp_path / "stage")
+    stop_listing(tmp_path)
+    remove_listed_files(tmp_path)
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("resume", [True, False])
