@@ -70,6 +70,7 @@ class Scan:
         positions: in mm along the normal of the slices, for each; None without geometry, as are thickness and spacing.
         thickness: mm that each slice stands for: half the way to both neighbours.
         spacing: mm between rows and between columns of a slice as it is read.
+        turn: nibabel's orientation that turns the axes of the file to rows (to posterior), columns (to the left) and slices.
         oriented: whether the file says how it lies in space.
         sources: (path, frame) of each slice.
         warnings: what was noticed, one line each, without names or ids of patients.
@@ -87,8 +88,8 @@ class Scan:
         if min(self.shape) < 1:
             raise UserError(f"found a size of {tuple(shape)}")
         self.affine = self.positions = self.thickness = self.spacing = None
-        self._turn = _turn_to_view(np.diag([-1.0, -1, 1, 1]) if affine is None else np.asarray(affine, float))
-        self.axis = int(np.flatnonzero(self._turn[:, 0] == 2)[0])
+        self.turn = _turn_to_view(np.diag([-1.0, -1, 1, 1]) if affine is None else np.asarray(affine, float))
+        self.axis = int(np.flatnonzero(self.turn[:, 0] == 2)[0])
         self.oriented, self._voxels = True, None
         self.warnings: list[str] = []
         if affine is not None:
@@ -104,7 +105,7 @@ class Scan:
 
     def _measure(self, affine: np.ndarray) -> None:
         """Positions, thickness and spacing of the slices from their affine."""
-        rows, columns = (int(np.flatnonzero(self._turn[:, 0] == axis)[0]) for axis in (0, 1))
+        rows, columns = (int(np.flatnonzero(self.turn[:, 0] == axis)[0]) for axis in (0, 1))
         sides = nibabel.affines.voxel_sizes(affine)
         self.affine, self.spacing = affine, (float(sides[rows]), float(sides[columns]))
         normal = np.cross(affine[:3, rows], affine[:3, columns])
@@ -139,9 +140,9 @@ class Scan:
             UserError: see `read_stored`.
         """
         stored = np.expand_dims(self.read_stored(index), self.axis)
-        pixels = orientations.apply_orientation(stored, self._turn)[..., 0]
+        pixels = orientations.apply_orientation(stored, self.turn)[..., 0]
         x, y = (axis for axis in range(3) if axis != self.axis)
-        to_stored = orientations.inv_ornt_aff(self._turn, stored.shape)[np.ix_([y, x, 3], [0, 1, 3])]
+        to_stored = orientations.inv_ornt_aff(self.turn, stored.shape)[np.ix_([y, x, 3], [0, 1, 3])]
         meta = {
             "filename_or_obj": self.sources[index][0],
             "hounsfield": self.hounsfield,
@@ -174,6 +175,10 @@ class Scan:
         if not np.isfinite(plane).all():
             raise UserError(f"{file}: found NaN or infinite pixels, expected finite values")
         return plane
+
+    def read_volume(self) -> np.ndarray:
+        """All slices as they lie in the file: float32 of `shape`."""
+        return np.stack([self.read_stored(index) for index in range(len(self))], self.axis)
 
     def _plane(self, index: int) -> np.ndarray:
         """Values of a stored slice, (x, y)."""
@@ -384,7 +389,7 @@ def slice_size(path) -> SliceSize:
     scan = open_scan(path)
     if len(scan) != 1:
         raise UserError(f"found {len(scan)} slices in {path}, expected a single one")
-    columns, rows = (scan.shape[int(np.flatnonzero(scan._turn[:, 0] == axis)[0])] for axis in (1, 0))
+    columns, rows = (scan.shape[int(np.flatnonzero(scan.turn[:, 0] == axis)[0])] for axis in (1, 0))
     stored = tuple(scan.shape[axis] for axis in range(3) if axis != scan.axis)
     mode = None
     if scan.kind == "picture":

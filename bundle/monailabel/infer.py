@@ -33,10 +33,9 @@ class LoadVolumed(MapTransform):
         data = dict(data)
         for key in self.keys:
             scan = open_scan(data[key])
-            voxels = np.stack([scan.read_stored(index) for index in range(len(scan))], scan.axis)
             affine = torch.as_tensor(np.eye(4) if scan.affine is None else scan.affine)
             meta = {"filename_or_obj": scan.path, "original_affine": affine, "spatial_shape": scan.shape, "space": "RAS"}
-            data[key] = MetaTensor(torch.from_numpy(voxels)[None], affine=affine, meta=meta)
+            data[key] = MetaTensor(torch.from_numpy(scan.read_volume())[None], affine=affine, meta=meta)
         return data
 
 

@@ -5,64 +5,72 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
+from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from bundle.data.sources.common import Records, lesions, read_rows, write_picture
+from bundle.data.volumes import open_scan
 from bundle.errors import UserError
 from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
 logger = logging.getLogger(__name__)
-STORED_AS = "orientation"
+
+class Volume(NamedTuple):
+    """A volume turned to LPS: pixels (slices, rows, columns), and the affine (4, 4) from (row, column, slice) to LPS in mm."""
+
+    pixels: np.ndarray
+    affine: np.ndarray
+    turn: np.ndarray  # that its file needed
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """mm between columns, rows and slices."""
+        return tuple(nibabel.affines.voxel_sizes(self.affine)[[1, 0, 2]].tolist())
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where the first and the last voxel lie, in mm, one a row."""
+        slices, rows, columns = self.pixels.shape
+        return nibabel.affines.apply_affine(self.affine, [[0, 0, 0], [rows - 1, columns - 1, slices - 1]])
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, sitk.Image]:
-    """Pixels (slices, rows, columns) and image of a volume of any format of SimpleITK, turned to LPS.
-
-    The image's metadata keep the orientation of the file, such as RAS, under `STORED_AS`.
+def read_volume(path: Path) -> Volume:
+    """Read a volume of any format of `bundle.data.volumes`.
 
     Raises:
-        UserError: if there is no such file.
-        UserError: if it cannot be read or is no volume.
+        UserError: if there is no such file, it cannot be read, has no geometry, or axes that are not at right angles, on which
+            balls and boxes would be wrong.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a volume")
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read ({str(error).strip().splitlines()[-1]})") from None
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(f"{path}: found {image.GetDimension()} dimensions, expected a volume of one channel")
-    stored_as = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-    image = sitk.DICOMOrient(image, "LPS")
-    image.SetMetaData(STORED_AS, stored_as)
-    return sitk.GetArrayFromImage(image), image
+    scan = open_scan(path)
+    if scan.affine is None:
+        raise UserError(f"{path}: found a {scan.kind} without geometry, expected a volume")
+    axes = scan.affine[:3, :3] / nibabel.affines.voxel_sizes(scan.affine)
+    if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
+        raise UserError(f"{path}: found a sheared grid, expected axes at right angles; resample it")
+    pixels = apply_orientation(scan.read_volume(), scan.turn).transpose(2, 0, 1)
+    return Volume(pixels, np.diag([-1.0, -1, 1, 1]) @ scan.affine @ inv_ornt_aff(scan.turn, scan.shape), scan.turn)
 
 
-def read_annotated(path: Path, mask_path: Path) -> tuple[np.ndarray, sitk.Image, np.ndarray]:
-    """What `read_volume` returns for an image, and the pixels of its mask.
+def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
+    """A volume and the pixels of its mask.
 
     Raises:
         UserError: if their sizes differ, or their headers turn them differently and lay them to different places.
     """
-    (pixels, image), (masks, mask) = read_volume(path), read_volume(mask_path)
-    if masks.shape != pixels.shape:
-        raise UserError(f"{mask_path}: found shape {masks.shape}, expected {pixels.shape} as in {path}")
-    turned_alike = mask.GetMetaData(STORED_AS) == image.GetMetaData(STORED_AS)
-    if not turned_alike and (np.abs(_ends(mask) - _ends(image)) > image.GetSpacing()).any():
+    volume, mask = read_volume(path), read_volume(mask_path)
+    if mask.pixels.shape != volume.pixels.shape:
+        raise UserError(f"{mask_path}: found shape {mask.pixels.shape}, expected {volume.pixels.shape} as in {path}")
+    if not np.array_equal(mask.turn, volume.turn) and (np.abs(mask.ends - volume.ends) > volume.spacing).any():
         raise UserError(
             f"{mask_path}: found a header that turns the mask otherwise than {path} and lays it elsewhere, expected the same "
             "place in space; if their arrays agree as stored, give it the affine of the image"
         )
-    return pixels, image, masks
-
-
-def _ends(image: sitk.Image) -> np.ndarray:
-    """Where the first and the last voxel lie, in mm of LPS, one a row."""
-    last = [size - 1 for size in image.GetSize()]
-    return np.array([image.TransformIndexToPhysicalPoint(index) for index in ((0, 0, 0), last)])
+    return volume, mask.pixels
 
 
 def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> str:
@@ -94,11 +102,11 @@ def medseg_nifti(folder: Path, export: Path) -> Records:
 
     Value 3, pleural effusion, is no infection and becomes background. Patients are not named: every slice is a group.
     """
-    pixels, image, masks = read_annotated(folder / "tr_im.nii.gz", folder / "tr_mask.nii.gz")
+    volume, masks = read_annotated(folder / "tr_im.nii.gz", folder / "tr_mask.nii.gz")
     masks = np.where(masks == 3, 0, masks)
-    for index, (slice_, mask) in enumerate(zip(pixels, masks)):
+    for index, (slice_, mask) in enumerate(zip(volume.pixels, masks)):
         name = f"{index:03d}"
-        record = {IMAGE: write_slice(slice_, image.GetSpacing(), export / f"{name}.nii.gz"), MASK: EMPTY_MASK, GROUP: name}
+        record = {IMAGE: write_slice(slice_, volume.spacing, export / f"{name}.nii.gz"), MASK: EMPTY_MASK, GROUP: name}
         if mask.any():
             record[MASK] = write_picture(np.uint8(mask), export / f"{name}_mask.png")
         yield None, record
@@ -110,13 +118,13 @@ def msd_lung(folder: Path, export: Path) -> Records:
     Kept are the slices whose tumour has a part of at least `MIN_LESION_PIXELS`, and as many free of tumour.
     """
     labels = sorted(path for path in (folder / "labelsTr").glob("*.nii.gz") if not path.name.startswith("."))
-    for label, (pixels, image, masks) in _readable(labels, lambda label: read_annotated(folder / "imagesTr" / label.name, label)):
+    for label, (volume, masks) in _readable(labels, lambda label: read_annotated(folder / "imagesTr" / label.name, label)):
         name = label.name.removesuffix(".nii.gz")
         found = {index: lesions(mask) for index, mask in enumerate(masks) if mask.any()}
         free = [index for index in range(len(masks)) if index not in found]
         for index in with_as_many_free([index for index, (_, boxes) in found.items() if boxes], free):
             place = export / name / f"{index:03d}.nii.gz"
-            record = {IMAGE: write_slice(pixels[index], image.GetSpacing(), place), BOXES: [], GROUP: name}
+            record = {IMAGE: write_slice(volume.pixels[index], volume.spacing, place), BOXES: [], GROUP: name}
             if index in found:
                 instances, record[BOXES] = found[index]
                 record[INSTANCES] = write_picture(instances, place.with_name(f"{index:03d}_instances.png"))
@@ -139,22 +147,23 @@ def luna16(folder: Path, export: Path) -> Records:
             raise UserError(f"{place}: {error}, expected numbers in {', '.join(columns)}") from None
     scans = [path for path in sorted(folder.rglob("*.mhd")) if path.stem in nodules]
     scans = [path for path in scans if not any(parent.name.startswith("seg-lungs") for parent in path.parents)]
-    for path, (pixels, image) in _readable(scans, read_volume):
-        boxes, touched = _ball_boxes(nodules[path.stem], image)
-        free = [index for index in range(len(pixels)) if index not in touched]
+    for path, volume in _readable(scans, read_volume):
+        boxes, touched = _ball_boxes(nodules[path.stem], volume)
+        free = [index for index in range(len(volume.pixels)) if index not in touched]
         for index in with_as_many_free(sorted(boxes), free):
             place = export / path.stem / f"{index:03d}.nii.gz"
-            record = {IMAGE: write_slice(pixels[index], image.GetSpacing(), place), BOXES: boxes.get(index, [])}
+            record = {IMAGE: write_slice(volume.pixels[index], volume.spacing, place), BOXES: boxes.get(index, [])}
             yield None, {**record, GROUP: path.stem}
 
 
-def _ball_boxes(nodules: list[tuple[float, ...]], image: sitk.Image) -> tuple[dict[int, list], set[int]]:
+def _ball_boxes(nodules: list[tuple[float, ...]], volume: Volume) -> tuple[dict[int, list], set[int]]:
     """Slice -> boxes of the balls (x, y, z, diameter in mm) cut there, and the slices that any ball touches."""
-    (dx, dy, dz), (columns, rows, slices) = image.GetSpacing(), image.GetSize()
+    (dx, dy, dz), (slices, rows, columns) = volume.spacing, volume.pixels.shape
+    to_voxel = np.linalg.inv(volume.affine)
     boxes: dict[int, list] = {}
     touched, cut_thin = set(), set()
     for x, y, z, diameter in nodules:
-        column, row, centre = image.TransformPhysicalPointToContinuousIndex((x, y, z))
+        row, column, centre = nibabel.affines.apply_affine(to_voxel, (x, y, z))
         for index in range(slices):
             squared = (diameter / 2) ** 2 - ((index - centre) * dz) ** 2
             if squared <= 0:

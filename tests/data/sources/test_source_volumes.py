@@ -30,10 +30,17 @@ def chest():
 def test_volume_is_turned_to_lps(tmp_path, chest):
     hu, _ = chest
     save_ras(tmp_path / "v.nii.gz", hu)
-    pixels, image = read_volume(tmp_path / "v.nii.gz")
-    np.testing.assert_array_equal(pixels, hu)
-    np.testing.assert_allclose(image.GetSpacing(), (0.7, 0.9, 2.5), rtol=1e-6)
-    np.testing.assert_allclose(image.GetDirection(), np.eye(3).ravel())
+    volume = read_volume(tmp_path / "v.nii.gz")
+    np.testing.assert_array_equal(volume.pixels, hu)
+    np.testing.assert_allclose(volume.spacing, (0.7, 0.9, 2.5), rtol=1e-6)
+    columns, rows, slices = np.eye(3) * volume.spacing
+    np.testing.assert_allclose(volume.affine[:3, :3].T, [rows, columns, slices], atol=1e-6)
+
+
+def test_nan_around_the_field_of_view_is_air(tmp_path, chest):
+    hu = np.where(np.arange(COLUMNS) < 5, np.nan, chest[0])
+    save_ras(tmp_path / "v.nii.gz", hu, np.float32)
+    np.testing.assert_array_equal(read_volume(tmp_path / "v.nii.gz").pixels, np.nan_to_num(hu, nan=-1024))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +48,7 @@ def test_volume_is_turned_to_lps(tmp_path, chest):
     [
         (lambda path: None, "no such file, expected a volume"),
         (lambda path: path.write_bytes(b"no volume"), "cannot be read"),
-        (lambda path: nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5), np.int16), np.eye(4)), path), "expected a volume"),
+        (lambda path: nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 2, 2), np.int16), np.eye(4)), path), "2 or 3 axes"),
     ],
 )
 def test_bad_volumes_are_refused_in_one_line(tmp_path, make, complaint):
@@ -88,8 +95,8 @@ def test_a_mask_that_its_header_turns_must_lie_where_the_image_lies(tmp_path, ch
     lps[:2, 3] = 0.7 * (COLUMNS - 1), 0.9 * (ROWS - 1)
     stored = mask.transpose(2, 1, 0).astype(np.uint8)
     nibabel.save(nibabel.Nifti1Image(stored, lps), tmp_path / "mask.nii.gz")
-    pixels, _, masks = read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
-    np.testing.assert_array_equal(pixels, hu)
+    volume, masks = read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(volume.pixels, hu)
     np.testing.assert_array_equal(masks, mask)
     lps[0, 3] -= 2  # by more than a column, and less than the distance of the slices
     nibabel.save(nibabel.Nifti1Image(stored, lps), tmp_path / "mask.nii.gz")
@@ -109,7 +116,7 @@ def test_msd_lung(tmp_path, chest, samples, caplog):
     nibabel.save(sheared, tmp_path / "Task06_Lung/labelsTr/lung_003.nii.gz")
     nibabel.save(sheared, tmp_path / "Task06_Lung/imagesTr/lung_003.nii.gz")
     found = samples(tmp_path / "Task06_Lung")
-    assert "lung_003.nii.gz: cannot be read" in caplog.text and "this volume is left out" in caplog.text
+    assert "lung_003.nii.gz: found a sheared grid" in caplog.text and "this volume is left out" in caplog.text
     # Two slices with a tumour and two without; the one whose tumour is dust is neither.
     names = [sample["image"].meta["filename_or_obj"][-10:-7] for sample in found]
     assert sorted(names) == sorted(3 * ["000", "002", "003", "005"])
