@@ -83,9 +83,10 @@ def face_config(source: str, overlay: str, configs: Sequence = ()) -> dict:
         configs: overlays.
     """
     text = json.dumps(merge_overlays(ROOT / f"configs/{source}.json", configs))
+    config = json.loads(re.sub(r"@(pre|post)processing\b", r"@slice_\1processing", text) if source == "inference" else text)
     if source == "inference":
-        text = re.sub(r'(["@])(pre|post)processing\b', r"\1slice_\2processing", text)
-    parser = ConfigParser(json.loads(text))
+        config = {re.sub("^(pre|post)processing$", r"slice_\1processing", id): value for id, value in config.items()}
+    parser = ConfigParser(config)
     own = ConfigParser.load_config_file(OVERLAYS / f"{overlay}.json")
     for id, value in own.items():
         parser[id] = value
