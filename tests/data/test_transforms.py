@@ -41,10 +41,11 @@ def record(tmp_path):
     return {**files, "boxes": [BOX], "class": 1, "group": "p1", "source": "test"}
 
 
-def shipped(id, size=64):
-    """A component of configs/train.json as it is shipped, as a list of transforms."""
-    parser = ConfigParser(json.loads((ROOT / "configs/train.json").read_text()))
-    parser["image_size"] = size
+def shipped(id, size=64, file="train.json", **knobs):
+    """A component of a shipped configuration, as a list of transforms."""
+    parser = ConfigParser(json.loads((ROOT / "configs" / file).read_text()))
+    for name, value in {"image_size": size, **knobs}.items():
+        parser[name] = value
     return parser.get_parsed_content(id).transforms
 
 
@@ -62,6 +63,38 @@ def test_resize_and_padding_keep_the_aspect_and_move_boxes(record):
     np.testing.assert_allclose(sample["boxes"][0], extent(sample["mask"][0]), atol=1)
     assert sample["image"].shape == sample["mask"].shape == (1, 64, 64)
     assert sample["record"] == {"image": record["image"], "group": "p1", "source": "test"}
+
+
+def test_cropping_to_the_body_leaves_air_and_table_out_and_boxes_follow(tmp_path):
+    """A body with a lung and a lesion above a table; the lesion is as far from the edges of the body as it was drawn."""
+    image = np.zeros((120, 160), np.uint8)
+    image[30:90, 40:120] = 150  # body
+    image[40:80, 50:90] = 20  # lung
+    image[50:60, 60:70] = 220  # lesion
+    image[100:103, 10:150] = 150  # table
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray((image == 220).astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    record = {"image": str(tmp_path / "image.png"), "mask": str(tmp_path / "mask.png"), "boxes": [[60.0, 50.0, 70.0, 60.0]]}
+    sample = Compose([*shipped("preprocessing", 88, cropping="body"), FollowImaged()])(record)
+    # 80 columns and 4 pixels of margin each side make 88; 68 rows are padded by 10 above.
+    np.testing.assert_allclose(sample["boxes"][0], [24, 34, 34, 44], atol=0.01)
+    np.testing.assert_array_equal(extent(sample["mask"][0]), [24, 34, 34, 44])
+    assert sample["image"].shape == (1, 88, 88) and (sample["image"][0, -14:] == 0).all(), "no table"
+    whole = Compose([*shipped("preprocessing", 160, cropping=None), FollowImaged()])(record)
+    np.testing.assert_allclose(whole["boxes"][0], [60, 70, 70, 80], atol=0.01)
+
+
+def test_what_was_cropped_away_comes_back_as_nothing(tmp_path):
+    image = np.zeros((120, 160), np.uint8)
+    image[30:90, 40:120] = 150
+    image[50:60, 60:70] = 220
+    Image.fromarray(image).save(tmp_path / "image.png")
+    scale, crop, resize, pad = shipped("preprocessing", 128, "inference.json", cropping="body")[1:]
+    preprocessing = Compose([scale, crop, resize, pad])
+    before = preprocessing({"image": LoadSlice()(str(tmp_path / "image.png"))})
+    back = preprocessing.inverse({"image": before["image"]})["image"]
+    assert back.shape == (1, 120, 160)
+    assert (back[0, :25] == 0).all() and (back[0, :, 125:] == 0).all() and (back[0, 32:88, 42:118] > 0.4).all()
 
 
 @pytest.mark.parametrize("side", [100, 300, 630])
