@@ -179,6 +179,7 @@ TRAIN = {
         },
     ],
     "window": [[-200, 100], {"preprocessing": lambda w: of_transform(w["preprocessing"], "ScaleIntensityd").window}],
+    "cropping": ["body", {"model": lambda w: w["model"]["cropping"]}],
     "max_epochs": [
         7,
         {"trainer": lambda w: w["train#trainer"].state.max_epochs, "schedule": lambda w: w["lr_scheduler"].t_total},
@@ -248,8 +249,7 @@ EVALUATE = {
     "split": ["training", {"data": lambda w: [record["image"] for record in w["data"]]}],
     "bootstrap": [3, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").bootstrap}],
     "checkpoint": ["w.pt", {"run": lambda w: w.arguments("load_weights", "load")[1]}],
-    "classes": [["a"], {"grad_cam": lambda w: w.arguments("draw_attention", "grad_cam")[2]}, {"dataloader": None}],
-    "window": [[-200, 100], {"reference": lambda w: w.arguments("make_reference", "reference")[3]}],
+    "tasks": [{"detection": 1.0}, {"metrics": lambda w: names(w.handler("handlers", "MultiTaskMetrics"))}],
     "regions": [
         "lung",
         {
@@ -276,7 +276,7 @@ EVALUATE = {
     "device": ["meta", {"evaluator": lambda w: w["evaluator"].state.device}],
 }
 INFERENCE = {
-    "bundle_root": ["elsewhere", {"checkpoint": lambda w: w["checkpoint"], "output_dir": lambda w: w.default("output_dir")}],
+    "bundle_root": ["elsewhere", {"output_dir": lambda w: w.default("output_dir")}],
     "dataset_dir": ["elsewhere", {"input": lambda w: w.default("input")}],
     "input": ["none.png", {"worklist": lambda w: w.outcome("worklist")}],
     "output_dir": ["out", {"worklist": lambda w: w["worklist"].folder}],
@@ -289,28 +289,28 @@ INFERENCE = {
         ["a", "b"],
         {
             "head": lambda w: w.head("classification")[-1].out_features,
-            "predictor": lambda w: w["predictor"].tasks["classification"].classes,
+            "predictor": lambda w: of_task(w["predictor"], "classification").classes,
         },
     ],
     "segmentation_classes": [
         ["a", "b"],
         {
             "head": lambda w: sizes(w.head("segmentation").output),
-            "predictor": lambda w: w["predictor"].tasks["segmentation"].names,
+            "predictor": lambda w: of_task(w["predictor"], "segmentation").classes,
         },
     ],
     "tasks": [
         {"segmentation": 1.0},
         {
             "heads": lambda w: list(w["network"].heads),
-            "predictor": lambda w: list(w["predictor"].tasks),
+            "predictor": lambda w: names(w["predictor"]),
         },
     ],
-    **{knob: TRAIN[knob] for knob in ("backbone", "width", "decoder_channels", "skips", "dropout", "window")},
+    **{knob: TRAIN[knob] for knob in ("backbone", "width", "decoder_channels", "skips", "window", "cropping")},
     **{knob: case for knob, case in TRAIN.items() if knob.startswith("detection")},
     "image_size": [96, {"dataset": lambda w: w["dataset"][0]["image"].shape}],
-    "score_threshold": [0.9, {"boxes": lambda w: of_transform(w["postprocessing"], "BoxesToFiled").score_threshold}],
-    "link_iou": [0.9, {"predictor": lambda w: w["predictor"].tasks["detection"].link_iou}],
+    "score_threshold": [0.9, {"boxes": lambda w: of_task(w["postprocessing"], "detection").score_threshold}],
+    "link_iou": [0.9, {"predictor": lambda w: of_task(w["predictor"], "detection").link_iou}],
     "flips": [False, {"inferer": lambda w: type(w["inferer"])}],
     "backend": ["onnxruntime", {"network": lambda w: type(w["network"])}],
     "keep_identifiers": [True, {"run": lambda w: w.arguments("predict_scans")[3]}],
@@ -340,8 +340,11 @@ def test_every_knob_has_a_case(workflow):
 
 
 @pytest.mark.parametrize(("workflow", "knob"), [(workflow, knob) for workflow in WORKFLOWS for knob in CASES[workflow]])
-def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, tmp_path, monkeypatch):
+def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where relative paths among the values lead
+    for path in (tmp_path / "w.pt", tmp_path / "out/model.pt"):
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(checkpoint)
     value, components, *others = CASES[workflow][knob]
     usual = {id: entry for entries in others for id, entry in entries.items()}
     usual, changed = (Opened(workflow, phantom_dir, tmp_path, entries) for entries in (usual, {**usual, knob: value}))
