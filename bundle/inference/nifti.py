@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from PIL import Image
 
 
 class Volume:
@@ -22,7 +23,7 @@ class Volume:
         dtype: of the stored values.
         slope: what a stored 1 means: a reader gets stored * slope.
         oriented: whether the header states how the volume lies in space; if not, it states the spacing alone.
-        picture_scale: factor of the values where the volume is written as a picture.
+        picture_scale: factor of the values in a .png.
     """
 
     def __init__(
@@ -67,13 +68,16 @@ class Volume:
         return voxels
 
     def write(self, path) -> None:
-        """Write the file, with a name that ends in .nii.gz."""
+        """Write a file that ends in .nii.gz, or the one slice of a picture as a .png."""
+        if Path(path).suffix == ".png":
+            Image.fromarray((self.voxels()[..., 0].T * self.picture_scale).astype(self.dtype)).save(path)
+            return
         if self.axis == 2:  # the order in which the planes were appended is that of the file
             Path(path).write_bytes(self._stream())
             return
         with gzip.open(path, "wb", compresslevel=1) as file:
             file.write(self.header)
-            file.write(self.voxels().tobytes("F"))
+            file.write(self.voxels().reshape(-1, order="F"))  # a view: nothing is copied
 
     def _stream(self) -> bytes:
         return b"".join([*self._parts, self._compressor.copy().flush()])

@@ -16,6 +16,7 @@ from bundle.inference.writer import write_result
 from bundle.networks import Novelty
 from bundle.tasks import Task
 
+
 class Predictor:
     """Predict a scan: `predictor(scan)` gives its `Result`.
 

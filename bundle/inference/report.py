@@ -1,4 +1,4 @@
-"""The page of one scan: a single HTML file with its pictures in it, that asks nothing from the network."""
+"""The page of one scan: a single HTML file that contains its pictures and loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ LONGEST, LONGEST_REBUILT = 1024, 256  # longer sides are reduced to these, in pi
 
 
 class Report:
-    """Takes in the slices of a scan one by one, compressed at once, and writes the page.
+    """Collect the slices of a scan one by one, compressed at once, and write the page.
 
-    All arrays lie as `bundle.data.transforms.LoadSlice` turns a slice: rows to posterior, columns to the patient's left.
-    Slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both are
-    stored as JPEG, so that what the page shows is close to the values but not equal to them.
+    The rows of all arrays run to posterior, the columns to the patient's left, as in `bundle.data.volumes.Scan.read`. Slices in
+    HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both are stored as
+    JPEG, so that the page shows approximate values.
 
     Args:
         spacing: mm between rows and between columns; None where that is not known.
@@ -56,7 +56,7 @@ class Report:
         scores: np.ndarray,
         intensity_range: tuple[float, float],
     ) -> None:
-        """Take in the next slice.
+        """Add the next slice.
 
         Args:
             index: of the slice in the scan.
@@ -72,9 +72,9 @@ class Report:
         found = labels is not None and labels.any()
         rebuilt = None if reconstruction is None else (reconstruction.clip(0, 1) * 255).round().astype(np.uint8)
         pictures = {
-            "image": _jpeg(codes, LONGEST, QUALITY if codes.size > 256**2 else SMALL_QUALITY),
-            "labels": _palette_png(labels) if found else None,
-            "rebuilt": None if rebuilt is None else _jpeg(rebuilt, LONGEST_REBUILT, REBUILT_QUALITY),
+            "image": _picture(codes, LONGEST, "jpeg", quality=QUALITY if codes.size > 256**2 else SMALL_QUALITY),
+            "labels": _picture(labels, LONGEST, "png", Image.Resampling.NEAREST) if found else None,
+            "rebuilt": None if rebuilt is None else _picture(rebuilt, LONGEST_REBUILT, "jpeg", quality=REBUILT_QUALITY),
         }
         self.pictures.append(json.dumps(pictures))
         drawn = [{"box": [round(float(v), 1) for v in box], "score": float(score)} for box, score in zip(boxes, scores)]
@@ -161,26 +161,10 @@ def _stretched(pixels: np.ndarray, intensity_range: tuple[float, float]) -> tupl
     return codes, [[0, round(ends[0], 3)], [255, round(ends[1], 3)]]
 
 
-def _reduced(image: Image.Image, longest: int, resample: Image.Resampling) -> Image.Image:
-    scale = min(longest / max(image.size), 1.0)
-    return image if scale == 1 else image.resize([max(round(side * scale), 1) for side in image.size], resample)
-
-
-def _jpeg(codes: np.ndarray, longest: int, quality: int) -> str:
-    image = _reduced(Image.fromarray(codes), longest, Image.Resampling.BILINEAR)
-    return _data_url(image, "jpeg", quality=quality)
-
-
-def _palette_png(labels: np.ndarray) -> str:
-    """Colour k is the grey k, so that a browser gives the labels back as they are."""
-    image = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8)).convert("L")
-    image = _reduced(image, LONGEST, Image.Resampling.NEAREST)
-    palette = Image.frombytes("P", image.size, image.tobytes())
-    palette.putpalette(np.repeat(np.arange(int(labels.max()) + 1), 3).astype(np.uint8).tobytes())
-    return _data_url(palette, "png", optimize=False)
-
-
-def _data_url(image: Image.Image, kind: str, **options) -> str:
-    buffer = io.BytesIO()
+def _picture(codes: np.ndarray, longest: int, kind: str, resample=Image.Resampling.BILINEAR, **options) -> str:
+    """uint8 (rows, columns) as the URL of a grey picture whose longer side is at most `longest` pixels."""
+    image, buffer = Image.fromarray(np.ascontiguousarray(codes)), io.BytesIO()
+    if (scale := longest / max(image.size)) < 1:
+        image = image.resize([max(round(side * scale), 1) for side in image.size], resample)
     image.save(buffer, format=kind, **options)
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

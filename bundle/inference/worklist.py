@@ -40,9 +40,9 @@ WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run", "network_def",
 class Worklist:
     """The scans that this process has to predict, in the order of their paths, and the folder of their results.
 
-    Every scan has a folder of results; it gets its name when all of it is written, so that one with predictions.json in it
-    is done. A scan that is done with the same input, weights and knobs is left out. Processes started by torchrun take
-    every WORLD_SIZE-th scan, each from another start.
+    The folder of a scan gets its name when everything in it is written: one with predictions.json in it is done. Scans that are
+    done with the same input, weights and knobs are not predicted again. Of several processes started by torchrun, each
+    takes every WORLD_SIZE-th scan.
 
     Args:
         source: file, folder or glob pattern.
@@ -105,17 +105,14 @@ class Worklist:
         Raises:
             UserError: if something else than results of a scan lies where its results belong.
         """
-        pending = [scan for scan in self.scans if not self._is_done(scan)]
+        stamps = ((_read_prediction(self.folder / scan.name / PREDICTIONS) or {}).get("stamp") for scan in self.scans)
+        pending = [scan for scan, stamp in zip(self.scans, stamps) if stamp != self.stamp(scan)]
         for scan in pending:
             self._check_place(self.folder / scan.name)
         share = "" if self.processes == 1 else f", {len(self.scans)} of them for process {self.rank}"
         done = len(self.scans) - len(pending)
         logger.info(f"{self.source}: {self.total} scans{share}, {done} of them done, {len(self.failures)} files unreadable")
         return pending
-
-    def _is_done(self, scan: Scan) -> bool:
-        found = _read_prediction(self.folder / scan.name / PREDICTIONS)
-        return found is not None and found["stamp"] == self.stamp(scan)
 
     def _check_place(self, place: Path) -> None:
         """Refuse to put results where they would replace, or not be let in by, what this package has not written."""

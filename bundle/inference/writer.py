@@ -10,21 +10,19 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import torch
-from PIL import Image
 
 from bundle.data.transforms import move_boxes
 from bundle.data.volumes import Scan
 from bundle.errors import UserError
 from bundle.inference.markups import write_markups
-from bundle.inference.nifti import Volume
 from bundle.inference.overlay import draw_overlay
 from bundle.inference.report import Report
 from bundle.inference.results import Result
-from bundle.names import DETECTION, RECONSTRUCTION, SEGMENTATION
+from bundle.names import DETECTION, SEGMENTATION
 
 PREDICTIONS = "predictions.json"
 
-# What is said of the patient and the examination if the user asks for it; it is never part of any other result.
+# Tags of patient and examination that predictions.json has with `keep_identifiers`; no other result ever has them.
 IDENTIFIERS = ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber", "StudyID", "StudyDate")
 IDENTIFIERS += ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 
@@ -33,9 +31,9 @@ def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = 
     """Write a result: volumes or pictures, overlays, report.html, markups, DICOM objects, and predictions.json last.
 
     Args:
-        result: of a scan, whose slices are read once more for the pictures of them.
+        result: of a scan, whose slices are read again for their pictures.
         folder: that exists and is empty.
-        model: {"name", "version", "checkpoint"} as the results state it.
+        model: {"name", "version", "checkpoint"}.
         stamp: what the result depends on, see `Worklist.stamp`.
         keep_identifiers: write names and ids from DICOM headers into predictions.json.
 
@@ -52,7 +50,7 @@ def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = 
     files = {"overlays": "overlays", "report": "report.html"}
     for kind, volume in result.volumes.items():
         files[kind] = f"{kind}.png" if scan.kind == "picture" else f"{kind}.nii.gz"
-        _write_picture(volume, folder / files[kind]) if scan.kind == "picture" else volume.write(folder / files[kind])
+        volume.write(folder / files[kind])
     if scan.kind == "dicom":
         files |= _write_dicom(result, prediction, folder)
     if DETECTION in prediction and scan.affine is not None:
@@ -60,7 +58,8 @@ def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = 
         files["markups"] = "markups.mrk.json"
     prediction["files"] = files
     report = _draw_slices(result, folder / files["overlays"])
-    report.write(folder / files["report"], prediction, _report_lines(result))
+    lines = {title: text for task in result.tasks for title, text in task.report(result.entries[task.name]).items()}
+    report.write(folder / files["report"], prediction, lines)
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
     return prediction
 
@@ -90,10 +89,6 @@ def _draw_slices(result: Result, folder: Path) -> Report:
     return report
 
 
-def _report_lines(result: Result) -> dict[str, str]:
-    return {title: text for task in result.tasks for title, text in task.report(result.entries[task.name]).items()}
-
-
 def _as_read(plane: np.ndarray, slice_) -> np.ndarray:
     """(x, y) as stored to (rows, columns) as `Scan.read` turns a slice: the way back of `to_file_grid`."""
     matrix = slice_.affine[:2, :2].numpy()
@@ -110,12 +105,8 @@ def _caption(row: Mapping, result: Result) -> str:
     return "   ·   ".join(parts)
 
 
-def _write_picture(volume: Volume, path: Path) -> None:
-    Image.fromarray((volume.voxels()[..., 0].T * volume.picture_scale).astype(volume.dtype)).save(path)
-
-
 def _write_dicom(result: Result, prediction: dict, folder: Path) -> dict:
-    """Segmentation and structured report; a warning where the series lacks what they need."""
+    """Write segmentation and structured report; add a warning if the series lacks what they need."""
     from bundle.inference import dicom  # its highdicom needs pydicom 3, and MONAI Label pydicom 2: see bundle.monailabel
 
     files, sources, segmentation, report = {}, result.scan.sources, folder / "segmentation.dcm", folder / "report.dcm"
@@ -135,6 +126,6 @@ def _write_dicom(result: Result, prediction: dict, folder: Path) -> dict:
 
 
 def read_identifiers(scan: Scan) -> dict[str, str]:
-    """What the header of a DICOM scan says of patient and examination, those of `IDENTIFIERS` that it has."""
+    """Read those of `IDENTIFIERS` that the header of a DICOM scan has."""
     header = pydicom.dcmread(scan.sources[0][0], stop_before_pixels=True)
     return {name: str(header[name].value) for name in IDENTIFIERS if name in header}

@@ -137,7 +137,7 @@ def test_masks_of_a_file_that_does_not_tell_how_it_lies_lie_as_it_does(tmp_path)
     image.header.set_zooms((0.7, 0.8, 2.0))
     nib.save(image, tmp_path / "x.nii.gz")
     (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out").values()
-    assert prediction["warnings"][0].startswith("the file does not tell how it lies (qform and sform codes 0)")
+    assert prediction["warnings"][0].startswith("the file gives no orientation (qform and sform codes 0)")
     scan, mask = (sitk.ReadImage(str(path)) for path in (tmp_path / "x.nii.gz", tmp_path / "out/x.nii.gz/mask.nii.gz"))
     for name in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
         assert getattr(mask, name)() == pytest.approx(getattr(scan, name)())
