@@ -36,12 +36,14 @@ EMPTY_MASK = "empty"
 def check_tasks(tasks) -> tuple[str, ...]:
     """Return the task names of `tasks` (an iterable of names or a mapping name -> weight) in canonical order.
 
+    Dotted paths of tasks outside the package come last.
+
     Raises:
         UserError: if there is no task, or a name is not one of `TASKS`.
     """
     names = list(tasks)
-    unknown = [name for name in names if name not in TASKS]
+    unknown = [name for name in names if name not in TASKS and "." not in name]
     if unknown or not names:
         found = ", ".join(map(repr, unknown)) or "no task"
         raise UserError(f"tasks: found {found}, expected one or more of {', '.join(TASKS)}")
-    return tuple(task for task in TASKS if task in names)
+    return (*(task for task in TASKS if task in names), *(name for name in dict.fromkeys(names) if name not in TASKS))

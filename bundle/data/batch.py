@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from bundle.errors import UserError
-from bundle.names import ANNOTATED, DETECTION, IMAGE, RECORD, TARGET
+from bundle.names import ANNOTATED, IMAGE, RECORD, TARGET
 
 
 def collate(samples: Sequence[dict], tasks: Sequence) -> dict:
@@ -80,11 +80,11 @@ def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs
     """Move a batch of `collate` to the device and split it for a MONAI engine.
 
     Returns:
-        (image (B, 1, S, S), the whole batch as label, no positional and the network's keyword arguments: the detection
-        targets, and which images are annotated for which task).
+        (image (B, 1, S, S), the whole batch as label, no positional and the network's keyword arguments: the
+        batch again, for heads that compute their losses themselves, and which images are annotated for which task).
     """
     batch = _to_device(batch, device, non_blocking)
-    return batch[IMAGE], batch, (), {"targets": batch.get(DETECTION), "annotated": batch[ANNOTATED]}
+    return batch[IMAGE], batch, (), {"targets": batch, "annotated": batch[ANNOTATED]}
 
 
 def _to_device(item, device, non_blocking: bool):

@@ -30,7 +30,7 @@ GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # of Pillo
 FIELDS = (IMAGE, CLASS, MASK, BOXES, INSTANCES, GROUP, SOURCE)
 
 
-def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) -> dict:
+def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, tasks: Sequence = ()) -> dict:
     """Read and validate a datalist.
 
     Args:
@@ -38,6 +38,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
         dataset_dir: folder of the files; where it is given, they must be there, and boxes, masks and instances fit the
             image.
         classes: names that the configuration expects; they must be the datalist's, in its order.
+        tasks: `bundle.tasks.Task` whose fields are checked beside those of `FIELDS`.
 
     Raises:
         UserError: if there is no such file.
@@ -50,7 +51,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
     except ValueError as error:
         raise UserError(f"{path}: found no JSON ({error}), expected a datalist") from None
     try:
-        validate(datalist, dataset_dir)
+        validate(datalist, dataset_dir, tasks)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if classes is not None and list(classes) != datalist["classes"]:
@@ -59,23 +60,24 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None) 
     return datalist
 
 
-def validate(datalist: Mapping, dataset_dir=None) -> None:
+def validate(datalist: Mapping, dataset_dir=None, tasks: Sequence = ()) -> None:
     """Refuse a datalist that breaks the contract.
 
     Raises:
         UserError: naming the record, the field, what was found and what was expected, and how many more complaints follow.
     """
-    complaints = list(_complaints(datalist, dataset_dir))
+    complaints = list(_complaints(datalist, dataset_dir, tasks))
     if complaints:
         more = f" (and {len(complaints) - 1} more complaints)" if len(complaints) > 1 else ""
         raise UserError(complaints[0] + more)
 
 
-def _complaints(datalist, dataset_dir):
+def _complaints(datalist, dataset_dir, tasks):
     classes = datalist.get("classes") if isinstance(datalist, Mapping) else None
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         yield f"classes: found {classes!r}, expected a list of class names beside the lists training, validation and test"
         return
+    known = {*FIELDS, *datalist.get("fields", ())}
     for key, value in datalist.items():
         has_records = isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
         if has_records if key not in SPLITS else not isinstance(value, list):
@@ -93,7 +95,11 @@ def _complaints(datalist, dataset_dir):
                 continue
             image = record.get(IMAGE)
             name = f"{place} {image or ''}".strip()
-            yield from (f"{name}: {complaint}" for complaint in record_complaints(record, len(classes), dataset_dir))
+            complaints = record_complaints(record, len(classes), dataset_dir, known=known)
+            yield from (f"{name}: {complaint}" for complaint in complaints)
+            for task in tasks:
+                if task.field in record and task.field not in FIELDS:
+                    yield from (f"{name}: {task.field}: {complaint}" for complaint in task.complaints(record[task.field]))
             if isinstance(image, str) and (first := place_of.setdefault(os.path.normpath(image), place)) != place:
                 yield f"{name}: {IMAGE}: found in {first} as well, expected one record with all annotations of an image"
             group = record.get(GROUP, image)
@@ -104,7 +110,9 @@ def _complaints(datalist, dataset_dir):
                 )
 
 
-def record_complaints(record: Mapping, num_classes: int, dataset_dir=None, headers: bool = False) -> Iterator[str]:
+def record_complaints(
+    record: Mapping, num_classes: int, dataset_dir=None, headers: bool = False, known: Iterable[str] = FIELDS
+) -> Iterator[str]:
     """What is wrong with a record, each thing as "field: found …, expected …".
 
     Args:
@@ -112,9 +120,11 @@ def record_complaints(record: Mapping, num_classes: int, dataset_dir=None, heade
         num_classes: of the datalist.
         dataset_dir: as in `load_datalist`.
         headers: read the header of every file; otherwise of those that have to fit another.
+        known: fields that a record may have.
     """
-    for field in record.keys() - set(FIELDS):
-        yield f"{field}: unknown field, expected one of {', '.join(FIELDS)}"
+    for field in record.keys() - set(known):
+        fields = ", ".join(FIELDS)
+        yield f"{field}: unknown field, expected one of {fields}, or one that the datalist lists under `fields`"
     files = {}
     for field in (IMAGE, MASK, INSTANCES):
         if field not in record and field != IMAGE:

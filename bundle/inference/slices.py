@@ -65,12 +65,12 @@ class AnswersToSlice(Transform):
 
     Args:
         tasks: of the network.
-        preprocessing: of the slices; what has the pixels of the image goes through it backwards.
+        transform: the preprocessing of the slices; what has the pixels of the image goes through it backwards.
     """
 
-    def __init__(self, tasks: Sequence[Task], preprocessing: InvertibleTransform) -> None:
+    def __init__(self, tasks: Sequence[Task], transform: InvertibleTransform) -> None:
         self.tasks, dense = list(tasks), [task.name for task in tasks if task.dense]
-        self.invert = Invertd(dense, preprocessing, IMAGE, nearest_interp=False, allow_missing_keys=True) if dense else dict
+        self.invert = Invertd(dense, transform, IMAGE, nearest_interp=False, allow_missing_keys=True) if dense else dict
 
     def __call__(self, sample: dict) -> dict:
         tasks = [task for task in self.tasks if task.name in sample]

@@ -15,8 +15,9 @@ import bundle
 from bundle.cli import ROOT
 from bundle.config import merge_overlays
 from bundle.errors import UserError, exit_in_one_line
-from bundle.networks import build_network, load_weights, read_model
+from bundle.networks import load_weights, read_model
 from bundle.names import CLASSIFICATION, DETECTION, SEGMENTATION
+from bundle.tasks import build_network
 
 # MONAI Label reads what a bundle does from its name. The values are keys of configs/monailabel.
 FACES = {f"chest_ct_{task}": task for task in (SEGMENTATION, CLASSIFICATION, DETECTION)}

@@ -5,7 +5,7 @@ from bundle.networks.ensemble import EnsembleNet
 from bundle.networks.multitask import MultiTaskNet, freeze_encoder
 from bundle.networks.novelty import Novelty, read_novelty
 from bundle.networks.views import TaskView, TensorView
-from bundle.networks.weights import build_network, load_weights, open_network, read_model, read_weights, shipped_checkpoint
+from bundle.networks.weights import load_weights, read_model, read_weights, shipped_checkpoint
 
 __all__ = [
     "EnsembleNet",
@@ -14,10 +14,8 @@ __all__ = [
     "TaskView",
     "TensorView",
     "build_encoder",
-    "build_network",
     "freeze_encoder",
     "load_weights",
-    "open_network",
     "read_model",
     "read_novelty",
     "read_weights",

@@ -50,6 +50,8 @@ class MaskRCNNHead(nn.Module):
         UserError: if the encoder has no such level, or another number of levels than `anchor_sizes`.
     """
 
+    computes_losses = True  # so that it takes image and targets, too
+
     def __init__(
         self,
         channels: Sequence[int],

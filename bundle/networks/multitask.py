@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 
 import torch
@@ -14,20 +14,19 @@ import bundle
 from bundle.errors import UserError
 from bundle.networks.detection import MaskRCNNHead
 from bundle.networks.encoders import build_encoder
-from bundle.networks.heads import ClassificationHead, DenseHead
-from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, check_tasks
+from bundle.names import EMBEDDING
 
 
 FORMAT = 1  # of the description in a state_dict
 
 
 class MultiTaskNet(nn.Module):
-    """Shared encoder with heads for classification, segmentation, reconstruction and detection (arXiv 2308.01137).
+    """Shared encoder with the heads of several tasks (arXiv 2308.01137); `bundle.tasks.build_network` makes it.
 
     Its state_dict describes it: `_extra_state` holds the `description` as JSON in UTF-8, as a uint8 tensor.
 
     Args:
-        tasks: names of the active tasks, or a mapping with them as keys. A task that is absent has no parameters.
+        tasks: `bundle.tasks.Task` that make the heads, of the arguments below. A task that is absent has no parameters.
         backbone: see `bundle.networks.encoders.build_encoder`, as for `width` and `pretrained`.
         classes: names of the classes of the classification.
         segmentation_classes: names of the channels of the segmentation.
@@ -47,13 +46,13 @@ class MultiTaskNet(nn.Module):
         description: the arguments above that do not change from use to use, with `FORMAT` and the version of the package.
 
     Raises:
-        UserError: for an unknown task, backbone or argument of the detection, or an image size that the encoder's stride
+        UserError: for an unknown backbone or argument of the detection, or an image size that the encoder's stride
             does not divide.
     """
 
     def __init__(
         self,
-        tasks: Iterable[str],
+        tasks: Sequence,
         backbone: str = "vgg13_bn",
         classes: Sequence[str] = ("other", "COVID-19", "lung cancer"),
         segmentation_classes: Sequence[str] = ("lesion",),
@@ -80,7 +79,7 @@ class MultiTaskNet(nn.Module):
         self.description = {
             "format": FORMAT,
             "version": bundle.__version__,
-            "tasks": check_tasks(tasks),
+            "tasks": [task.path for task in tasks],
             "backbone": backbone,
             "classes": classes,
             "segmentation_classes": segmentation_classes,
@@ -101,15 +100,8 @@ class MultiTaskNet(nn.Module):
         self.encoder = build_encoder(backbone, in_channels, width, pretrained)
         channels, strides = self.encoder.channels, self.encoder.strides
         self.stride = strides[-1]
-        make = {
-            CLASSIFICATION: lambda: ClassificationHead(channels[-1], len(classes), dropout=dropout),
-            SEGMENTATION: lambda: DenseHead(
-                channels, strides, decoder_channels, len(segmentation_classes), dropout=decoder_dropout
-            ),
-            RECONSTRUCTION: lambda: DenseHead(channels, strides, decoder_channels, in_channels, skips),
-            DETECTION: lambda: MaskRCNNHead(channels, strides, **detection),
-        }
-        self.heads = nn.ModuleDict({task: make[task]() for task in self.description["tasks"]})
+        self.tasks = {task.name: task for task in tasks}
+        self.heads = nn.ModuleDict({name: task.head(channels, strides, in_channels) for name, task in self.tasks.items()})
         self._check((1, in_channels, image_size, image_size))
         self.register_load_state_dict_pre_hook(_describe_if_it_does_not)
 
@@ -132,22 +124,22 @@ class MultiTaskNet(nn.Module):
     def forward(
         self,
         image: torch.Tensor,
-        targets: Sequence[dict | None] | None = None,
+        targets: Mapping[str, Sequence] | None = None,
         annotated: Mapping[str, torch.Tensor] | None = None,
     ) -> dict:
         """Answer every active task in one pass.
 
         Args:
             image: (B, in_channels, H, W) in [0, 1]; H and W are multiples of the encoder's deepest stride.
-            targets: detection targets, needed in training mode: see `MaskRCNNHead.forward`.
+            targets: task -> what a head that computes its losses itself needs in training mode: see `MaskRCNNHead.forward`.
             annotated: task -> bool (B,): the head of a task is applied to these images alone, which saves time and keeps
                 its batch statistics to them. The rows of other images hold zeros (detection: None), and a task without
                 any image is absent. Without it every head is applied to every image.
 
         Returns:
-            By task: classification, logits (B, num_classes); segmentation, logits (B, channels, H, W); reconstruction,
-            (B, in_channels, H, W); detection, losses in training mode, otherwise a list of detections. In evaluation mode
-            also embedding, see `embed`.
+            By task, what its head gives: classification, logits (B, num_classes); segmentation, logits (B, channels, H, W);
+            reconstruction, (B, in_channels, H, W); detection, losses in training mode, otherwise a list of detections. In
+            evaluation mode also embedding, see `embed`.
 
         Raises:
             UserError: if the channels or the size of the image do not fit, naming the nearest size that does.
@@ -155,13 +147,14 @@ class MultiTaskNet(nn.Module):
         self._check(tuple(image.shape))
         features, output = self.encoder(image), {}
         for task, head in self.heads.items():
-            if task == DETECTION and self.training:
-                output[task] = head(features, image, targets)
+            own_losses = getattr(head, "computes_losses", False)
+            if own_losses and self.training:
+                output[task] = head(features, image, targets and targets[task])
                 continue
             rows = slice(None) if annotated is None or annotated[task].all() else annotated[task].nonzero()[:, 0]
             part = [feature[rows] for feature in features]
             if len(part[0]):
-                answer = head(part, image[rows]) if task == DETECTION else head(part)
+                answer = head(part, image[rows]) if own_losses else head(part)
                 output[task] = answer if len(answer) == len(image) else _spread(answer, rows, len(image))
         return output if self.training else {**output, EMBEDDING: self.embed(features)}
 

@@ -151,18 +151,6 @@ def _check_equal(checkpoint, name: str, value, said) -> None:
         raise UserError(f"{name}: found {value!r}, expected {said!r}, as {checkpoint} was trained with; leave {name} out")
 
 
-def build_network(model: Mapping, **changes) -> MultiTaskNet:
-    """The network of `read_model`, with changes to its arguments."""
-    return MultiTaskNet(**{**model, **changes})
-
-
-def open_network(checkpoint, **knobs) -> MultiTaskNet:
-    """The network of a checkpoint with its weights, in evaluation mode; `knobs` as in `read_model`."""
-    network = build_network(read_model(checkpoint, knobs)).eval()
-    load_weights(network, checkpoint, strict=True)
-    return network
-
-
 def add_heads(weights: Mapping[str, torch.Tensor], checkpoint) -> dict[str, torch.Tensor]:
     """Weights with those heads of an earlier checkpoint that they lack, to go on from.
 

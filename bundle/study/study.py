@@ -32,8 +32,9 @@ from bundle.errors import UserError
 from bundle.training.curriculum import run_workflow
 from bundle.training.run_folder import environment
 from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
-from bundle.networks import EnsembleNet, open_network
+from bundle.networks import EnsembleNet
 from bundle.networks.weights import trained_tasks
+from bundle.tasks import open_network
 
 logger = logging.getLogger(__name__)
 

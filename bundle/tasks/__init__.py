@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pydoc import ErrorDuringImport, locate
 
 from bundle.errors import UserError
+from bundle.networks import MultiTaskNet, load_weights, read_model
 from bundle.tasks.base import Figures, Task
 from bundle.tasks.classification import Classification
 from bundle.tasks.detection import Detection
@@ -23,7 +24,18 @@ from bundle.tasks.segmentation import Segmentation
 
 TASKS = {task.name: task for task in (Classification, Segmentation, Reconstruction, Detection)}
 
-__all__ = ["TASKS", "Classification", "Detection", "Figures", "Reconstruction", "Segmentation", "Task", "make_tasks"]
+__all__ = [
+    "TASKS",
+    "Classification",
+    "Detection",
+    "Figures",
+    "Reconstruction",
+    "Segmentation",
+    "Task",
+    "build_network",
+    "make_tasks",
+    "open_network",
+]
 
 
 def make_tasks(
@@ -67,3 +79,15 @@ def _outside(path: str) -> type[Task]:
         )
     return found
 
+
+def build_network(model: Mapping, **changes) -> MultiTaskNet:
+    """Build the network of a description, see `bundle.networks.read_model`, with changes to it."""
+    model = {**model, **changes}
+    return MultiTaskNet(make_tasks(**model), **{name: value for name, value in model.items() if name != "tasks"})
+
+
+def open_network(checkpoint, **knobs) -> MultiTaskNet:
+    """The network of a checkpoint with its weights, in evaluation mode; `knobs` as in `bundle.networks.read_model`."""
+    network = build_network(read_model(checkpoint, knobs)).eval()
+    load_weights(network, checkpoint, strict=True)
+    return network

@@ -28,6 +28,7 @@ class Task:
     Attributes:
         name: of the task: in `heads.NAME` of a state_dict, in metrics.json and in predictions.json.
         field: of a record that makes it count for the task; None where every slice does.
+        path: what names it in a configuration and in a checkpoint: its name, or for one outside the package its dotted path.
         weight: of the loss.
         share: of the samples that are drawn for the task, in any unit.
         headline: figures whose mean is the task's part in the validation score.
@@ -45,6 +46,11 @@ class Task:
 
     def __init__(self, **options) -> None:
         pass
+
+    @property
+    def path(self) -> str:
+        kind = type(self)
+        return self.name if kind.__module__.startswith(__package__ + ".") else f"{kind.__module__}.{kind.__qualname__}"
 
     # --- data ---
 

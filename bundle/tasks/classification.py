@@ -16,6 +16,7 @@ from bundle.networks.heads import ClassificationHead
 from bundle.tasks.base import Figures, Task, counted
 
 CONFIDENCE_BINS = 10
+CLASSES = ("other", "COVID-19", "lung cancer")
 
 
 class Classification(Task):
@@ -33,7 +34,7 @@ class Classification(Task):
     headline = ("auroc", "balanced_accuracy")
     columns = {"accuracy": "accuracy", "AUROC": "auroc"}
 
-    def __init__(self, classes: Sequence[str], dropout: float = 0.2, label_smoothing: float = 0.0, **_) -> None:
+    def __init__(self, classes: Sequence[str] = CLASSES, dropout: float = 0.2, label_smoothing: float = 0.0, **_) -> None:
         self.classes, self.dropout, self.label_smoothing = list(classes), dropout, label_smoothing
 
     def stratum(self, record: Mapping) -> tuple:

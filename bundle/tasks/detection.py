@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ class Detection(Task):
         link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
 
     Raises:
-        UserError: for an argument that `MaskRCNNHead` does not have, or a threshold out of range.
+        UserError: for a threshold out of range.
     """
 
     name, field = DETECTION, BOXES
@@ -52,9 +51,6 @@ class Detection(Task):
     def __init__(
         self, detection: Mapping | None = None, score_threshold: float = 0.5, link_iou: float = 0.2, **_
     ) -> None:
-        known = [name for name in signature(MaskRCNNHead).parameters if name not in ("channels", "strides")]
-        if unknown := [name for name in detection or {} if name not in known]:
-            raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
         self.options, self.score_threshold, self.link_iou = dict(detection or {}), score_threshold, link_iou

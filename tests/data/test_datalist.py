@@ -14,6 +14,7 @@ from some_tasks import some_tasks
 from bundle.data.datalist import annotated_tasks, load_datalist, select, take, validate
 from bundle.errors import UserError
 from bundle.files import write_json
+from bundle.tasks import Task
 
 ROWS, COLUMNS = 40, 60
 
@@ -123,7 +124,8 @@ BAD_RECORDS = {
     ),
     "unknown field": (
         {"label": 1},
-        "label: unknown field, expected one of image, class, mask, boxes, instances, group, source",
+        "label: unknown field, expected one of image, class, mask, boxes, instances, group, source, or one that the datalist "
+        "lists under `fields`",
     ),
     "group a number": ({"group": 7}, "group: found 7, expected text"),
     "source a number": ({"source": 7}, "source: found 7, expected text"),
@@ -277,6 +279,25 @@ def test_validation_changes_nothing(folder, datalist):
 )
 def test_absent_fields_are_not_annotated_and_empty_ones_are(fields, expected):
     assert annotated_tasks({"image": "a.png"} | fields) == expected
+
+
+class Severity(Task):
+    name, field = "severity", "severity"
+
+    def complaints(self, value):
+        if not 0 <= value <= 1:
+            yield f"found {value}, expected a number from 0 to 1"
+
+
+def test_the_field_of_a_further_task_is_listed_and_checked_by_the_task(folder, datalist):
+    datalist["validation"][0]["severity"] = 2
+    with pytest.raises(UserError, match="severity: unknown field, .* or one that the datalist lists under `fields`"):
+        validate(datalist, folder, [Severity()])
+    datalist["fields"] = ["severity"]
+    validate(datalist, folder)
+    with pytest.raises(UserError, match=r"^validation\[0\] c.png: severity: found 2, expected a number from 0 to 1$"):
+        validate(datalist, folder, [Severity()])
+    assert select(datalist, "validation", [Severity()]) == datalist["validation"]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
-from some_tasks import some_tasks
+from some_tasks import some_network, some_tasks
 
 from bundle.evaluation.calibration import calibrate
 from bundle.data.batch import collate
 from bundle.files import write_checkpoint
-from bundle.networks import MultiTaskNet, load_weights
+from bundle.networks import load_weights
 from bundle.networks.weights import add_heads, describe
 from bundle.names import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
 from bundle.tasks.classification import calibration_error
@@ -43,7 +43,7 @@ def make_batches(network, temperature, count=600):
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    network = MultiTaskNet([CLASSIFICATION], **TINY).eval()
+    network = some_network([CLASSIFICATION], **TINY).eval()
     last = network.heads[CLASSIFICATION][-1]
     with torch.no_grad():
         last.weight *= 600  # classes that differ from image to image
@@ -58,12 +58,12 @@ def test_the_temperature_is_found_and_built_in(network, temperature, tmp_path):
     batches = make_batches(network, temperature)
     with torch.no_grad():
         before = network(batches[0][IMAGE])[CLASSIFICATION]
-    earlier = MultiTaskNet([CLASSIFICATION, SEGMENTATION], **TINY)  # with a head that this training did not have
+    earlier = some_network([CLASSIFICATION, SEGMENTATION], **TINY)  # with a head that this training did not have
     write_checkpoint(earlier.state_dict(), tmp_path / "earlier.pt")
     write_checkpoint(add_heads(network.state_dict(), tmp_path / "earlier.pt"), tmp_path / "model.pt")
     found = calibrate(network, batches, tmp_path / "model.pt", tmp_path / "calibrated.pt")
     assert found == pytest.approx(temperature, rel=0.15)
-    loaded = MultiTaskNet([CLASSIFICATION, SEGMENTATION], **TINY).eval()
+    loaded = some_network([CLASSIFICATION, SEGMENTATION], **TINY).eval()
     load_weights(loaded, tmp_path / "calibrated.pt", strict=True)
     with torch.no_grad():
         after = loaded(batches[0][IMAGE])[CLASSIFICATION]
@@ -77,7 +77,7 @@ def test_the_temperature_is_found_and_built_in(network, temperature, tmp_path):
 def test_what_cannot_be_calibrated_is_refused(network, tmp_path):
     path = tmp_path / "calibrated.pt"
     with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them"):
-        calibrate(MultiTaskNet([SEGMENTATION], **TINY), [], path, path)
+        calibrate(some_network([SEGMENTATION], **TINY), [], path, path)
     unlabelled = join([{IMAGE: torch.rand(1, 32, 32), "record": {}}])
     with pytest.raises(ValueError, match="split validation: found no record with a class"):
         calibrate(network, [unlabelled], path, path)

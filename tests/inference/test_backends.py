@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
+from some_tasks import some_network
 
 from bundle.inference import backends
 from bundle.inference.backends import Exported, ExportedNet, accelerate, one_by_one
@@ -33,7 +34,7 @@ CASES = [
 def make_network(**arguments) -> MultiTaskNet:
     """Random network whose batch statistics are no identity, and whose detections have scores far apart."""
     torch.manual_seed(0)
-    network = MultiTaskNet(**{**TINY, **arguments}).eval()
+    network = some_network(**{**TINY, **arguments}).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.3, 0.3)

@@ -10,8 +10,9 @@ import torch
 from fire import Fire
 
 from benchmark import read_exported
+from some_tasks import some_network
+
 from bundle.errors import UserError
-from bundle.networks import MultiTaskNet
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ DENSE = {CLASSIFICATION, SEGMENTATION, RECONSTRUCTION}
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    network = MultiTaskNet(TASKS, **SMOKE).eval()
+    network = some_network(TASKS, **SMOKE).eval()
     network.heads[DETECTION].roi_heads.box_predictor.cls_score.weight.data *= 30  # scores far apart
     return network
 

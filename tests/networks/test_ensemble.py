@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from some_tasks import some_network, some_tasks
 
-from bundle.networks import EnsembleNet, MultiTaskNet
+from bundle.networks import EnsembleNet
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
@@ -16,7 +17,7 @@ TINY = {
 
 def make(tasks=TASKS, seed=0):
     torch.manual_seed(seed)
-    return MultiTaskNet(tasks, **TINY)
+    return some_network(tasks, **TINY)
 
 
 @torch.no_grad()
@@ -52,9 +53,10 @@ def test_of_overlapping_detections_the_surest_is_kept():
         boxes, labels = torch.tensor(boxes, dtype=torch.float32), torch.ones(count, dtype=torch.int64)
         return {"boxes": boxes, "labels": labels, "scores": torch.tensor(scores), "masks": torch.zeros(count, 1, 8, 8)}
 
-    pooled = EnsembleNet([make([DETECTION])])._pool(
-        [found([[0, 0, 4, 4]], [0.6]), found([[0, 0, 4, 5], [5, 5, 8, 8]], [0.7, 0.2])]
-    )
+    (detection,) = some_tasks(DETECTION)
+    one, two = found([[0, 0, 4, 4]], [0.6]), found([[0, 0, 4, 5], [5, 5, 8, 8]], [0.7, 0.2])
+    pooled, nothing = detection.join_members([[one, None], [two, None]])
+    assert nothing is None
     assert pooled["boxes"].tolist() == [[0, 0, 4, 5], [5, 5, 8, 8]] and pooled["scores"].tolist() == pytest.approx(
         [0.7, 0.2]
     )

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import bundle
+from some_tasks import some_network
+
 from bundle.errors import UserError
-from bundle.networks import MultiTaskNet, freeze_encoder
+from bundle.networks import freeze_encoder
 from bundle.networks.multitask import FORMAT, decode
 from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
@@ -58,8 +60,8 @@ def case_name(value):
 
 @pytest.mark.parametrize(("arguments", "shape", "expected"), CASES, ids=case_name)
 def test_every_task_is_answered_in_one_pass(arguments, shape, expected):
-    network, image = MultiTaskNet(**arguments), torch.rand(shape)
-    trained = network.train()(image, targets())
+    network, image = some_network(**arguments), torch.rand(shape)
+    trained = network.train()(image, {DETECTION: targets()})
     with torch.no_grad():
         answered = network.eval()(image)
     assert set(trained) == set(network.heads) == set(arguments["tasks"])
@@ -76,7 +78,7 @@ def test_every_task_is_answered_in_one_pass(arguments, shape, expected):
 
 
 def test_the_embedding_is_the_mean_of_the_deepest_features_in_each_quarter():
-    network, image = MultiTaskNet(**TINY, tasks=(CLASSIFICATION,)).eval(), torch.rand(2, 1, 64, 128)
+    network, image = some_network(**TINY, tasks=(CLASSIFICATION,)).eval(), torch.rand(2, 1, 64, 128)
     deepest = network.encoder(image)[-1]
     quarters = [deepest[:, :, i : i + 1, j : j + 2].mean((2, 3)) for i in (0, 1) for j in (0, 2)]
     torch.testing.assert_close(network(image)[EMBEDDING], torch.stack(quarters, 2).flatten(1))
@@ -84,13 +86,13 @@ def test_the_embedding_is_the_mean_of_the_deepest_features_in_each_quarter():
 
 @pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
 def test_a_task_that_is_absent_has_no_parameters(tasks):
-    names = {name.split(".")[1] for name in MultiTaskNet(**TINY, tasks=tasks).state_dict() if name.startswith("heads.")}
+    names = {name.split(".")[1] for name in some_network(**TINY, tasks=tasks).state_dict() if name.startswith("heads.")}
     assert names == set(tasks)
 
 
 def test_a_state_dict_describes_the_network_and_changes_hands_by_torch_alone(tmp_path):
     arguments = {**TINY, "tasks": TASKS, "classes": ["healthy", "ill"], "window": (-1000, 300), "cropping": "body"}
-    network = MultiTaskNet(**arguments, sources=["a"], temperature=1.5)
+    network = some_network(**arguments, sources=["a"], temperature=1.5)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     said = decode(saved["_extra_state"])
@@ -99,12 +101,12 @@ def test_a_state_dict_describes_the_network_and_changes_hands_by_torch_alone(tmp
         "tasks": list(TASKS), "classes": ["healthy", "ill"], "window": [-1000, 300], "cropping": "body", "image_size": 64
     }
     assert said["detection"]["fpn_channels"] == 8 and said["detection"]["anchor_sizes"][0] == [4, 7], "defaults too"
-    other = MultiTaskNet(**arguments)
+    other = some_network(**arguments)
     other.load_state_dict({name: value / 1.0 for name, value in saved.items()})  # federated learning makes numbers of bytes
     assert other.description == said
     with pytest.raises(UserError, match=r"classes: found weights for \['healthy', 'ill'\], expected weights for \['ill', 'healthy"):
-        MultiTaskNet(**{**arguments, "classes": ["ill", "healthy"]}).load_state_dict(saved)
-    MultiTaskNet(**arguments).load_state_dict({name: saved[name] for name in saved if name != "_extra_state"})
+        some_network(**{**arguments, "classes": ["ill", "healthy"]}).load_state_dict(saved)
+    some_network(**arguments).load_state_dict({name: saved[name] for name in saved if name != "_extra_state"})
 
 
 def scalar(output, task):
@@ -120,8 +122,8 @@ def reached(module):
 def test_the_loss_of_a_task_reaches_the_encoder_and_its_own_head_alone(task, backbone):
     torch.manual_seed(0)
     arguments = {**TINY, "backbone": backbone, "width": 0.125 if "vgg" in backbone else 1.0}
-    network = MultiTaskNet(**arguments, tasks=TASKS, dropout=0.0)
-    scalar(network(torch.rand(2, 1, 64, 64), targets()), task).backward()
+    network = some_network(**arguments, tasks=TASKS, dropout=0.0)
+    scalar(network(torch.rand(2, 1, 64, 64), {DETECTION: targets()}), task).backward()
     assert {name for name, head in network.heads.items() if reached(head)} == {task}
     first = next(network.encoder.parameters())
     assert first.grad is not None and first.grad.any(), "the gradient reaches the first convolution"
@@ -129,28 +131,28 @@ def test_the_loss_of_a_task_reaches_the_encoder_and_its_own_head_alone(task, bac
 
 def test_images_that_are_not_annotated_leave_a_head_and_its_gradient_alone():
     torch.manual_seed(0)
-    network, image = MultiTaskNet(**{**TINY, "backbone": "vgg13"}, tasks=TASKS), torch.rand(3, 1, 64, 64, requires_grad=True)
+    network, image = some_network(**{**TINY, "backbone": "vgg13"}, tasks=TASKS), torch.rand(3, 1, 64, 64, requires_grad=True)
     annotated = {
         CLASSIFICATION: torch.tensor([False, False, False]),
         SEGMENTATION: torch.tensor([True, False, True]),
         RECONSTRUCTION: torch.ones(3, dtype=torch.bool),
         DETECTION: torch.tensor([False, True, False]),
     }
-    output = network(image, [None, *targets(count=1), None], annotated)
+    output = network(image, {DETECTION: [None, *targets(count=1), None]}, annotated)
     assert output.keys() == {SEGMENTATION, RECONSTRUCTION, DETECTION}
     assert output[SEGMENTATION][[0, 2]].any() and not output[SEGMENTATION][1].any()
     (gradient,) = torch.autograd.grad(scalar(output, SEGMENTATION), image, retain_graph=True)
     assert gradient.flatten(1).any(1).tolist() == [True, False, True]
     (gradient,) = torch.autograd.grad(scalar(output, DETECTION), image)
     assert gradient.flatten(1).any(1).tolist() == [False, True, False]
-    alone = MultiTaskNet(**{**TINY, "backbone": "vgg13"}, tasks=TASKS)
+    alone = some_network(**{**TINY, "backbone": "vgg13"}, tasks=TASKS)
     alone.load_state_dict(network.state_dict())
-    torch.testing.assert_close(alone(image[[0, 2]], [None, None])[SEGMENTATION], output[SEGMENTATION][[0, 2]])
+    torch.testing.assert_close(alone(image[[0, 2]], {DETECTION: [None, None]})[SEGMENTATION], output[SEGMENTATION][[0, 2]])
 
 
 def test_a_batch_without_boxes_gives_the_detection_head_no_gradient():
-    network = MultiTaskNet(**TINY, tasks=TASKS)
-    output = network(torch.rand(2, 1, 64, 64), [None, None])
+    network = some_network(**TINY, tasks=TASKS)
+    output = network(torch.rand(2, 1, 64, 64), {DETECTION: [None, None]})
     assert output[DETECTION] == {}
     scalar(output, CLASSIFICATION).backward()
     assert not reached(network.heads[DETECTION])
@@ -158,7 +160,7 @@ def test_a_batch_without_boxes_gives_the_detection_head_no_gradient():
 
 def test_evaluation_answers_the_annotated_images_as_it_answers_all():
     torch.manual_seed(0)
-    network, image = MultiTaskNet(**TINY, tasks=TASKS).eval(), torch.rand(3, 1, 64, 64)
+    network, image = some_network(**TINY, tasks=TASKS).eval(), torch.rand(3, 1, 64, 64)
     some = {task: torch.tensor([False, True, True]) for task in TASKS}
     with torch.no_grad():
         whole, part = network(image), network(image, annotated=some)
@@ -188,7 +190,7 @@ WRONG_CASES = [
 @pytest.mark.parametrize(("arguments", "message"), WRONG_CASES)
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        MultiTaskNet(**{**TINY, "tasks": TASKS, **arguments})
+        some_network(**{**TINY, "tasks": TASKS, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -202,17 +204,17 @@ def test_wrong_arguments_are_refused(arguments, message):
 )
 def test_an_image_that_does_not_fit_is_refused_with_the_size_to_use(shape, message):
     with pytest.raises(ValueError, match=message):
-        MultiTaskNet(**TINY, tasks=TASKS)(torch.rand(shape))
+        some_network(**TINY, tasks=TASKS)(torch.rand(shape))
 
 
 def test_a_frozen_encoder_keeps_its_weights_and_its_statistics():
-    network = freeze_encoder(MultiTaskNet(TASKS, **TINY))
+    network = freeze_encoder(some_network(TASKS, **TINY))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     network.train()
     segmentation = torch.tensor([True] * 2), {task: torch.zeros(2, dtype=torch.bool) for task in network.heads}
     annotated = {**segmentation[1], "segmentation": segmentation[0]}
-    network(torch.rand(2, 1, 64, 64), targets=[None, None], annotated=annotated)["segmentation"].square().sum().backward()
+    network(torch.rand(2, 1, 64, 64), targets={DETECTION: [None, None]}, annotated=annotated)["segmentation"].square().sum().backward()
     optimizer.step()
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("heads.segmentation.") for name in changed)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from some_tasks import some_network
 
-from bundle.networks import MultiTaskNet, TaskView, TensorView
+from bundle.networks import TaskView, TensorView
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
@@ -25,8 +26,8 @@ TINY = {
 @pytest.mark.parametrize("task", [CLASSIFICATION, SEGMENTATION, RECONSTRUCTION])
 def test_a_view_answers_one_task_with_one_tensor_and_can_be_scripted(backbone, task):
     arguments = {**TINY, "tasks": TASKS, "backbone": backbone, "width": 0.125 if "vgg" in backbone else 1.0}
-    network, image = MultiTaskNet(**arguments).eval(), torch.rand(2, 1, 64, 64)
-    view = TaskView(MultiTaskNet(**arguments), task).eval()
+    network, image = some_network(**arguments).eval(), torch.rand(2, 1, 64, 64)
+    view = TaskView(some_network(**arguments), task).eval()
     view.load_state_dict(network.state_dict())  # strictly, with the heads it does not have
     with torch.no_grad():
         expected = network(image)[task]
@@ -36,7 +37,7 @@ def test_a_view_answers_one_task_with_one_tensor_and_can_be_scripted(backbone, t
 
 
 def test_a_view_still_refuses_weights_of_another_network():
-    view, weights = (MultiTaskNet(TASKS, **TINY) for _ in range(2))
+    view, weights = (some_network(TASKS, **TINY) for _ in range(2))
     with pytest.raises(RuntimeError, match="Unexpected key.*decoder"):
         TaskView(view).load_state_dict({**weights.state_dict(), "decoder.weight": torch.zeros(1)})
 
@@ -44,15 +45,15 @@ def test_a_view_still_refuses_weights_of_another_network():
 @pytest.mark.parametrize("task", [DETECTION, "segmentaton", RECONSTRUCTION])
 def test_a_view_of_a_task_without_a_tensor_is_refused(task):
     with pytest.raises(ValueError, match=f"export_task: found '{task}', expected one of classification, segmentation"):
-        TaskView(MultiTaskNet([CLASSIFICATION, SEGMENTATION, DETECTION], **TINY), task)
+        TaskView(some_network([CLASSIFICATION, SEGMENTATION, DETECTION], **TINY), task)
 
 
 @pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
 @pytest.mark.parametrize("tasks", [TASKS, [DETECTION], [SEGMENTATION, CLASSIFICATION]], ids=",".join)
 def test_all_answers_as_tensors(tasks, scripted):
     torch.manual_seed(0)
-    network = MultiTaskNet(TASKS, **TINY).eval()
-    view = TensorView(MultiTaskNet(tasks, **TINY)).eval()
+    network = some_network(TASKS, **TINY).eval()
+    view = TensorView(some_network(tasks, **TINY)).eval()
     view.load_state_dict(network.state_dict())  # strictly, with the heads it does not have
     view = torch.jit.script(view) if scripted else view
     for image in (torch.rand(3, 1, 64, 64), torch.rand(1, 1, 32, 64)):  # any number and size of images
@@ -71,7 +72,7 @@ def test_all_answers_as_tensors(tasks, scripted):
 
 
 def test_no_detection_is_no_row():
-    network = MultiTaskNet([DETECTION], **TINY).eval()
+    network = some_network([DETECTION], **TINY).eval()
     network.heads[DETECTION].roi_heads.score_thresh = 2.0
     view = torch.jit.script(TensorView(network).eval())
     shapes = [tuple(tensor.shape) for tensor in view(torch.rand(2, 1, 64, 64))]
@@ -79,7 +80,7 @@ def test_no_detection_is_no_row():
 
 
 def test_all_tensors_refuse_weights_of_another_network():
-    network = MultiTaskNet(TASKS, **TINY)
+    network = some_network(TASKS, **TINY)
     with pytest.raises(RuntimeError, match="Unexpected key.*decoder"):
         TensorView(network).load_state_dict({**network.state_dict(), "decoder.weight": torch.zeros(1)})
     weights = {key: value for key, value in network.state_dict().items() if not key.startswith("heads.detection.fpn")}

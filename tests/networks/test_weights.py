@@ -4,10 +4,12 @@ import logging
 
 import pytest
 import torch
+from some_tasks import some_network
 
 from bundle.errors import UserError
-from bundle.networks import MultiTaskNet, build_network, load_weights, open_network, read_model
+from bundle.networks import load_weights, read_model
 from bundle.networks.weights import DEFAULTS, add_heads, describe, redescribe, shipped_checkpoint, trained_tasks
+from bundle.tasks import build_network, open_network
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
@@ -23,7 +25,7 @@ OWN = {"classes": ["healthy", "bacterial pneumonia", "COVID-19"], "window": [-10
 @pytest.fixture
 def saved(tmp_path):
     """Weights of classification and reconstruction, and the network that has them."""
-    network = MultiTaskNet(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
+    network = some_network(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
     torch.save(network.state_dict(), tmp_path / "model.pt")
     return tmp_path / "model.pt", network
 
@@ -38,7 +40,7 @@ def test_weights_of_the_parts_that_both_have_are_loaded(saved, wrapped):
     path, source = saved
     if wrapped:  # last.pt of a run
         torch.save({"network": source.state_dict(), "history": []}, path)
-    network = MultiTaskNet(**TINY, tasks=(SEGMENTATION, RECONSTRUCTION))
+    network = some_network(**TINY, tasks=(SEGMENTATION, RECONSTRUCTION))
     fresh = {key: value.clone() for key, value in network.heads[SEGMENTATION].state_dict().items()}
     assert load_weights(network, path) == ["encoder", RECONSTRUCTION]
     assert equal(network.encoder, source.encoder) and equal(network.heads[RECONSTRUCTION], source.heads[RECONSTRUCTION])
@@ -47,11 +49,11 @@ def test_weights_of_the_parts_that_both_have_are_loaded(saved, wrapped):
 
 def test_strict_loading_wants_every_head(saved):
     path, source = saved
-    network = MultiTaskNet(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
+    network = some_network(**TINY, tasks=(CLASSIFICATION, RECONSTRUCTION))
     assert load_weights(network, path, strict=True) == ["encoder", CLASSIFICATION, RECONSTRUCTION]
     assert equal(network, source)
     with pytest.raises(ValueError, match=r"model.pt: found heads.segmentation\.\S+ absent, expected \(.*tasks"):
-        load_weights(MultiTaskNet(**TINY, tasks=(SEGMENTATION,)), path, strict=True)
+        load_weights(some_network(**TINY, tasks=(SEGMENTATION,)), path, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,9 @@ def test_strict_loading_wants_every_head(saved):
     ]
 )
 def test_a_head_of_other_classes_is_loaded_but_for_its_output_layer(tmp_path, task, change):
-    source = MultiTaskNet(**TINY, tasks=(task, RECONSTRUCTION))
+    source = some_network(**TINY, tasks=(task, RECONSTRUCTION))
     torch.save(source.state_dict(), tmp_path / "model.pt")
-    network = MultiTaskNet(**{**TINY, **change}, tasks=(task, RECONSTRUCTION))
+    network = some_network(**{**TINY, **change}, tasks=(task, RECONSTRUCTION))
     output = list(network.heads[task].state_dict())[-2:]
     fresh = {key: network.heads[task].state_dict()[key].clone() for key in output}
     with pytest.raises(ValueError, match=f"{next(iter(change))}: found weights for "):
@@ -90,7 +92,7 @@ def test_a_head_of_other_classes_is_loaded_but_for_its_output_layer(tmp_path, ta
 )
 def test_weights_of_another_architecture_are_refused_and_nothing_is_changed(saved, change, message):
     path, _ = saved
-    network = MultiTaskNet(**{**TINY, **change}, tasks=TASKS)
+    network = some_network(**{**TINY, **change}, tasks=TASKS)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_weights(network, path)
@@ -101,26 +103,26 @@ def test_weights_of_another_architecture_are_refused_and_nothing_is_changed(save
 def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"model.pt: cannot be read as a checkpoint") as caught:
-        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "model.pt")
+        load_weights(some_network(**TINY, tasks=TASKS), tmp_path / "model.pt")
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model.pt: found encoder\.\S+ absent, expected"):
-        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "model.pt")
+        load_weights(some_network(**TINY, tasks=TASKS), tmp_path / "model.pt")
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none.pt: no such checkpoint; train first, or name another one"):
-        load_weights(MultiTaskNet(**TINY, tasks=TASKS), tmp_path / "none.pt")
+        load_weights(some_network(**TINY, tasks=TASKS), tmp_path / "none.pt")
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """Weights of a network with names, window and data of its own."""
     path = tmp_path_factory.mktemp("own") / "model.pt"
-    network = MultiTaskNet(**TINY, **OWN, tasks=TASKS, temperature=2.0)
+    network = some_network(**TINY, **OWN, tasks=TASKS, temperature=2.0)
     torch.save(network.state_dict(), path)
     return path, network
 
@@ -157,7 +159,7 @@ def test_a_knob_that_contradicts_the_checkpoint_is_refused_unless_it_is_trained_
                 read_model(own[0], knobs, training=further)
         else:
             model = read_model(own[0], knobs, training=further)
-            said = MultiTaskNet(**model).description
+            said = some_network(**model).description
             for name, value in knobs.items():
                 expected = {**own[1].description["detection"], **value} if name == "detection" else value
                 assert said[name] == (list(expected) if isinstance(expected, tuple) else expected)
@@ -176,7 +178,7 @@ def test_fresh_weights_are_those_of_the_defaults_and_the_knobs():
 
 
 def test_weights_without_a_description_are_opened_with_one_warning_that_says_what_is_assumed(tmp_path, caplog):
-    network = MultiTaskNet([SEGMENTATION], "regnety_002", decoder_channels=[128, 64, 32, 16], image_size=64)
+    network = some_network([SEGMENTATION], "regnety_002", decoder_channels=[128, 64, 32, 16], image_size=64)
     weights = network.state_dict()
     del weights["_extra_state"]
     torch.save(weights, tmp_path / "old.pt")
@@ -196,7 +198,7 @@ def test_weights_of_a_later_version_are_refused(own, tmp_path):
 
 def test_earlier_heads_travel_along_and_count_as_tasks_where_they_answer_as_before(own):
     path, before = own
-    same, other = (MultiTaskNet([SEGMENTATION], **{**TINY, **OWN, **change}).state_dict() for change in ({}, {"classes": ["a"]}))
+    same, other = (some_network([SEGMENTATION], **{**TINY, **OWN, **change}).state_dict() for change in ({}, {"classes": ["a"]}))
     for weights, tasks in ((same, list(TASKS)), (other, [SEGMENTATION, RECONSTRUCTION, DETECTION])):
         joined = add_heads(weights, path)
         assert describe(joined)["tasks"] == tasks and describe(joined)["temperature"] == 2.0

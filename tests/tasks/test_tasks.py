@@ -39,11 +39,6 @@ def test_unknown_tasks_and_none_are_refused(tasks, message):
         make_tasks(tasks, classes=CLASSES)
 
 
-def test_an_argument_that_mask_r_cnn_does_not_have_is_refused():
-    with pytest.raises(UserError, match="detection: found anchors, expected some of fpn_channels"):
-        some_tasks("detection", detection={"anchors": 3})
-
-
 def test_a_share_of_an_unknown_task_is_refused():
     with pytest.raises(UserError, match="draws: found segment, expected names of tasks: classification"):
         some_tasks("classification", draws={"segment": 1.0})

@@ -6,7 +6,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Randomizable
-from some_tasks import some_tasks
+from some_tasks import some_network, some_tasks
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, SequentialSampler
@@ -38,7 +38,7 @@ def samples() -> list[dict]:
 
 def network_without_batch_statistics() -> MultiTaskNet:
     torch.manual_seed(0)
-    network = MultiTaskNet(**NETWORK).train()
+    network = some_network(**NETWORK).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
@@ -52,7 +52,7 @@ def learn(batch: list[dict], network, loss_function) -> dict:
     for module in core.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
-    loss = loss_function(network(label["image"], label[DETECTION], label[ANNOTATED]), label)
+    loss = loss_function(network(label["image"], label, label[ANNOTATED]), label)
     loss.backward()
     parameters = [*core.named_parameters(), *loss_function.named_parameters()]
     gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
