@@ -159,8 +159,6 @@ def check_config(config: Mapping, workflow: str, also: Iterable[str] = ()) -> No
     for error in _Validator({**SCHEMA, "properties": known}).iter_errors(given):
         raise UserError(_describe(error))
     known = {*components(workflow), *re.findall(r"[@%](\w+)", json.dumps(config)), *READ_BY_MONAI, *also}
-    if workflow == "inference":
-        known |= knobs("train").keys()  # overlays that describe a network tell also how it was trained
     _check_ids(config, workflow, known, "configuration")
     stages = config.get("stages")
     for name, entries in stages.items() if isinstance(stages, dict) else ():

@@ -166,6 +166,8 @@ UNKNOWN = [
     ["train", {"split": "test"}, "a knob of evaluate that train does not use"],
     ["evaluate", {"input": "scan"}, "a knob of inference that evaluate does not use"],
     ["inference", {"split": "test"}, "a knob of evaluate that inference does not use"],
+    ["inference", {"epoch_size": 3}, "a knob of train and evaluate that inference does not use"],
+    ["inference", {"init_checkpoint": "x.pt"}, "a knob of train and evaluate .* near matches: checkpoint"],
 ]
 
 
@@ -210,7 +212,7 @@ def test_the_id_that_is_run_is_known():
     [
         (["train.json"], "checkpoint"),
         (["train.json", "preset_smoke.json", "evaluate.json"], "score_threshold"),
-        (["inference.json", "preset_cpu.json"], "split"),
+        (["inference.json"], "epoch_size"),
     ],
 )
 def test_every_workflow_is_checked_as_what_it_is_before_any_work(files, foreign, tmp_path):

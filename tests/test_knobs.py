@@ -282,7 +282,11 @@ INFERENCE = {
     "output_dir": ["out", {"worklist": lambda w: w["worklist"].folder}],
     "checkpoint": [
         "w.pt",
-        {"run": lambda w: w.arguments("load_weights")[1], "reference": lambda w: w["reference"]},
+        {
+            "run": lambda w: w.arguments("load_weights")[1],
+            "reference": lambda w: w["reference"],
+            "stamp": lambda w: w["worklist"].run,
+        },
     ],
     "reference": ["none.pt", {"predictor": lambda w: w.outcome("predictor")}],
     "classes": [

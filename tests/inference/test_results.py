@@ -454,3 +454,32 @@ def test_a_slice_and_its_mirror_image_get_one_answer_unless_flips_are_off(tmp_pa
     assert one == pytest.approx(mirrored, abs=1e-5)
     one, mirrored = probabilities(flips=False)
     assert abs(one - mirrored) > 0.1
+
+
+class OfTheSlice(nn.Module):
+    """Calls a slice with much air in it class 0 and another one class 1, both for sure, and what is very bright a lesion."""
+
+    def forward(self, image):
+        airy = (image < 0.6).float().mean((1, 2, 3), keepdim=True).flatten(1) > 0.2
+        nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "masks": torch.zeros(0, 1, *image.shape[2:])}
+        return {
+            "classification": torch.cat([torch.where(airy, 20.0, 0.0), torch.where(airy, 0.0, 20.0), -20 + 0.0 * airy], 1),
+            "segmentation": torch.where(image > 0.96, 9.0, -9.0),
+            "reconstruction": image,
+            "detection": [nothing] * len(image),
+            "embedding": image.mean((2, 3)),
+        }
+
+
+def test_a_scan_is_classified_by_its_slices_with_lung_and_lesions_count_as_lung(tmp_path):
+    """One slice of 160 x 320 mm with lungs, half of one a lesion as dense as tissue, and two slices without lung."""
+    volume = np.full((80, 160, 3), 40, np.int16)  # 2 mm pixels
+    volume[15:65, 20:70, 0] = volume[15:65, 90:140, 0] = -850
+    volume[15:65, 90:115, 0] = 120
+    nib.save(nib.Nifti1Image(volume.swapaxes(0, 1), np.diag([-2.0, -2.0, 5.0, 1.0])), tmp_path / "a.nii.gz")
+    (prediction,) = predict(tmp_path / "a.nii.gz", tmp_path / "out", OfTheSlice(), window=[-1350, 150]).values()
+    assert prediction["classification"]["slices"] == 1 and prediction["classification"]["predicted"] == "other"
+    lungs = 2 * 50 * 50 * 4 * 5 / 1000  # mL
+    assert prediction["lung"]["slices"] == [0, 0]
+    assert prediction["lung"]["volume_ml"] == pytest.approx(lungs, rel=0.04)
+    assert prediction["segmentation"]["lesion"]["share_of_lung"] == pytest.approx(0.25, rel=0.04)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -13,7 +14,7 @@ from pydicom.uid import generate_uid
 
 from bundle.errors import UserError
 from bundle.files import locked
-from bundle.inference.worklist import Worklist
+from bundle.inference.worklist import Worklist, fingerprint
 
 
 def test_processes_agree_on_their_shares_however_late_they_start(tmp_path, monkeypatch):
@@ -155,3 +156,15 @@ def test_a_folder_that_another_run_uses_is_refused(picture, tmp_path):
             pass
     with Worklist(picture, tmp_path / "out", "run").locked():
         pass
+
+
+def test_the_fingerprint_is_of_the_content_of_the_weights_and_of_the_knobs(tmp_path):
+    """Neither where the weights lie nor on which device they are used changes a prediction."""
+
+    def of(content, name="w.pt", **knobs):
+        (tmp_path / name).write_bytes(content)
+        config = {"checkpoint": name, "device": "cpu", "flips": True, **knobs}
+        return fingerprint(SimpleNamespace(parser=SimpleNamespace(get=lambda: config)), tmp_path / name)
+
+    assert of(b"one") == of(b"one", "moved.pt", device="cuda")
+    assert len({of(b"one"), of(b"two"), of(b"one", flips=False)}) == 3
