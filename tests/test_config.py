@@ -27,6 +27,7 @@ OVERLAYS = sorted(
 
 # What the document says of defaults that are computed or long.
 IN_WORDS = {
+    "[]": "none",
     "$bundle.data.phantom.make_phantom(@bundle_root + '/data/phantom')": "phantom data, made at first use",
     "$bundle.data.phantom.make_phantom(@bundle_root + '/data/phantom') + '/images'": (
         "images of the phantom data, made at first use"

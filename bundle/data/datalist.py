@@ -26,6 +26,7 @@ from bundle.names import (
 )
 
 SPLITS = ("training", "validation", "test")
+LEFT_OUT = "left_out"
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # of Pillow: the value of a pixel is its label
 FIELDS = (IMAGE, CLASS, MASK, BOXES, INSTANCES, GROUP, SOURCE)
 
@@ -190,21 +191,29 @@ def annotated_tasks(record: Mapping) -> tuple[str, ...]:
     return tuple(task for task, field in ANNOTATION.items() if field in record) + (RECONSTRUCTION,)
 
 
-def select(datalist: Mapping, split: str, tasks: Iterable, dataset_dir="") -> list[dict]:
+def select(datalist: Mapping, split: str, tasks: Iterable, dataset_dir="", leave_out: Sequence[str] = ()) -> list[dict]:
     """Records of a split that are annotated for at least one of the tasks, with paths joined to `dataset_dir`.
 
     Args:
         datalist: of `load_datalist`.
-        split: one of `SPLITS`.
+        split: one of `SPLITS`, or left_out for what `leave_out` takes away from training and validation.
         tasks: `bundle.tasks.Task` that ask for records.
         dataset_dir: folder that the paths start from.
+        leave_out: sources whose records are not in training and validation.
 
     Raises:
-        UserError: if the split is unknown, or no record is left.
+        UserError: if the split or a source is unknown, or no record is left.
     """
-    if split not in SPLITS:
-        raise UserError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
-    records = [record for record in datalist.get(split, []) if any(task.is_annotated(record) for task in tasks)]
+    if split not in (*SPLITS, LEFT_OUT):
+        raise UserError(f"split: found {split!r}, expected one of {', '.join((*SPLITS, LEFT_OUT))}")
+    sources = {record.get(SOURCE) for name in SPLITS for record in datalist.get(name, [])} - {None}
+    if unknown := set(leave_out) - sources:
+        raise UserError(f"leave_out: found {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(sources))}")
+    if split == LEFT_OUT:
+        found = [record for name in SPLITS[:2] for record in datalist.get(name, []) if record.get(SOURCE) in leave_out]
+    else:
+        found = [record for record in datalist.get(split, []) if split == "test" or record.get(SOURCE) not in leave_out]
+    records = [record for record in found if any(task.is_annotated(record) for task in tasks)]
     if not records:
         names = ", ".join(task.name for task in tasks)
         raise UserError(f"split {split}: found no record annotated for {names}; name other tasks or add records")

@@ -178,155 +178,73 @@ def _union(*distances, k: float = 6) -> np.ndarray:
 
 def _draw_chest(canvas: _Canvas, patient: dict, level: float) -> np.ndarray:
     """Draw a normal chest; returns the share of each pixel that is lung."""
-    rng, ellipse, y = canvas.rng, canvas.ellipse, canvas.y
-    wide, deep = patient["wide"] + 16 * (1 - level), patient["deep"]
-    half_width = (patient["wide"] - patient["fat"] - 13) * (0.88 + 0.12 * level)  # of the rib cage inside
-    half_depth = deep - patient["fat"] - 10
-    soft = 45 + 8 * canvas.noise(8)
-
-    for gap in (5, 17):  # table: two thin curved sheets below the back
-        across, down = canvas.straight
-        canvas.paint(np.abs(down - deep - gap + 0.0011 * across**2) - 1.2, patient["table"])
-    body = ellipse(0, 0, wide, deep, power=2.5)
-    canvas.paint(body, 10)  # skin
-    canvas.paint(body + 2.5, -100 + 6 * canvas.noise(10))
-    cavity = ellipse(0, -3, half_width, half_depth, power=2.3)
-    back = _union(ellipse(-24, 0.74 * deep, 25, 0.17 * deep), ellipse(24, 0.74 * deep, 25, 0.17 * deep))
-    wall = _union(body + patient["fat"] + 3 + 2 * canvas.noise(40), back)
-    canvas.paint(wall, soft)
-    seams = canvas.alpha(np.abs(cavity - 12 - 4 * canvas.noise(45)) - 1.2) * canvas.alpha(wall + 3)
-    canvas.blend(0.8 * seams, -90)  # fat between the layers of muscle
-
-    lung, organs = _outline_lungs(canvas, patient, level, cavity, half_width, half_depth)
+    rng, ellipse, noise = canvas.rng, canvas.ellipse, canvas.noise
+    body = ellipse(0, 0, patient["wide"] + 16 * (1 - level), patient["deep"], power=2.5)
+    width = (patient["wide"] - patient["fat"] - 13) * (0.88 + 0.12 * level)  # half of the rib cage inside
+    depth = patient["deep"] - patient["fat"] - 10
+    cavity = ellipse(0, -3, width, depth, power=2.3)
+    low = min(max((level - 0.3) / 0.5, 0), 1)  # 0 above the heart, 1 at its widest
+    scale = patient["heart"] * width / 130
+    heart = ellipse(21 * scale + 3 * low, -0.3 * depth, (30 + 32 * low) * scale, (26 + 19 * low) * scale, tilt=28)
+    aorta = ellipse(19, 0.4 * depth, 12, 12.5)
+    front, middle = ellipse(4, -0.78 * depth, 15 + 8 * low, 0.3 * depth), ellipse(1, -0.06 * depth, 34 - 9 * low, 0.42 * depth)
+    between = _union(front, middle, ellipse(0, 0.62 * depth, 21, 0.34 * depth), aorta - 2, *([heart - 4] if low > 0.1 else []))
+    lung = -_union(-cavity, between + 1.2 * noise(14), k=14)  # the cavity without what is between, with rounded corners
     lungs = canvas.alpha(lung)
-    canvas.paint(cavity - 1, -60 + 10 * canvas.noise(6))  # mediastinal fat; organs and lungs are drawn over it
-    for distance, hu in organs:
-        canvas.paint(distance, hu + 6 * canvas.noise(12), softness=2.5)
-    canvas.paint(np.maximum(np.abs(lung - 1.2) - 1.2, cavity - 2), 20)  # pleura
 
-    _draw_bones(canvas, level, cavity, half_width, half_depth)
+    across, down = canvas.straight
+    for gap in (5, 17):  # table: two thin curved sheets below the back
+        canvas.paint(np.abs(down - patient["deep"] - gap + 0.0011 * across**2) - 1.2, patient["table"])
+    canvas.paint(body, 10)  # skin
+    canvas.paint(body + 2.5, -100 + 6 * noise(10))
+    canvas.paint(body + patient["fat"] + 3 + 2 * noise(40), 45 + 8 * noise(8))  # muscle
+    canvas.paint(cavity - 1, -60 + 10 * noise(6))  # mediastinal fat; organs and lungs are drawn over it
+    for organ, hu in ((heart, 48), (aorta, patient["blood"]), (ellipse(6, 0.3 * depth, 6, 5), 35)):
+        canvas.paint(organ, hu + 6 * noise(12), softness=2.5)
+    canvas.paint(np.maximum(np.abs(lung - 1.2) - 1.2, cavity - 2), 20)  # pleura
+    _draw_bones(canvas, cavity, depth)
 
     grain = ndimage.gaussian_filter(rng.normal(0, 1, canvas.image.shape).astype(np.float32), 1.1)
-    gravity = (35 + 45 * (1 - patient["breath"])) * y / half_depth
-    canvas.blend(lungs, patient["lung"] + gravity + 22 * grain / float(grain.std()) + 9 * canvas.noise(35))
-    vessels = canvas.lines(_vessels(canvas, lung, half_width, level))
-    canvas.blend(vessels * lungs, min(patient["blood"], 70))
-    _draw_airways(canvas, level, half_depth)
+    gravity = (35 + 45 * (1 - patient["breath"])) * canvas.y / depth
+    canvas.blend(lungs, patient["lung"] + gravity + 22 * grain / float(grain.std()) + 9 * noise(35))
+    canvas.blend(canvas.lines(_vessels(canvas, lung, width)) * lungs, min(patient["blood"], 70))
+    tubes = [(-3, 0.12, 8.5)] if level < 0.45 else [(-30, 0.16, 4.5), (30, 0.16, 4.5)]  # trachea, or its two branches
+    for x, y, radius in tubes:
+        tube = ellipse(x, y * depth, radius, radius)
+        canvas.paint(tube - 1.5, 0)
+        canvas.paint(tube, -990)
     return lungs
 
 
-def _outline_lungs(canvas, patient, level, cavity, half_width, half_depth):
-    """Distance to the edge of the lungs, and the (distance, HU) of what lies between them."""
-    ellipse, blood = canvas.ellipse, patient["blood"]
-    low = min(max((level - 0.3) / 0.5, 0), 1)  # 0 above the heart, 1 at its widest
-    size = patient["heart"] * half_width / 130
-    aorta = ellipse(19, 0.4 * half_depth, 12, 12.5)
-    organs = [(aorta, blood)]
-    if level < 0.25:  # arch of the aorta, from front right to back left
-        organs.append((ellipse(14, 0.02 * half_depth, 15, 36, tilt=-14), blood))
-        organs.append((ellipse(-19, -0.22 * half_depth, 9, 8), blood))
-    elif low < 0.5:  # ascending aorta, upper vena cava, trunk and right branch of the pulmonary artery
-        organs.append((ellipse(-5, -0.3 * half_depth, 16, 16), blood))
-        organs.append((ellipse(-27, -0.22 * half_depth, 8, 9), blood))
-        organs.append((ellipse(21, -0.3 * half_depth, 14, 20, tilt=20), blood))
-        organs.append((ellipse(-8, -0.06 * half_depth, 31, 8, tilt=-8), blood))
-    heart = ellipse(21 * size + 3 * low, -0.3 * half_depth, (30 + 32 * low) * size, (26 + 19 * low) * size, tilt=28)
-    if low >= 0.5:
-        organs.append((heart, 48))
-        organs.append((ellipse(36 * size, -0.33 * half_depth, 22 * size, 13 * size, tilt=32), blood))
-        organs.append((ellipse(-4 * size, -0.27 * half_depth, 20 * size, 24 * size), blood))
-        organs.append((ellipse(4, 0.04 * half_depth, 26 * size, 13 * size), blood))
-    organs.append((ellipse(6, 0.3 * half_depth, 6, 5), 35))  # oesophagus
-
-    front = ellipse(4, -0.78 * half_depth, 15 + 8 * low, 0.3 * half_depth)
-    middle = ellipse(1, -0.06 * half_depth, 34 - 9 * low, 0.42 * half_depth)
-    spine = ellipse(0, 0.62 * half_depth, 21, 0.34 * half_depth)
-    between = _union(front, middle, spine, aorta - 2, *([heart - 4] if low > 0.1 else []))
-    if 0.3 < level < 0.75:  # hila
-        for side in (-1, 1):
-            hilum = ellipse(side * 36 + 2, 0.06 * half_depth, 13, 10, tilt=side * 15)
-            organs.append((hilum, blood))
-            between = _union(between, hilum, k=3)
-    between = between + 1.2 * canvas.noise(14)
-    lung = -_union(-cavity, between, k=14)  # the inside of the cavity without what is between, with rounded corners
-    return lung, organs
-
-
-def _draw_bones(canvas, level, cavity, half_width, half_depth) -> None:
-    rng, ellipse, x, y = canvas.rng, canvas.ellipse, canvas.x, canvas.y
-    angle = np.arctan2(y + 3, x)  # 0 patient's left, pi / 2 spine
-    radius = np.sqrt(x * x + (y + 3) ** 2)
-    start = rng.uniform(-0.15, 0.15)
-    turned = np.where(angle > 0, angle - np.pi, angle + np.pi).astype(np.float32)  # 0 patient's right
-    for place in range(-75, 76, 21):
-        for side in (0, 180):
-            turn = (start + math.radians(place)) * (1 if side == 0 else -1) + rng.normal(0, 0.04)
-            arc = ((angle if side == 0 else turned) - turn) * radius
-            long, slope = rng.uniform(4, 17), rng.normal(0, 0.12)
-            rib = np.maximum(np.abs(cavity - 6 - slope * arc) - 2.8, np.abs(arc) - long)
-            front = place < -60  # cartilage
-            canvas.paint(rib, 110) if front else canvas.bone(rib, rng.uniform(180, 300), 1.3)
-    sternum = ellipse(0, -half_depth - 6, 16 + 6 * (1 - level), 4.8, power=3)
-    canvas.bone(sternum, 160, 1.4)
-    if level < 0.55:
-        for side in (-1, 1):
-            reach = half_width + 13
-            canvas.bone(ellipse(side * reach * 0.83, 0.56 * half_depth + 4, 31, 3.4, tilt=-side * 38), 280, 1.3)
-    down = 0.6 * half_depth
+def _draw_bones(canvas: _Canvas, cavity: np.ndarray, depth: float) -> None:
+    rng, ellipse = canvas.rng, canvas.ellipse
+    angle = np.arctan2(canvas.y + 3, canvas.x)
+    gaps = 10 * np.cos(15 * angle + rng.uniform(0, 6.3)) + 3 * canvas.noise(30)
+    gaps = np.maximum(gaps, 25 - np.abs(canvas.x))  # none at the breastbone
+    canvas.bone(np.maximum(np.abs(cavity - 6) - 2.8, gaps), rng.uniform(180, 300), 1.3)  # ribs
+    canvas.bone(ellipse(0, -depth - 6, 18, 4.8, power=3), 160, 1.4)  # breastbone
+    down = 0.6 * depth
     for side in (-1, 1):
         canvas.bone(ellipse(side * 24, down + 21, 17, 4.5, tilt=side * 22), 300)  # transverse processes
-    canvas.bone(ellipse(0, down + 37, 3.5, 15), 300)  # spinous process
-    canvas.bone(ellipse(0, down + 21, 13, 11), 330)  # arch
+    canvas.bone(ellipse(0, down + 30, 9, 22), 300)  # arch and spinous process
     canvas.bone(ellipse(0, down, 16.5, 14, power=2.4), 170 + 25 * canvas.noise(4), 1.3)  # vertebral body
     canvas.paint(ellipse(0, down + 20, 9, 7.5), 28)  # canal
 
 
-def _vessels(canvas, lung, half_width, level) -> list[tuple[float, ...]]:
-    """Line segments of vessels: trees that leave the hila and thin out, and pieces of those that cross the slice."""
+def _vessels(canvas: _Canvas, lung: np.ndarray, width: float) -> list[tuple[float, ...]]:
+    """Line segments of vessels, which point to the hila and are thickest near them."""
     rng, segments = canvas.rng, []
-
-    def grow(x, y, angle, width, depth):
-        for _ in range(3):
-            step = rng.uniform(4, 9)
-            angle += rng.normal(0, 0.2)
-            end = x + step * np.cos(angle), y + step * np.sin(angle)
-            segments.append((x, y, *end, width))
-            x, y, width = *end, width * 0.87
-        if depth:
-            fork = rng.uniform(0.35, 0.8)
-            grow(x, y, angle + fork, width * 0.85, depth - 1)
-            grow(x, y, angle - fork * rng.uniform(0.4, 1), width * 0.7, depth - 1)
-
     rows, columns = np.nonzero(lung < -7)
+    places = np.stack([canvas.x[rows, columns], canvas.y[rows, columns]], 1)
     for side in (-1, 1):
-        hilum = np.array([side * 38.0, 4.0])
-        for angle in np.deg2rad(np.linspace(-75, 75, 5) + rng.normal(0, 9, 5)):
-            grow(*hilum, angle if side > 0 else np.pi - angle, rng.uniform(3, 4.6), 2)
-        px, py = canvas.x[rows, columns], canvas.y[rows, columns]
-        own = np.flatnonzero(px * side > 0)
-        for pick in rng.choice(own, 75) if len(own) else ():
-            place = np.array([px[pick], py[pick]])
+        own, hilum = places[places[:, 0] * side > 0], np.array([side * 38.0, 4.0])
+        for place in own[rng.choice(len(own), 150)] if len(own) else ():
             away = place - hilum
-            near = np.clip(1 - np.hypot(*away) / (0.95 * half_width), 0.12, 1)
+            near = np.clip(1 - np.hypot(*away) / (0.95 * width), 0.12, 1)
             angle = np.arctan2(away[1], away[0]) + rng.normal(0, 0.45)
-            length = rng.exponential(7) * near + 0.8
-            end = place + length * np.array([np.cos(angle), np.sin(angle)])
+            end = place + (rng.exponential(9) * near + 0.8) * np.array([np.cos(angle), np.sin(angle)])
             segments.append((*place, *end, 0.5 + 3.2 * near**1.5 * rng.uniform(0.5, 1)))
     return segments
-
-
-def _draw_airways(canvas, level, half_depth) -> None:
-    ellipse = canvas.ellipse
-    if level < 0.42:
-        tubes = [ellipse(-3, 0.12 * half_depth, 8.5, 8)]
-    elif level < 0.6:
-        tubes = [ellipse(side * 17 - 1, 0.17 * half_depth, 9, 5.5, tilt=side * 20) for side in (-1, 1)]
-    else:
-        tubes = [ellipse(side * 33, 0.16 * half_depth, 3.6, 4) for side in (-1, 1)]
-    tubes += [ellipse(side * 47, 0.1 * half_depth + side * 4, 2.4, 2.4) for side in (-1, 1) if level > 0.3]
-    for tube in tubes:
-        canvas.paint(tube - 1.5, 0)
-        canvas.paint(tube, -990)
 
 
 def _blob(canvas, row, column, across, along, tilt: float, roughness: float, waves: int = 8) -> np.ndarray:

@@ -41,7 +41,8 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
     end = [row for row in rows if row["stage"] == END]
     lines = [f"# {experiment.title}", "", experiment.question, "", *_facts(experiment, end), ""]
     note = _interval_note(end)
-    lines += [f"Test split, weights of the epoch with the highest validation score; mean over the seeds{note}:", ""]
+    split = "Test split" if {row["split"] for row in end} == {"test"} else "Training and validation slices of the source left out"
+    lines += [f"{split}, weights of the epoch with the highest validation score; mean over the seeds{note}:", ""]
     lines += [*_table(experiment, lambda arm, figure: _mean(_values(end, arm, figure))), ""]
     if len(experiment.arms) > 1 and not experiment.curve:
         first = next(iter(experiment.arms))

@@ -28,6 +28,7 @@ from filelock import FileLock
 from monai.bundle import ConfigParser
 
 from bundle.config import check_config, overlay
+from bundle.data.datalist import LEFT_OUT
 from bundle.errors import UserError
 from bundle.training.curriculum import run_workflow
 from bundle.training.run_folder import environment
@@ -204,9 +205,10 @@ class Study:
             if not (folder / "model.pt").exists():
                 run_workflow(config, folder / "study.json", str(self.config_dir), run.workflow)
             steps += sum(_steps(file) for file in folder.glob("**/last.pt"))
-        evaluation = self.output_dir / run.name / "test"
-        self._evaluate(run.configs, evaluation)
-        rows = [{"stage": "end", "split": "test", **_figures(evaluation)}]
+        split = LEFT_OUT if run.configs[0].get("leave_out") else "test"
+        evaluation = self.output_dir / run.name / split
+        self._evaluate(run.configs, split, evaluation)
+        rows = [{"stage": "end", "split": split, **_figures(evaluation)}]
         for stage in run.configs[0]["stages"] if run.workflow == "training" else ():
             rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run.name / stage / "validation")})
         machine = environment()
@@ -219,10 +221,10 @@ class Study:
         }
         return [{**row, **facts} for row in rows]
 
-    def _evaluate(self, configs: Sequence[Mapping], evaluation: Path) -> None:
-        """Measure the network of a finished run, or the ensemble of those of several, on the test split."""
+    def _evaluate(self, configs: Sequence[Mapping], split: str, evaluation: Path) -> None:
+        """Measure the network of a finished run, or the ensemble of those of several, on a split."""
         folders = [config["output_dir"] for config in configs]
-        entries = {"bootstrap": 0, "evaluation_dir": str(evaluation)}
+        entries = {"split": split, "bootstrap": 0, "evaluation_dir": str(evaluation)}
         if len(configs) > 1:
             tasks = {task: 1.0 for folder in folders for task in trained_tasks(Path(folder) / "model.pt")}
             entries["model"] = f"${{**bundle.networks.read_model(@checkpoint, {{}}), 'tasks': {tasks}}}"

@@ -314,6 +314,22 @@ def test_selection_by_split_and_task(datalist, split, tasks, expected):
     assert [record["image"] for record in records] == [os.path.join("data", name) for name in expected]
 
 
+def test_a_source_that_is_left_out_is_in_neither_split_and_measured_apart(datalist):
+    def images(split):
+        return [record["image"] for record in select(datalist, split, some_tasks("reconstruction"), "", ["x"])]
+
+    datalist["validation"][0]["source"] = datalist["test"][0]["source"] = "x"
+    datalist["validation"].append({"image": "e.png"})
+    assert [images(split) for split in ("training", "validation", "test", "left_out")] == [
+        ["a.png"],
+        ["e.png"],
+        ["d.png"],
+        ["b.png", "c.png"],
+    ]
+    with pytest.raises(UserError, match="leave_out: found y, expected some of x"):
+        select(datalist, "training", some_tasks("reconstruction"), "", ["y"])
+
+
 def test_selection_joins_the_paths_of_annotations(datalist):
     a, b = select(datalist, "training", some_tasks("reconstruction"), "data")
     assert a["instances"] == os.path.join("data", "instances.png") and b["mask"] == os.path.join("data", "mask.png")

@@ -112,6 +112,17 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
     assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
 
 
+def test_an_arm_that_leaves_a_source_out_is_measured_on_it(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("bundle.study.study.run_workflow", lambda config, *_: started.append(config))
+    monkeypatch.setattr("bundle.study.study._figures", lambda evaluation: {"Dice": 0.5})
+    study = make_study(tmp_path)
+    study.run([make(all=[ONE], without=[ONE, {"leave_out": ["phantom"]}])])
+    assert [row["split"] for row in read_results(study.results)] == ["test", "left_out"]
+    assert [config.get("split") for config in started] == [None, "test", None, "left_out"]
+    assert [config["leave_out"] for config in started] == [[], [], ["phantom"], ["phantom"]]
+
+
 def test_what_an_arm_once_was_is_not_reported(tmp_path, caplog):
     study, before = make_study(tmp_path), make(one=[ONE], two=[TWO], renamed=[TWO])
     runs = {arm: Path(study.config(before, parts, 0)["output_dir"]).name for arm, parts in before.arms.items()}
