@@ -322,6 +322,8 @@ def _complete_geometry(headers: Sequence[Dataset]) -> None:
         if not np.allclose(header.ImageOrientationPatient, first.ImageOrientationPatient, atol=0.01):
             raise UserError("found slices that are not parallel")
         header.ImageOrientationPatient = first.ImageOrientationPatient  # its digits may differ from slice to slice
+    if len({header.SOPInstanceUID for header in headers}) < len(headers):
+        raise UserError("found slices that share a SOPInstanceUID, which no reference can tell apart")
     first.SliceThickness = first.get("SliceThickness") or _usual_gap(headers)
     if "SpacingBetweenSlices" in first:  # often wrong or negative: highdicom finds it from the positions
         del first.SpacingBetweenSlices

@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -58,6 +60,13 @@ def test_images_without_a_position_are_left_out_of_a_series_that_has_them(tmp_pa
     lost.save_as(tmp_path / f"in/{SERIES}-2")
     (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
     assert failures == [] and scan.warnings == ["left out 1 images without a position"] and scan.positions == [0, 5]
+
+
+def test_training_needs_no_simpleitk_itk_or_highdicom():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('SimpleITK', 'itk', 'highdicom'))); "
+    rooms = "bundle.training.trainer, bundle.training.curriculum, bundle.training.loss, bundle.evaluation.handler, bundle.data.transforms, bundle.data.sources, bundle.lungs"
+    done = subprocess.run([sys.executable, "-c", f"{blocked}import {rooms}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_header_costs_little_memory_whatever_is_in_it(tmp_path, write_series):

@@ -407,6 +407,7 @@ LACKING = {
         "found no ImagePositionPatient, ImageOrientationPatient in a file of the series",
     ),
     "StudyInstanceUID": ({"StudyInstanceUID": None}, "found no StudyInstanceUID in a file of the series"),
+    "own UIDs": ({"SOPInstanceUID": "1.2.3"}, "found slices that share a SOPInstanceUID, which no reference can tell apart"),
     "kind of object": (
         {"SOPClassUID": "1.2.3.4"},
         "the headers of the series cannot be carried over (KeyError)",

@@ -27,9 +27,12 @@ def intact(tmp_path_factory, write_dicom) -> list[Path]:
         nib.save(nib.Nifti1Image(voxels, np.diag([-1, -1, 2, 1])), folder / name)
     for name in ("x.mha", "x.nrrd"):
         sitk.WriteImage(sitk.GetImageFromArray(voxels.T), str(folder / name))
-    for name in ("x.png", "x.jpg", "x.tif", "x.bmp"):
+    for name in ("x.png", "x.jpg", "x.tif", "x.bmp", "x.webp", "x.gif"):
         Image.fromarray(voxels[..., 0].clip(0, 255).astype(np.uint8)).save(folder / name)
     write_dicom(folder / "x.dcm", voxels[..., 0])
+    bare = pydicom.dcmread(folder / "x.dcm")
+    bare.preamble, bare.file_meta = None, pydicom.dataset.FileMetaDataset()
+    bare.save_as(folder / "x.ima", implicit_vr=True, little_endian=True, enforce_file_format=False)
     return sorted(folder.iterdir())
 
 
