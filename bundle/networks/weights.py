@@ -127,7 +127,7 @@ def read_model(checkpoint, knobs: Mapping, training: bool = False) -> dict:
         model["tasks"] = dict.fromkeys(check_tasks(model["tasks"]), 1.0)
     if training:
         model["temperature"] = None
-    return {name: value for name, value in model.items() if name not in ("format", "version")}
+    return {name: model[name] for name in ("tasks", *DEFAULTS)}
 
 
 def _check_agreement(checkpoint, said: Mapping, knobs: Mapping, training: bool) -> None:
