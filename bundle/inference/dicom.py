@@ -92,11 +92,11 @@ def write_segmentation(path, sources: Sequence[tuple[str, int]], labels, names: 
 def write_structured_report(path, sources: Sequence[tuple[str, int]], prediction: Mapping, segmentation_path=None) -> None:
     """Write a DICOM Structured Report (Comprehensive SR, template TID 1500) of a scan's predictions.
 
-    It has a group for each lesion (outlines of its boxes in pixels of the images, certainty in %, volume in mL; in mm the width
-    along a row, height along a column, depth across the slices), one for each segmentation class (volume in mL, share of the
-    lung in %, its segment) and one for the scan (probabilities in %, predicted class, volume of the lung in mL). Values that are
-    null are omitted. Geometry is not needed. The report is unverified and preliminary; comments in it state that it is for
-    research only, and the warnings.
+    It has a group for each lesion (outlines of its boxes in pixels of the images, certainty in %, volume in mL; in mm the
+    width along a row, height along a column, depth across the slices), one for each segmentation class (volume in mL, share of
+    the lung in %, its segment) and one for the scan (probabilities in %, predicted class, volume of the lung in mL). Values
+    that are null are omitted. Geometry is not needed. The report is unverified and preliminary; comments in it state that it
+    is for research only, and the warnings.
 
     Args:
         path: of the file.

@@ -18,9 +18,9 @@ SCHEMA += "markups-schema-v1.0.3.json#"
 def write_markups(path, prediction: Mapping) -> None:
     """Write a markups file of 3D Slicer (.mrk.json): one region of interest (ROI) for each lesion.
 
-    A ROI lies along the axes of the scan, which may be oblique: two in the plane of the stored slice, the third across the slices.
-    Coordinates are LPS in mm. Its name has number and score of the lesion; the description of its control point has the slices,
-    the volume, and that this is for research only.
+    A ROI lies along the axes of the scan, which may be oblique: two in the plane of the stored slice, the third across the
+    slices. Coordinates are LPS in mm. Its name has number and score of the lesion; the description of its control point has
+    the slices, the volume, and that this is for research only.
 
     Args:
         path: of the file.

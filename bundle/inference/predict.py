@@ -1,4 +1,4 @@
-"""From scans to results: the one way that the command, and whoever calls this package from Python, takes."""
+"""From a scan to its result, and from a list of scans to folders of results."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ LONGEST, LONGEST_REBUILT = 1024, 256  # longer sides are reduced to these, in pi
 class Report:
     """Collect the slices of a scan one by one, compressed at once, and write the page.
 
-    The rows of all arrays run to posterior, the columns to the patient's left, as in `bundle.data.volumes.Scan.read`. Slices in
-    HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both are stored as
+    The rows of all arrays run to posterior, the columns to the patient's left, as in `bundle.data.volumes.Scan.read`. Slices
+    in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both are stored as
     JPEG, so that the page shows approximate values.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the network says about a scan: collected slice by slice, then summed up. Nothing here is written to a disk."""
+"""The result of a scan, in memory: the answers for its slices are collected and summarised."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bundle.tasks.lesions import volume_ml
 
 @dataclass
 class Result:
-    """What the network says about one scan; docs/inference.md is the reference of the entries.
+    """The answers of the network for one scan; docs/inference.md is the reference of the entries.
 
     Attributes:
         scan: that was predicted.
@@ -68,7 +68,7 @@ class Result:
 
 @dataclass
 class SliceView:
-    """A slice as it is collected: `pixels` (rows, columns) as read, `shown` in [0, 1], and `lesions`, what counts as lung too."""
+    """A slice as it was read, `shown` as the network sees it, where `low` is 0 and `high` is 1, and its `lesions` (bool)."""
 
     slice: MetaTensor
     shown: np.ndarray
@@ -78,7 +78,7 @@ class SliceView:
 
 
 class Collector:
-    """Take in the answers for the slices of a scan, in order, and sum them up to a `Result`.
+    """Collect the answers for the slices of a scan, in order, and summarise them as a `Result`.
 
     Args:
         scan: whose slices these are.
@@ -91,7 +91,7 @@ class Collector:
         self.lung_areas: list[float] = []  # mm2 of every slice, lesions included
 
     def add(self, sample: Mapping, answer: Mapping) -> None:
-        """Take in a slice.
+        """Add the next slice.
 
         Args:
             sample: "index"; "slice" (1, rows, columns), values as read; "image" with its "intensity_range".
@@ -109,7 +109,7 @@ class Collector:
         self.result.ranges.append((float(low), float(high)))
 
     def _lung_area(self, pixels: np.ndarray, lesions: np.ndarray | None) -> float | None:
-        """Area of the lung in mm2; beside it, of the lung and the lesions in it, for the volume of the lung."""
+        """Area of the lung in mm2; `lung_areas` gets that of lung and lesions together, for the volume of the lung."""
         scan = self.result.scan
         if not scan.hounsfield or scan.spacing is None:
             return None
@@ -119,7 +119,7 @@ class Collector:
         return round(float(lung.sum() * pixel), 2)
 
     def finish(self) -> Result:
-        """Sum the slices up: see docs/inference.md for each rule.
+        """Summarise the slices by the rules of docs/inference.md.
 
         Raises:
             RuntimeError: if a slice is missing.

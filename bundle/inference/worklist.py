@@ -1,4 +1,4 @@
-"""The scans of a run: found, shared among processes, those that are done left out; and the tables over all of them."""
+"""The scans of a run, those that are still to be predicted, the folder of their results, and the tables over all of them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run", "network_def",
 class Worklist:
     """The scans that this process has to predict, in the order of their paths, and the folder of their results.
 
-    The folder of a scan gets its name when everything in it is written: one with predictions.json in it is done. Scans that are
-    done with the same input, weights and knobs are not predicted again. Of several processes started by torchrun, each
+    The folder of a scan gets its name when everything in it is written: one with predictions.json in it is done. Scans that
+    are done with the same input, weights and knobs are not predicted again. Of several processes started by torchrun, each
     takes every WORLD_SIZE-th scan.
 
     Args:
@@ -63,7 +63,7 @@ class Worklist:
         scans, failures = find_scans(source, output_dir)
         for failure in failures:
             logger.warning(f"skipped {failure['reason']}")
-        # Dealt out before looking at what is done: another process may have finished scans by now, and all must agree.
+        # Shared out before what is done is looked up: another process may have finished scans by now, and all must agree.
         self.scans, self.total = scans[self.rank :: self.processes], len(scans)
         self.failures = [{"scan": row["file"], "reason": row["reason"]} for row in failures if self.rank == 0]
 
@@ -73,7 +73,7 @@ class Worklist:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the folder for this run while the block runs, and remove what killed runs have left in it.
+        """Keep other runs out of the folder while the block runs, and remove what killed runs have left in it.
 
         Raises:
             UserError: if another run has the folder.
@@ -115,7 +115,7 @@ class Worklist:
         return pending
 
     def _check_place(self, place: Path) -> None:
-        """Refuse to put results where they would replace, or not be let in by, what this package has not written."""
+        """Refuse a place that holds, or lies below, a file that this package has not written."""
         try:
             blocking = [path for path in (place, *place.parents) if path.is_file()]
             strange = place.is_dir() and any(place.iterdir()) and _read_prediction(place / PREDICTIONS) is None
@@ -127,16 +127,16 @@ class Worklist:
 
     @contextmanager
     def attempt(self, scan: Scan) -> Iterator[Path]:
-        """Give a new folder, which becomes that of the scan when the block ends, in place of older results.
+        """Yield a new folder, which replaces the older results of the scan when the block ends.
 
-        Whatever the block raises fails this scan alone, see `fail`, and the folder is removed.
+        An exception of the block fails this scan alone, see `fail`, and the new folder is removed.
         """
         place = self.folder / scan.name
         new, old = (place.with_name(f"{UNFINISHED}{uuid.uuid4().hex}") for _ in range(2))
         try:
             new.mkdir(parents=True)
             yield new
-            if place.exists():  # moved away whole: killed in the middle of removing it, a half would be left
+            if place.exists():  # moved away as a whole: a process killed while it removes the files would leave some
                 os.replace(place, old)
             os.replace(new, place)
         except Exception as error:
@@ -147,7 +147,7 @@ class Worklist:
             shutil.rmtree(old, ignore_errors=True)
 
     def fail(self, scan: Scan, error: Exception) -> None:
-        """Note in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
+        """Record in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
         row = {"scan": scan.name, "reason": user_message(error)}
         if row["reason"] is None and isinstance(error, OSError) and error.strerror:
             place = self.folder / scan.name
@@ -173,9 +173,9 @@ class Worklist:
     def finish(self, tasks: Sequence[Task]) -> None:
         """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything else in the folder.
 
-        Older results of a scan that failed now stay in its folder and are not in the tables; those of a DICOM series whose
-        files cannot be read any more are, since nothing tells which series they were of. Where there are several processes,
-        one writes, when all are ready.
+        Older results of a scan that fails now stay in their folder but are not in the tables, except those of a DICOM series
+        none of whose files can be read: such a series cannot be recognised. Of several processes the first one writes, when
+        all are ready.
 
         Args:
             tasks: whose columns the tables have.

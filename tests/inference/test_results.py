@@ -341,7 +341,8 @@ def test_a_bug_fails_one_scan_and_its_traceback_goes_to_a_log(tmp_path, error):
     (failure,) = table(tmp_path / "out/failures.csv")
     assert failure["scan"] == "b.png" and failure["log"] == "failures.log"
     name = error.__name__
-    assert failure["reason"].startswith(f"{tmp_path}/in/b.png: a bug of this program, {name}: ") and "\n" not in failure["reason"]
+    assert failure["reason"].startswith(f"{tmp_path}/in/b.png: a bug of this program, {name}: ")
+    assert "\n" not in failure["reason"]
     log = (tmp_path / "out/failures.log").read_text()
     assert log.startswith("b.png\nTraceback") and "in forward" in log and f"{name}: " in log
     assert [row["scan"] for row in table(tmp_path / "out/scans.csv")] == ["a.png", "c.png"]

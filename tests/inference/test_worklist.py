@@ -36,7 +36,8 @@ def test_processes_agree_on_their_shares_however_late_they_start(tmp_path, monke
 
 
 def write_results(worklist, scan, **entries):
-    prediction = {"scan": scan.name, "stamp": worklist.stamp(scan), "lung": None, "novelty": None, "slices": [], "warnings": []}
+    prediction = {"scan": scan.name, "stamp": worklist.stamp(scan), "lung": None, "novelty": None}
+    prediction |= {"slices": [], "warnings": []}
     with worklist.attempt(scan) as folder:
         (folder / "predictions.json").write_text(json.dumps({**prediction, **entries}))
 
