@@ -45,8 +45,8 @@ def lung_region(image: np.ndarray) -> np.ndarray:
     """Find the region of the lungs in a slice in any grey scale: the dark parts inside the body, with what lies in them.
 
     The body is the largest bright component (Otsu's threshold), filled. Dark parts in it, or cut by the edge of a picture that
-    was cropped to the lungs, are lung if they have 0.5 % of the picture; a part that holds a corner of the picture is air. They
-    are closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed, bowel gas
+    was cropped to the lungs, are lung if they have 0.5 % of the picture; a part that holds a corner of the picture is air.
+    They are closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed, bowel gas
     and the trachea are included. For measured volumes of lung in HU there is `lung_mask`.
 
     Args:
@@ -79,8 +79,8 @@ def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     Pixels below -400 HU, closed by 2 mm, are split into components. A component whose pixels below -400 HU have a median
     below -950 HU is air, around the body, in the trachea or the bowel, and is removed, as is one of less than 2 cm2. Touching
     the border is not enough to be air, since a cropped volume has lung there, but such a component needs a median of -900 HU,
-    which the foam of a table below a cropped body does not reach. The shell of a table is thin enough to be closed, so that its
-    foam belongs to the air around it. Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) counts as
+    which the foam of a table below a cropped body does not reach. The shell of a table is thin enough to be closed, so that
+    its foam belongs to the air around it. Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) counts as
     air. Wrongly counted as lung: a trachea behind a thin wall, and bowel gas mixed with faeces.
 
     Args:

@@ -1,7 +1,7 @@
 """Which DICOM images are one scan: what their headers say, what is excluded, how they are grouped, ordered and decoded.
 
-pydicom reads the headers, decodes the pixels and applies look-up tables. highdicom's Image and Volume are not used: they hold a
-series in memory as a whole, need equal gaps between its slices, and are not there beside MONAI Label, which needs pydicom 2.
+pydicom reads the headers, decodes the pixels and applies look-up tables. highdicom's Image and Volume are not used: they hold
+a series in memory as a whole, need equal gaps between its slices, and are not there beside MONAI Label, which needs pydicom 2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import attrgetter
+from typing import TypeVar
 
 import numpy as np
 import pydicom
@@ -28,6 +31,8 @@ TAGS += ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInt
 TAGS += ("BitsAllocated", "BitsStored", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 TAGS += ("SliceThickness", "RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit")
 TAGS += ("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+
+Item = TypeVar("Item")
 
 LOCALIZERS = "localizers"
 NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
@@ -165,8 +170,8 @@ def _with_groups(frame: Frame, header: pydicom.Dataset, index: int) -> Frame:
         frame,
         index=index,
         position=_numbers(look("PlanePositionSequence", "ImagePositionPatient"), 3),
-        orientation=orientation if orientation and any(orientation) else None,
-        spacing=spacing if spacing and min(spacing) > 0 else None,
+        orientation=_shared(orientation) if orientation and any(orientation) else None,
+        spacing=_shared(spacing) if spacing and min(spacing) > 0 else None,
         thickness=_number(look("PixelMeasuresSequence", "SliceThickness")),
         slope=_number(look("PixelValueTransformationSequence", "RescaleSlope")),
         intercept=_number(look("PixelValueTransformationSequence", "RescaleIntercept")) or 0.0,
@@ -216,6 +221,12 @@ def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
 def _text(header: pydicom.Dataset, *names: str) -> str:
     """Values as a text that many headers share in memory."""
     return sys.intern("|".join(str(value) for name in names if (value := header.get(name)) not in (None, "")).strip())
+
+
+@lru_cache(maxsize=256)
+def _shared(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    """Numbers that many headers share in memory."""
+    return numbers
 
 
 def _value(header: pydicom.Dataset, name: str):
@@ -277,9 +288,8 @@ def _decode(frame: Frame, header: pydicom.Dataset) -> np.ndarray:
     source, syntax = frame.path, header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         source = pydicom.dcmread(frame.path, force=True)
-        source.file_meta.TransferSyntaxUID = (
-            ImplicitVRLittleEndian if source.original_encoding[0] else ExplicitVRLittleEndian
-        )
+        implicit = source.original_encoding[0]
+        source.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     try:
         return pydicom.pixels.pixel_array(source, index=frame.index)
     except RuntimeError as error:
@@ -295,21 +305,19 @@ def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
     anonymiser has made anew for each slice, is ignored where the slices are a regular stack without it.
     """
     _drop_scrambled_uids(frames)
-    same = defaultdict(list)
-    for frame in frames:
-        same[frame.patient, frame.study, frame.series, frame.frame_of_reference, frame.size, frame.kernel, frame.modality].append(frame)
-    groups = list(same.values())
+    exact = attrgetter("patient", "study", "series", "frame_of_reference", "size", "kernel", "modality")
+    groups = _divide(frames, exact)
     for divide in (_by_grid, _by_folder, _by_acquisition):
         groups = [part for group in groups for part in divide(group)]
     return groups
 
 
 def _drop_scrambled_uids(frames: Sequence[Frame]) -> None:
-    for series in _divide(frames, lambda frame: frame.series):
+    for series in _divide(frames, attrgetter("series")):
         _blank(series, "study", "frame_of_reference")
     seen = Counter(frame.series for frame in frames)
     alone = [frame for frame in frames if seen[frame.series] == 1]
-    for alike in _divide(alone, lambda frame: (frame.patient, frame.size, frame.kernel, frame.modality)):
+    for alike in _divide(alone, attrgetter("patient", "size", "kernel", "modality")):
         for group in _by_grid(alike):
             if len(group) > 2 and _is_stack(group):
                 _blank(group, "series", "study", "frame_of_reference")
@@ -323,10 +331,10 @@ def _blank(frames: Sequence[Frame], *fields: str) -> None:
                 setattr(frame, field, "")
 
 
-def _divide(frames: Iterable[Frame], key: Callable[[Frame], object]) -> list[list[Frame]]:
+def _divide(items: Iterable[Item], key: Callable[[Item], object]) -> list[list[Item]]:
     groups = defaultdict(list)
-    for frame in frames:
-        groups[key(frame)].append(frame)
+    for item in items:
+        groups[key(item)].append(item)
     return list(groups.values())
 
 
@@ -351,7 +359,7 @@ def _on_one_grid(one: Frame, other: Frame) -> bool:
 
 def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Folders are parts of one scan unless they hold the same places, or unless nothing but the places joins them."""
-    folders = _divide(frames, lambda frame: frame.folder)
+    folders = _divide(frames, attrgetter("folder"))
     places = [{_place(frame) for frame in folder} for folder in folders]
     repeated = sum(map(len, places)) - len(set().union(*places))
     joined = 2 * repeated <= min(map(len, places)) and (frames[0].series or _is_stack(frames))
@@ -362,7 +370,7 @@ def _by_acquisition(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Where slices lie at the same place: by the first attribute that tells most of them apart."""
     repeated = _repeated(frames)
     for field in ("acquisition", "thickness", "image_type") if repeated else ():
-        parts = _divide(frames, lambda frame: getattr(frame, field))
+        parts = _divide(frames, attrgetter(field))
         if len(parts) > 1 and min(map(len, parts)) > 1 and sum(map(_repeated, parts)) < repeated / 2:
             return parts
     return [list(frames)]
@@ -399,7 +407,7 @@ def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[
         The groups that are scans, and by study how many images of which kind were left out.
     """
     kept, left_out = [], defaultdict(Counter)
-    for study in _divide_groups(groups):
+    for study in _divide(groups, lambda group: study_of(group[0])):
         largest = max((len(group) for group in study if not _extra(group, 0)), default=0)
         for group in study:
             kind = _extra(group, largest) if largest else ""
@@ -408,13 +416,6 @@ def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[
             else:
                 kept.append(group)
     return kept, left_out
-
-
-def _divide_groups(groups: Sequence[list[Frame]]) -> list[list[list[Frame]]]:
-    studies = defaultdict(list)
-    for group in groups:
-        studies[study_of(group[0])].append(group)
-    return list(studies.values())
 
 
 def study_of(frame: Frame) -> tuple[str, str]:
@@ -453,16 +454,18 @@ def _is_bolus(group: Sequence[Frame]) -> bool:
 def order_frames(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
     """The slices of a scan from the feet to the head, and what is to be known of them, one line each.
 
-    Where positions are missing or say nothing, their numbers give the order, and no slice of the result has a position.
+    Without pixel spacing, or where positions are missing or say nothing (then the instance numbers give the order), no slice
+    of the result has a position.
     """
     notes, placed = [], [frame for frame in frames if frame.placed]
-    if placed and _say_nothing(placed):
-        notes.append(f"{len(placed)} images claim the same position: they are in the order of their numbers, lengths are not known")
-        return [replace(frame, position=None) for frame in sorted(frames, key=_order)], notes
-    if not placed:
+    if not placed or _say_nothing(placed):
+        by_height = not placed and all(frame.position and frame.orientation for frame in frames)
+        lack, order = ("equal positions", "numbers") if placed else ("no position", "numbers")
+        lack, order = ("no pixel spacing", "positions") if by_height else (lack, order)
         if len(frames) > 1:
-            notes.append(f"{len(frames)} images without a position, in the order of their numbers; lengths are not known")
-        return [replace(frame, position=None) for frame in sorted(frames, key=_order)], notes
+            notes.append(f"{len(frames)} images with {lack}: they are in the order of their {order}, lengths are not known")
+        order = sorted(frames, key=lambda frame: (frame.height if by_height else 0.0, *_order(frame)))
+        return [replace(frame, position=None) for frame in order], notes
     if len(placed) < len(frames):
         notes.append(f"left out {len(frames) - len(placed)} images without a position")
     order = sorted(placed, key=lambda frame: (frame.height, *_order(frame)))

@@ -1,7 +1,7 @@
 """Read any file as a scan: axial slices on the grid of the file, one by one. Nothing else in the package reads images.
 
-nibabel reads NIfTI and turns axes, SimpleITK reads MetaImage and NRRD, Pillow pictures, pydicom DICOM. Ours is which files make a
-scan (of DICOM: `bundle.data.series`), what is excluded and why, what is warned of, and limits against headers that lie.
+nibabel reads NIfTI and turns axes, SimpleITK reads MetaImage and NRRD, Pillow pictures, pydicom DICOM. Ours is which files make
+a scan (of DICOM: `bundle.data.series`), what is excluded and why, what is warned of, and limits against headers that lie.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class Scan:
     kind = "volume"
     hounsfield = True
 
-    def __init__(self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None) -> None:
+    def __init__(
+        self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None
+    ) -> None:
         self.name, self.path, self.shape = str(name), str(path), (*map(int, shape), 1, 1)[:3]
         if min(self.shape) < 1:
             raise UserError(f"found a size of {tuple(shape)}")
@@ -98,7 +100,8 @@ class Scan:
         if np.prod(sides, dtype=float) > MAX_SLICE_PIXELS:
             raise UserError(f"found a size of {self.shape}, expected slices of at most {MAX_SLICE_PIXELS} pixels")
         if max(sides) > MAX_SIDES * min(sides):
-            raise UserError(f"found axial slices of {sides[0]} x {sides[1]} pixels, expected no side {MAX_SIDES} times the other")
+            size = f"{sides[0]} x {sides[1]} pixels"
+            raise UserError(f"found axial slices of {size}, expected no side {MAX_SIDES} times the other")
         self.sources = [(self.path, index) for index in range(len(self))]
         states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in files or [path]]
         self.stamp = hashlib.sha256(repr(states).encode()).hexdigest()
@@ -497,7 +500,9 @@ def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[F
         raise unreadable(path, error) from None
 
 
-def _dicom_scans(frames: Sequence[Frame], excluded: dict[tuple[str, str], Counter], root: Path) -> tuple[list[Scan], list[dict]]:
+def _dicom_scans(
+    frames: Sequence[Frame], excluded: dict[tuple[str, str], Counter], root: Path
+) -> tuple[list[Scan], list[dict]]:
     """Scans of DICOM files, and why there is none of some; what was excluded of a study is told by its scans."""
     groups, extras = series.drop_extras(series.group_frames(frames))
     for study, counts in extras.items():
@@ -524,9 +529,8 @@ def _series_names(groups: Sequence[Sequence[Frame]], root: Path) -> list[str]:
     keys = []
     for group in groups:
         first, folder = group[0], os.path.commonpath([frame.folder for frame in group])
-        turn, spacing = (
-            values and tuple(np.round(values, digits).tolist()) for values, digits in ((first.orientation, 2), (first.spacing, 3))
-        )
+        turn = first.orientation and tuple(np.round(first.orientation, 2).tolist())
+        spacing = first.spacing and tuple(np.round(first.spacing, 3).tolist())
         levels = [(first.series, first.size, turn), (first.series, first.size, turn, spacing)]
         levels.append((*levels[1], first.study, first.frame_of_reference, first.kernel))
         levels.append((*levels[2], first.patient, first.acquisition, first.thickness, first.image_type))
