@@ -1,3 +1,3 @@
 """Multi-task chest CT as a MONAI bundle: see README.md."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

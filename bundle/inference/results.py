@@ -23,7 +23,7 @@ from bundle.tasks.lesions import volume_ml
 
 @dataclass
 class Result:
-    """The answers of the network for one scan; docs/inference.md is the reference of the entries.
+    """The answers of the network for one scan; docs/outputs.md is the reference of the entries.
 
     Attributes:
         scan: that was predicted.

@@ -38,7 +38,7 @@ def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = 
         keep_identifiers: write names and ids from DICOM headers into predictions.json.
 
     Returns:
-        The content of predictions.json; docs/inference.md is its reference.
+        The content of predictions.json; docs/outputs.md is its reference.
 
     Raises:
         OSError: if a file cannot be written.

@@ -1,4 +1,4 @@
-"""All four tasks through MONAI's export commands, as docs/bundle.md has them, against PyTorch."""
+"""All four tasks through MONAI's export commands, as docs/export.md has them, against PyTorch."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(
-    r"^    python -m monai\.bundle (\S+_export tensor_net .*)$", (ROOT / "docs/bundle.md").read_text(), re.M
+    r"^    python -m monai\.bundle (\S+_export tensor_net .*)$", (ROOT / "docs/export.md").read_text(), re.M
 )
 # configs/preset_smoke.json
 SMOKE = {"width": 0.125, "decoder_channels": [32, 32, 16, 8, 8], "image_size": 64}
