@@ -1,6 +1,6 @@
 """Public data sets that come as a table: what their columns mean beside what they are called, and what they imply.
 
-A data set is recognised by a column that no other has, so its folder may have any name.
+A data set is recognised by columns that no other table has together, so its folder may have any name.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Known(NamedTuple):
 
     Args:
         source: name that its records carry.
-        mark: columns that only its table has.
+        mark: columns that only its table has together.
         fields: row -> columns of docs/data.md that the row has under other names.
-        implied: row -> fields that its annotations imply for other tasks (DESIGN: what one annotation implies for another).
+        implied: row -> fields that its annotations imply for other tasks .
         unused: why it is left out, if it is.
     """
 
@@ -72,14 +72,14 @@ def _tumour_patient(row: Mapping) -> dict:
 KNOWN = (
     Known("covid_ct", frozenset({"coloured_mark"})),
     Known("iqoth_nccd", frozenset({"label", "group_id", "orig_file"}), implied=_healthy_chest),
-    Known("medseg_covid19", frozenset({"mask_multiclass"}), _medseg_fields, lambda row: {CLASS: COVID, BOXES: []}),
-    Known("lung_tumor_slices", frozenset({"tumour_px"}), _mask_of_tumours, _tumour_patient),
-    Known("luna16_nodules", frozenset({"max_diameter_mm"}), implied=_tumour_patient),
-    Known("mosmed_slices", frozenset({"severity"}), implied=lambda row: {MASK: EMPTY_MASK} if row["label"] == OTHER else {}),
-    Known("sars_cov2_ct", frozenset({"block"}), lambda row: {GROUP: row["block"]}),
-    Known("covid_volumes", frozenset({"lesion_frac", "label_source"}), _patient_of_volume, _covid_volume),
+    Known("medseg_covid19", frozenset({"mask_multiclass", "official_split"}), _medseg_fields, lambda row: {CLASS: COVID, BOXES: []}),
+    Known("lung_tumor_slices", frozenset({"mask", "tumour_px"}), _mask_of_tumours, _tumour_patient),
+    Known("luna16_nodules", frozenset({"max_diameter_mm", "crop_kind"}), implied=_tumour_patient),
+    Known("mosmed_slices", frozenset({"label", "severity", "source_file"}), implied=lambda row: {MASK: EMPTY_MASK} if row["label"] == OTHER else {}),
+    Known("sars_cov2_ct", frozenset({"label", "block", "orig_file"}), lambda row: {GROUP: row["block"]}),
+    Known("covid_volumes", frozenset({"volume", "lesion_frac", "label_source"}), _patient_of_volume, _covid_volume),
     Known("covid_volumes", frozenset({"volume", "orig_file"}), _patient_of_volume),
-    Known("lung_pet_ct_dx", frozenset({"sop_uid"}), unused="a DICOM series, for inference only"),
+    Known("lung_pet_ct_dx", frozenset({"sop_uid", "series_uid", "n_boxes"}), unused="a DICOM series, for inference only"),
 )
 OFFICIAL = Known("medseg_covid19", frozenset({"official_split"}), _medseg_official, KNOWN[2].implied)
 

@@ -60,32 +60,33 @@ def table(path: Path, export: Path, known: Known | None = None) -> Records:
     if unread and not known:
         logger.info(f"{path}: columns that are not read: {', '.join(sorted(unread))}")
     left_out = 0
-    for place, row in rows:
-        row |= known.fields(row) if known else {}
+    for number, (place, row) in enumerate(rows):
+        try:
+            row |= known.fields(row) if known else {}
+            implied = {SOURCE: known.source, IMPLIED: known.implied(row)} if known else {}
+        except ValueError as error:
+            raise UserError(f"{place}: {error}, expected the table of {known.source}") from None
         cells = {field: next(filter(None, map(row.get, names)), "") for field, names in COLUMNS.items()}
-        record = _record(cells, place, path.parent, export)
+        record = _record(cells, place, path.parent, export, f"{number:05d}_{Path(cells[IMAGE]).stem}.png")
         if BOXES not in record and cells[OBJECTS]:
             left_out += 1
             continue
-        if known:
-            record |= {SOURCE: known.source, IMPLIED: known.implied(row)}
         split = cells[SPLIT] and look_up(SPLIT_NAMES, {SPLIT: cells[SPLIT].lower()}, SPLIT, place)
-        yield split or None, record
+        yield split or None, record | implied
     if left_out:
         logger.info(f"{path.parent}: {left_out} slices left out whose tumour has no part of {MIN_LESION_PIXELS} pixels")
 
 
-def _record(cells: Mapping[str, str], place: str, folder: Path, export: Path) -> dict:
-    """Record of a row; without boxes where its mask of objects holds nothing but dust."""
+def _record(cells: Mapping[str, str], place: str, folder: Path, export: Path, name: str) -> dict:
+    """Record of a row; without boxes where its mask of objects holds nothing but dust. `name` is that of pictures it exports."""
     if not cells[IMAGE]:
         raise UserError(f"{place}: {IMAGE}: found an empty cell, expected the path of an image")
     record = {IMAGE: str(folder / cells[IMAGE]), GROUP: cells[GROUP] or cells[IMAGE]}
-    name = Path(cells[IMAGE]).with_suffix("").as_posix().replace("../", "").replace("/", "_")
     if cells[CLASS]:
         record[CLASS] = _class(cells[CLASS])
     if cells[MASK]:
         empty = cells[MASK] == EMPTY_MASK
-        record[MASK] = EMPTY_MASK if empty else _mask(folder / cells[MASK], export / "masks" / f"{name}.png")
+        record[MASK] = EMPTY_MASK if empty else _mask(folder / cells[MASK], export / "masks" / name)
     if cells[BOXES]:
         record[BOXES] = _json(cells[BOXES], BOXES, "[[x1, y1, x2, y2], …]", place)
     if cells[INSTANCES]:
@@ -95,7 +96,7 @@ def _record(cells: Mapping[str, str], place: str, folder: Path, export: Path) ->
     elif cells[OBJECTS]:
         instances, boxes = lesions(read_labels(folder / cells[OBJECTS])[0])
         if boxes:
-            record |= {BOXES: boxes, INSTANCES: write_picture(instances, export / "instances" / f"{name}.png")}
+            record |= {BOXES: boxes, INSTANCES: write_picture(instances, export / "instances" / name)}
     return record | ({SOURCE: cells[SOURCE]} if cells[SOURCE] else {})
 
 

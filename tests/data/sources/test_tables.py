@@ -27,8 +27,8 @@ HEADS = {
     "covid_ct": "file,label,patient_id,split,coloured_mark",
     "iqoth_nccd": "file,label,group_id,split,orig_file",
     "sars_cov2_ct": "file,label,block,split,orig_file",
-    "mosmed_slices": "file,label,severity,patient_id,split",
-    "luna16_nodules": "file,boxes_xyxy,patient_id,max_diameter_mm,split",
+    "mosmed_slices": "file,label,severity,patient_id,split,source_file",
+    "luna16_nodules": "file,boxes_xyxy,patient_id,max_diameter_mm,crop_kind,split",
     "lung_tumor_slices": "file,mask,tumour_px,patient_id,split",
     "medseg_covid19": "file,mask,mask_multiclass,group_id,official_split,split",
     "covid_volumes": "file,mask,patient_id,volume,lesion_frac,label_source,split",
@@ -42,9 +42,9 @@ PUBLIC = [
     ("iqoth_nccd", "a.png,lung_cancer,g1,train,x", (2, None, None, "g1"), (2, None, None, "g1")),
     ("iqoth_nccd", "a.png,normal,g1,test,x", (0, None, None, "g1"), (0, None, None, "g1")),
     ("sars_cov2_ct", "a.png,other,tr_o00,train,x", (0, None, None, "tr_o00"), (0, None, None, "tr_o00")),
-    ("mosmed_slices", "a.png,other,CT-0,s1,train", (0, None, None, "s1"), (0, "empty", None, "s1")),
-    ("mosmed_slices", "a.png,covid,CT-1,s1,train", (1, None, None, "s1"), (1, None, None, "s1")),
-    ("luna16_nodules", 'a.png,"[[4, 5, 9, 9]]",l1,3,train', (None, None, LUNA, "l1"), ([0, 2], "empty", LUNA, "l1")),
+    ("mosmed_slices", "a.png,other,CT-0,s1,train,x", (0, None, None, "s1"), (0, "empty", None, "s1")),
+    ("mosmed_slices", "a.png,covid,CT-1,s1,train,x", (1, None, None, "s1"), (1, None, None, "s1")),
+    ("luna16_nodules", 'a.png,"[[4, 5, 9, 9]]",l1,3,lung,train', (None, None, LUNA, "l1"), ([0, 2], "empty", LUNA, "l1")),
     ("lung_tumor_slices", "a.png,,0,p1,train", (None, None, [], "p1"), ([0, 2], "empty", [], "p1")),
     ("lung_tumor_slices", "a.png,m.png,9,p1,train", (None, None, TUMOUR, "p1"), ([0, 2], "empty", TUMOUR, "p1")),
     ("medseg_covid19", "a.png,z.png,m.png,g,test,train", (None, "m.png", None, "g"), (1, "m.png", [], "g")),
@@ -83,6 +83,16 @@ def test_public_data_sets(public, merged, name, row, annotated, with_implied, im
     found["mask"] = found["mask"].rpartition("/")[2] if "mask" in found else None
     assert {field: found.get(field) for field in expected} == expected
     assert record["source"] == name
+
+
+def test_a_damaged_cell_of_a_public_data_set_is_named(public, merged):
+    with pytest.raises(UserError, match="line 2: could not convert string to float: 'x', expected the table of covid_volumes"):
+        merged(public("covid_volumes", "a.png,m.png,p,c_1,x,d,train"))
+
+
+def test_a_table_of_ones_own_may_share_a_column_with_a_public_one(table, merged):
+    table.write_text("image,label,severity,block,split\nslices/a.png,other,mild,3,train\n")
+    assert summary(merged(table), "source", "group") == {"training": [("mine", "mine/slices/a.png")]}
 
 
 def test_slices_of_patients_that_another_folder_annotates_are_left_out(public, tmp_path, merged, picture, caplog):
