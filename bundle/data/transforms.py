@@ -10,6 +10,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform, RandomizableTransform, Transform
+from PIL import Image
 from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.volumes import open_scan
@@ -114,7 +115,19 @@ class LoadSliced(MapTransform):
                 f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
                 "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
             )
-        return labels.as_tensor()
+        if labels.meta["picture"] and not labels.any():
+            _check_hidden(record[key])
+        values = labels.as_tensor()
+        return values.round() if (values - values.round()).abs().max() < 1e-3 else values  # 0.9999999 is 1
+
+
+def _check_hidden(path) -> None:
+    """Refuse a picture without a grey value that has another one in its alpha channel or as an index of a black palette."""
+    with Image.open(path) as picture:
+        stored = np.atleast_3d(np.asarray(picture)).astype(int)
+    if np.ptp(stored, axis=(0, 1)).any():
+        where = "indices of a black palette" if stored.shape[2] == 1 else "alpha channel"
+        raise UserError(f"{path}: found values only in the {where}, expected a grey picture; convert it")
 
 
 def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> None:
