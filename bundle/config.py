@@ -103,7 +103,7 @@ def merge_overlays(file, overlays: Sequence) -> dict:
             except (KeyError, IndexError, TypeError, ValueError):
                 raise UserError(
                     f"{overlay}: found {id!r}, which does not fit {Path(file).name}, expected overlays that describe the "
-                    "network, such as configs/preset_cpu.json; leave those out that tell how it was trained"
+                    "network; leave those out that tell how it was trained"
                 ) from None
     return without_metadata(parser.get())
 
