@@ -60,11 +60,10 @@ def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
         UserError: if no record has a share.
     """
     weights = torch.zeros(len(records), dtype=torch.float64)
-    needing = [task for task in tasks if task.field is not None]
     for task in tasks:
-        own = [task] if task in needing else []
-        counted = [task.is_annotated(r) and (own or not any(other.is_annotated(r) for other in needing)) for r in records]
-        strata = [task.stratum(record) if counts else None for record, counts in zip(records, counted)]
+        others = [other for other in tasks if other.field is not None] if task.field is None else []
+        counts = [task.is_annotated(r) and not any(other.is_annotated(r) for other in others) for r in records]
+        strata = [task.stratum(record) if counted else None for record, counted in zip(records, counts)]
         sizes = Counter(stratum for stratum in strata if stratum is not None)
         parts = Counter(outer for outer, _ in sizes)
         for index, stratum in enumerate(strata):

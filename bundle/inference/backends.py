@@ -60,7 +60,7 @@ def one_by_one(network: Callable[[torch.Tensor], dict], image: torch.Tensor) -> 
     """Call a network in evaluation mode with each image of a batch and join the answers."""
     answers = [network(row) for row in image.split(1)]
     joined = {key: [answer[key] for answer in answers] for key in answers[0]}
-    return {key: sum(parts, []) if key == DETECTION else torch.cat(parts) for key, parts in joined.items()}
+    return {key: sum(parts, []) if isinstance(parts[0], list) else torch.cat(parts) for key, parts in joined.items()}
 
 
 class ExportedNet(nn.Module):

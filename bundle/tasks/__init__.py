@@ -4,9 +4,9 @@ A task says what it reads from a record and how that becomes part of a batch; ma
 answers, case by case and over cases; draws them; and joins the answers of several views or networks. `Task` in base.py lists
 all of it, with defaults. The rest of the package names no task.
 
-To add one, write a subclass of `Task` in a file here and add it to `TASKS`; name it and its answer in configs/metadata.json. A
-task outside the package needs neither: name it in `tasks` of the configuration by its dotted path, such as
-"my_package.severity.Severity".
+To add one, write a subclass of `Task` in a file here, and add it to `TASKS` and its name to `bundle.names.TASKS`; name its
+answer in configs/metadata.json. A task outside the package needs none of this: name it in `tasks` of the configuration by its
+dotted path, such as "my_package.severity.Severity".
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Task:
     # --- data ---
 
     def complaints(self, value) -> Iterator[str]:
-        """What is wrong with the value of `field`, each as "found …, expected …"; for a field that is not the datalist's own."""
+        """What is wrong with the value of `field`, if that is not one of the datalist's own, each as "found …, expected …"."""
         return iter(())
 
     def is_annotated(self, record: Mapping) -> bool:

@@ -1,4 +1,4 @@
-"""A task from one file outside the package is trained, measured and predicted with the others, and nothing is changed for it."""
+"""A task from one file outside the package is trained, measured and predicted with the others."""
 
 import csv
 import json
@@ -19,8 +19,9 @@ TASKS = {"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "det
 
 def command(*arguments) -> str:
     """Run a command in the root, with the folder of severity_task.py on the path; what it printed."""
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(list(map(str, arguments)), cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    line = list(map(str, arguments))
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 

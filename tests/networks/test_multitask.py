@@ -214,7 +214,8 @@ def test_a_frozen_encoder_keeps_its_weights_and_its_statistics():
     network.train()
     segmentation = torch.tensor([True] * 2), {task: torch.zeros(2, dtype=torch.bool) for task in network.heads}
     annotated = {**segmentation[1], "segmentation": segmentation[0]}
-    network(torch.rand(2, 1, 64, 64), targets={DETECTION: [None, None]}, annotated=annotated)["segmentation"].square().sum().backward()
+    output = network(torch.rand(2, 1, 64, 64), targets={DETECTION: [None, None]}, annotated=annotated)
+    output["segmentation"].square().sum().backward()
     optimizer.step()
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("heads.segmentation.") for name in changed)

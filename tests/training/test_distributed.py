@@ -7,7 +7,7 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader
 from monai.transforms import Randomizable
 from some_tasks import some_network, some_tasks
-from torch import distributed, multiprocessing
+from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, SequentialSampler
 
@@ -15,7 +15,7 @@ from bundle.training import distributed
 from bundle.data.batch import collate
 from bundle.training.loss import MultiTaskLoss
 from bundle.networks import MultiTaskNet
-from bundle.names import ANNOTATED, DETECTION, TASKS
+from bundle.names import ANNOTATED, TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = 64
@@ -61,13 +61,13 @@ def learn(batch: list[dict], network, loss_function) -> dict:
 
 def learn_in_one_of_two(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     network = DistributedDataParallel(network_without_batch_statistics(), find_unused_parameters=True)
     torch.save(
         learn(distributed.shard(samples()), network, MultiTaskLoss(some_tasks(), uncertainty=True)),
         f"{folder}/{rank}.pt",
     )
-    distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_loss_and_the_gradient_of_one_with_all_samples(tmp_path):
