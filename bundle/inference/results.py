@@ -119,7 +119,7 @@ class Collector:
         return round(float(lung.sum() * pixel), 2)
 
     def finish(self) -> Result:
-        """Summarise the slices by the rules of docs/inference.md.
+        """Summarise the slices by the rules of docs/scans.md.
 
         Raises:
             RuntimeError: if a slice is missing.
