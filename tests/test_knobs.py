@@ -144,6 +144,10 @@ TRAIN = {
         },
     ],
     "draws": [{"segmentation": 5.0}, {"sampler": lambda w: w["train#sampler"].weights.tolist()}],
+    "leave_out": [
+        ["phantom"],
+        {split: lambda w, s=split: w.outcome(f"{s}#data") or len(w[f"{s}#data"]) for split in ("train", "validate")},
+    ],
     "uncertainty_weights": [
         True,
         {
@@ -266,6 +270,7 @@ EVALUATE = {
     ],
     "evaluation_dir": ["there", {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder}],
     "dataset_dir": ["elsewhere", {"data": lambda w: w.outcome("data")}],
+    "leave_out": [["phantom"], {"data": lambda w: w.outcome("data") or len(w["data"])}, {"split": "training"}],
     "output_dir": [
         "out",
         {"checkpoint": lambda w: w["checkpoint"], "metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder},
