@@ -24,7 +24,7 @@ DEFAULTS = {
     for name, argument in signature(MultiTaskNet).parameters.items()
     if name not in ("tasks", "pretrained", "decoder_dropout")
 }
-# The network of a file without description is, if nobody says otherwise, that of configs/preset_cpu.json.
+# The network of a file without description is, if nobody says otherwise, the light one of version 0.1.0.
 UNDESCRIBED = {
     "backbone": "regnety_002",
     "decoder_channels": [128, 64, 32, 16],

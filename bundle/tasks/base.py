@@ -62,8 +62,11 @@ class Task:
         """Whether a record, or a sample made from it, counts for the task."""
         return self.field is None or self.field in record
 
-    def stratum(self, record: Mapping) -> tuple:
-        """(outer, inner) stratum of a record: outer ones have equal shares of the draws, and in each the inner ones."""
+    def stratum(self, record: Mapping) -> tuple | None:
+        """(outer, inner) stratum of a record: outer ones have equal shares of the draws, and in each the inner ones.
+
+        None: the record has no share.
+        """
         return record.get(SOURCE), None
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:

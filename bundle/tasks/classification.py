@@ -37,8 +37,9 @@ class Classification(Task):
     def __init__(self, classes: Sequence[str] = CLASSES, dropout: float = 0.2, label_smoothing: float = 0.0, **_) -> None:
         self.classes, self.dropout, self.label_smoothing = list(classes), dropout, label_smoothing
 
-    def stratum(self, record: Mapping) -> tuple:
-        return record.get(SOURCE), str(record[CLASS])
+    def stratum(self, record: Mapping) -> tuple | None:
+        """Source and class; a record whose class is known in part is learned from, but not drawn for its class."""
+        return (record.get(SOURCE), record[CLASS]) if isinstance(record[CLASS], int) else None
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
         """class: bool (B, K), the classes that a sample may have."""
