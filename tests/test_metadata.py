@@ -59,8 +59,9 @@ def test_the_view_of_a_task_answers_in_its_format(task):
     verify_net_in_out(
         net_id="network_def",
         meta_file=str(ROOT / "configs/metadata.json"),
-        config_file=[str(ROOT / "configs/inference.json"), str(ROOT / "configs/preset_smoke.json")],
+        config_file=str(ROOT / "configs/inference.json"),
         device="cpu",
+        bundle_root=str(ROOT),
         export_task=task,
         **{"_meta_::network_data_format": data_format(task)},
     )
@@ -68,8 +69,8 @@ def test_the_view_of_a_task_answers_in_its_format(task):
 
 def test_detections_have_the_fields_of_their_format():
     parser = ConfigParser()
-    parser.read_config([ROOT / "configs/inference.json", ROOT / "configs/preset_smoke.json"])
-    parser["detection"]["score_threshold"] = 0.0
+    parser.read_config(ROOT / "configs/inference.json")
+    parser.update({"bundle_root": str(ROOT), "detection": {"score_threshold": 0.0}})
     network = parser.get_parsed_content("multitask_net").eval()
     with torch.no_grad():
         found = network(torch.rand(1, 1, 256, 256))[DETECTION][0]

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigParser
 
+import bundle
 from bundle.networks import load_weights
+from bundle.networks.weights import DESCRIPTION, describe
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "models/model.pt"
@@ -40,8 +42,11 @@ def test_the_weights_fit_inference_json_and_the_model_zoo():
     parser.read_config(ROOT / "configs/inference.json")
     network = parser.get_parsed_content("multitask_net")
     load_weights(network, WEIGHTS, strict=True)
-    stored = torch.load(WEIGHTS, weights_only=True)
-    assert all(torch.equal(value, stored[key].to(value.dtype)) for key, value in network.state_dict().items() if key in stored)
+    stored, loaded = torch.load(WEIGHTS, weights_only=True), network.state_dict()
+    assert stored.keys() == loaded.keys()
+    said, found = describe(stored), describe(loaded)
+    assert {key: found[key] for key in said} == {**said, "version": bundle.__version__}
+    assert all(torch.equal(loaded[key], value.to(loaded[key].dtype)) for key, value in stored.items() if key != DESCRIPTION)
 
 
 def test_links_of_the_documents_lead_into_the_archive():
