@@ -18,7 +18,6 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import RLELossless
 
 from bundle.data.volumes import find_scans, open_scan
-from bundle.data.sources.volumes import read_volume
 from bundle.errors import UserError
 
 SERIES = "1.2.3.4"
@@ -183,7 +182,8 @@ def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path
     image = nib.Nifti1Image(voxels, None)
     image.header.set_zooms((0.7, 0.8, 2.5))
     nib.save(image, tmp_path / "x.nii")
-    scan, (pixels, itk) = open_scan(tmp_path / "x.nii"), read_volume(tmp_path / "x.nii")
+    scan, itk = open_scan(tmp_path / "x.nii"), sitk.ReadImage(str(tmp_path / "x.nii"))
+    pixels = sitk.GetArrayFromImage(itk)
     assert not scan.oriented and len(scan.warnings) == 1 and "qform and sform codes 0" in scan.warnings[0]
     assert scan.spacing == pytest.approx((0.8, 0.7)) and scan.positions == pytest.approx([0, 2.5, 5, 7.5])
     for index in range(4):
