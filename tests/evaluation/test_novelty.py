@@ -108,7 +108,7 @@ def test_a_reference_is_read_back(reference):
 
 def test_no_reference_is_none(tmp_path):
     assert read_novelty(tmp_path / "reference.pt", tmp_path / "model.pt") is None
-    with pytest.raises(UserError, match="reference: found no file .*typo.pt, expected one made with"):
+    with pytest.raises(UserError, match="reference: found no file .*typo.pt, expected one made by run reference"):
         read_novelty(tmp_path / "typo.pt", tmp_path / "model.pt")
 
 
