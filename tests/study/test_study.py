@@ -224,8 +224,7 @@ def test_a_curriculum_is_measured_after_every_stage_and_at_its_end(tmp_path, pha
         len(torch.load(folder / stage / "last.pt", weights_only=True)["optimizer"]["state"]) for stage in stages["stages"]
     ]
     assert 0 < trained[0] < trained[1], "parameters of the heads, then all of them"
-    tasks = json.loads((folder / "test/evaluate.json").read_text())["tasks"]
-    assert set(tasks) == set(TASKS)
+    assert set(json.loads((folder / "test/metrics.json").read_text())) == set(TASKS)
 
 
 def test_nothing_is_run_before_every_configuration_was_checked(tmp_path, phantom_dir):
