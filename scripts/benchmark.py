@@ -329,13 +329,18 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny network and few turns: a trial, no result")
     arguments = parser.parse_args()
-    overlays = arguments.overlays + [str(CONFIGS / "preset_smoke.json")] * arguments.quick
+    overlays, tiny = arguments.overlays, {}
+    if arguments.quick and arguments.scan:  # of the preset what describes the network: the rest is of training
+        preset, known = (ConfigParser.load_config_file(str(CONFIGS / name)) for name in ("preset_smoke.json", "inference.json"))
+        tiny = {id: value for id, value in preset.items() if id in known}
+    elif arguments.quick:
+        overlays = [*overlays, str(CONFIGS / "preset_smoke.json")]
     turns = 2 if arguments.quick else 12
     with exit_in_one_line(), tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
         common = {"bundle_root": str(CONFIGS.parent), "output_dir": folder}
         if arguments.scan:
             files = [str(CONFIGS / "inference.json"), *overlays]
-            entries = {"input": arguments.scan, "checkpoint": arguments.checkpoint, "device": "cpu", **common}
+            entries = {"input": arguments.scan, "checkpoint": arguments.checkpoint, "device": "cpu", **tiny, **common}
             print(report_backends(open_config(files, **entries), turns, arguments.exported), end="")
         else:
             files = [str(CONFIGS / "train.json"), *overlays]
