@@ -78,9 +78,9 @@ def test_a_slice_is_prepared_as_in_training_and_the_network_is_the_same():
         for item in train["preprocessing"]["transforms"]
     ]
     assert inference["preprocessing"]["transforms"][1:] == trained[1:]
-    assert {**inference["multitask_net"], "pretrained": "@pretrained"} == train["network_def"]
+    assert inference["multitask_net"] == {k: v for k, v in train["network_def"].items() if k != "pretrained"}
     own = {"model", "network_knobs", "tasks", "checkpoint"} | {"imports", "initialize", "run", "dataset_dir", "output_dir", "preprocessing", "network_def", "network"}
-    own |= {"dataset", "dataloader", "inferer", "handlers", "evaluator", "data"}
+    own |= {"dataset", "dataloader", "inferer", "handlers", "evaluator", "data", "task_list"}
     for knob in train.keys() & inference.keys() - own:
         assert inference[knob] == train[knob], knob
     assert {"backbone", "classes", "image_size", "window", "detection"} <= train.keys() & inference.keys() - own

@@ -206,7 +206,7 @@ def test_a_command_without_a_bundle_around_it_says_so(monkeypatch, tmp_path, cap
 def test_an_overlay_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["predict", "x", "-o", "y", "--config", "configs/preset_cpi.json"])
-    assert "error: --config: found no file configs/preset_cpi.json, expected an overlay such as" in capsys.readouterr().err
+    assert "error: --config: found no file configs/preset_cpi.json, expected an overlay in JSON or YAML" in capsys.readouterr().err
 
 
 def test_an_overlay_that_is_no_json_is_refused(tmp_path, capsys):
