@@ -398,7 +398,7 @@ def _is_stack(frames: Sequence[Frame]) -> bool:
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
-    """Leave out what is no scan beside the scans of the same study.
+    """Drop images that are not scans where their study has a scan.
 
     These are images in colour, derived ones without a position, projections, and slices that were taken to time the
     contrast or to test: few, thick, or the same place again and again. A study that has nothing else keeps them.

@@ -326,7 +326,7 @@ class DicomScan(Scan):
 
 
 def check_shape(shape: Sequence[int], dtype: np.dtype) -> None:
-    """Refuse what is no single volume of numbers, or claims to be too large.
+    """Check that a header describes one volume of numbers of a readable size.
 
     Raises:
         UserError: naming what was found.
@@ -503,7 +503,7 @@ def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[F
 def _dicom_scans(
     frames: Sequence[Frame], excluded: dict[tuple[str, str], Counter], root: Path
 ) -> tuple[list[Scan], list[dict]]:
-    """Scans of DICOM files, and why there is none of some; what was excluded of a study is told by its scans."""
+    """Return the scans of DICOM files and the failures. The warnings of a scan list what its study excluded."""
     groups, extras = series.drop_extras(series.group_frames(frames))
     for study, counts in extras.items():
         excluded[study].update(counts)

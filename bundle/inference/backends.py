@@ -119,7 +119,7 @@ class Exported(nn.Module):
 
     Args:
         module: from one tensor to one or several, all with the same number of rows.
-        example: tensor of at least 2 rows; later inputs have its shape but for the number of rows.
+        example: tensor of at least 2 rows; later inputs may differ in the number of rows only.
         backend: onnxruntime or openvino.
     """
 

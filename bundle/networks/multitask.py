@@ -184,7 +184,7 @@ def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
         The same.
 
     Raises:
-        UserError: for what is no `MultiTaskNet`, such as the view of it that inference.json calls network_def.
+        UserError: if `network` is not a `MultiTaskNet`; network_def of inference.json is a view of one.
     """
     if not isinstance(network, MultiTaskNet):
         raise UserError(

@@ -102,7 +102,7 @@ def read_model(checkpoint, knobs: Mapping, training: bool = False) -> dict:
     Args:
         checkpoint: path of weights; None for fresh ones.
         knobs: name of an argument -> value, or None where the user left it to the checkpoint.
-        training: the weights are trained further: the knobs may differ from the checkpoint, but for the encoder's.
+        training: the weights are trained further. Only the knobs of the encoder must agree with the checkpoint.
 
     Returns:
         Name of an argument -> value, those of the preprocessing (image_size, window, cropping) among them. The tasks are
@@ -172,7 +172,7 @@ def add_heads(weights: Mapping[str, torch.Tensor], checkpoint) -> dict[str, torc
 def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:
     """Load a state_dict file into the encoder and those heads that both the file and the network have.
 
-    A head that was made for other classes is loaded but for its output layer, which stays as it is.
+    If a head was made for other classes, its output layer is not loaded.
 
     Args:
         network: the network, changed in place.
