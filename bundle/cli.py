@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]  # of the MONAI bundle: the package is installed in place (pip install -e)
+from bundle.files import ROOT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known, knobs = parser.parse_known_args(arguments)
     config = ROOT / "configs/inference.json"
     if not config.is_file():
-        parser.error(f"found no {config}, expected the bundle around its package: install it with pip install -e FOLDER")
+        parser.error(f"found no {config}, expected the configs of the bundle: install the package again")
     for overlay in known.config:
         if not Path(overlay).is_file():
             parser.error(f"--config: found no file {overlay}, expected an overlay in JSON or YAML")

@@ -17,11 +17,13 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from bundle.errors import UserError
 
+PACKAGE = Path(__file__).parent
+# Folder of configs/ and models/: inside the installed package, or the checkout that the package lies in.
+ROOT = PACKAGE / "_root" if (PACKAGE / "_root").is_dir() else PACKAGE.parent
 MANIFEST = "manifest.txt"
 _listing: set[str] = set()  # absolute folders whose files are being listed
 
@@ -161,6 +163,8 @@ def write_table(rows: Iterable[Mapping], path, columns: Sequence[str] = ()) -> N
 
 def write_checkpoint(content, path) -> None:
     """Write what torch.save takes; the same content gives the same bytes."""
+    import torch  # takes seconds, which `chestct --help` need not wait for
+
     with replacing(path) as temporary, temporary.open("wb") as file:  # to a path, its name is in the archive
         torch.save(content, file)
 

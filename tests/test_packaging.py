@@ -1,15 +1,20 @@
-"""The archive of the model zoo: its layout, its weights, and the links of its documents."""
+"""The wheel, which predicts anywhere; the archive of the model zoo: its layout, its weights, the links of its documents."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 from monai.bundle import ConfigParser
 
 import bundle
+from bundle.files import file_hash
 from bundle.networks import load_weights
 from bundle.networks.weights import DESCRIPTION, describe
 
@@ -22,6 +27,40 @@ def tracked(*parts: str) -> set[str]:
     command = ["git", "ls-tree", "-rz", "--name-only", "HEAD", *parts]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     return set(filter(None, listed.stdout.decode().split("\0")))
+
+
+def pip(*arguments):
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of the checkout, built in a copy, as a build leaves files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for path in tracked("LICENSE", "README.md", "setup.cfg", "pyproject.toml", "bundle", "configs", "models", "docs"):
+        (folder / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / "source" / path)
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_package_configs_weights_and_licences(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = {re.sub("^.*info/licenses/", "", name) for name in file.namelist()}
+    names = {name.replace("bundle/_root/", "") for name in names}
+    assert {"LICENSE", "docs/data_license.txt"} <= names
+    assert {path for path in tracked("bundle", "configs", "models")} <= names
+
+
+def test_an_installed_package_predicts_without_the_repository(wheel, phantom_dir, tmp_path):
+    pip("install", "--no-deps", "--target", tmp_path / "installed", wheel)
+    command = [sys.executable, tmp_path / "installed/bin/chestct", "predict", next(phantom_dir.glob("images/*")), "-o", "out"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    subprocess.run([*map(str, command), "--flips", "False"], cwd=tmp_path, env=env, check=True)
+    (found,) = tmp_path.glob("out/*/predictions.json")
+    weights = json.loads(found.read_text())["model"]["checkpoint"]
+    assert weights == file_hash(WEIGHTS)[:12] and sorted(path.name for path in tmp_path.iterdir()) == ["installed", "out"]
 
 
 def test_the_archive_holds_the_bundle_and_nothing_else(tmp_path):

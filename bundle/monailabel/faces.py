@@ -12,9 +12,9 @@ from pathlib import Path
 from monai.bundle import ConfigParser
 
 import bundle
-from bundle.cli import ROOT
 from bundle.config import merge_overlays
 from bundle.errors import UserError, exit_in_one_line
+from bundle.files import ROOT
 from bundle.networks import load_weights, read_model
 from bundle.names import CLASSIFICATION, DETECTION, SEGMENTATION
 from bundle.tasks import build_network

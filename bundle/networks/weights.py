@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from bundle.errors import UserError
+from bundle.files import ROOT
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS, check_tasks
 from bundle.networks.multitask import FORMAT, MultiTaskNet, decode, encode
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[2]  # of the bundle that this package lies in
 DESCRIPTION = "_extra_state"  # key of a state_dict
 DEFAULTS = {
     name: argument.default

@@ -196,11 +196,11 @@ def test_the_config_has_the_names_of_folders_as_they_are_typed(monkeypatch, name
         assert parser.get_parsed_content("knob") == name
 
 
-def test_a_command_without_a_bundle_around_it_says_so(monkeypatch, tmp_path, capsys):
+def test_a_command_without_its_configs_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("bundle.cli.ROOT", tmp_path)
     with pytest.raises(SystemExit):
         main(["predict", "x", "-o", "y"])
-    assert "install it with pip install -e" in capsys.readouterr().err
+    assert "install the package again" in capsys.readouterr().err
 
 
 def test_an_overlay_that_is_not_there_is_refused(capsys):
