@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from bundle.training.history import STAGE_COLUMNS
 # Figures of the tables: column -> where the report of an evaluation has it.
 FIGURES = {**STAGE_COLUMNS, "sensitivity at 1 FP": ("detection", "froc", "1")}
 ARM = ("experiment", "scale", "data", "arm", "seed")  # columns of the results that name a run
-COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "machine", "run")
+COLUMNS = (*ARM, "stage", "split", *FIGURES, "steps", "seconds", "date", "machine", "run", "intervals")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Experiment:
         seeds: of each arm; arms with the same seed are a pair.
         figures: columns of the table, names of `FIGURES`.
         curve: {"x": arm -> number, "label", "figure", "target"} for a learning curve, else empty.
+        recipes: name -> overlay files and entries merged last. With recipes, every arm is run with each of them and is
+            named "ARM, RECIPE".
+        groups: of arms that one figure is compared in, each {"title", "figure", "arms"}; the page then has a column for each
+            recipe, a row for each arm and the mean of each group. Needs recipes.
     """
 
     name: str
@@ -47,26 +51,35 @@ class Experiment:
     seeds: Sequence[int]
     figures: Sequence[str]
     curve: Mapping
+    recipes: Mapping[str, Sequence] = field(default_factory=dict)
+    groups: Sequence[Mapping] = ()
 
     @classmethod
     def read(cls, name: str, config_dir) -> Experiment:
-        """Read `config_dir`/experiment_NAME.json; `workflow` (run), `settings` and `curve` (none) may be absent.
+        """Read `config_dir`/experiment_NAME.json, or the file `name` if it ends in .json.
+
+        `workflow` (run), `settings`, `curve`, `recipes` and `groups` (none) may be absent.
 
         Raises:
             UserError: if there is no such file, naming those there are.
             UserError: if an entry is missing, unknown, empty or of the wrong kind.
         """
-        path = Path(config_dir) / f"experiment_{name}.json"
+        path = Path(name) if name.endswith(".json") else Path(config_dir) / f"experiment_{name}.json"
         if not path.is_file():
             raise UserError(f"experiment: found {name!r}, expected one of {', '.join(experiment_names(config_dir))}")
-        entries = {"workflow": "run", "settings": [], "curve": {}, **json.loads(path.read_text())}
+        absent = {"workflow": "run", "settings": [], "curve": {}, "recipes": {}, "groups": []}
+        entries = {**absent, **json.loads(path.read_text())}
         expected = {field.name for field in fields(cls)} - {"name"}
         if entries.keys() != expected:
             raise UserError(f"{path}: found {', '.join(sorted(entries))}, expected {', '.join(sorted(expected))}")
-        experiment = cls(name=name, **entries)
+        experiment = cls(name=path.stem.removeprefix("experiment_"), **entries)
         for complaint in experiment._complaints():
             raise UserError(f"{path}: {complaint}")
-        return experiment
+        return replace(experiment, arms=experiment._arms_of_recipes()) if experiment.recipes else experiment
+
+    def _arms_of_recipes(self) -> dict[str, list]:
+        recipes, arms = self.recipes.items(), self.arms.items()
+        return {f"{arm}, {recipe}": [*parts, *changes] for recipe, changes in recipes for arm, parts in arms}
 
     def _complaints(self):
         if self.workflow not in ("run", "training"):
@@ -82,8 +95,15 @@ class Experiment:
                 yield f"arms::{arm}: found {content!r}, expected a list of overlays, or {{'members': one or more such lists}}"
             elif len(members) > 1 and self.workflow == "training":
                 yield f"arms::{arm}: found members, expected none with the workflow training: an ensemble is of single trainings"
+            elif isinstance(content, Mapping) and self.recipes:
+                yield f"arms::{arm}: found members, expected none with recipes, which change single networks"
         if self.curve:
             yield from self._complaints_of_curve()
+        for group in self.groups:
+            if not isinstance(group, Mapping) or group.keys() != {"title", "figure", "arms"}:
+                yield f"groups: found {group!r}, expected title, figure and arms of each"
+            elif group["figure"] not in self.figures or not set(group["arms"]) <= set(self.arms) or not self.recipes:
+                yield f"groups: found {group!r}, expected one of `figures`, some of `arms`, and `recipes`"
 
     def _complaints_of_curve(self):
         keys = {"x", "label", "figure", "target"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ END = "end"  # stage of the rows that hold what a run has led to
 
 
 def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], folder) -> Path:
-    """Write NAME.md and NAME.png of an experiment.
+    """Write NAME.md of an experiment, and NAME.png unless it has groups.
 
     Args:
         experiment: whose runs are reported.
@@ -40,21 +41,57 @@ def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], fold
     folder = Path(folder)
     end = [row for row in rows if row["stage"] == END]
     lines = [f"# {experiment.title}", "", experiment.question, "", *_facts(experiment, end), ""]
+    if experiment.groups:
+        lines += _groups(experiment, end)
+    else:
+        lines += _comparison(experiment, rows, end)
+        _draw(experiment, end, folder / f"{experiment.name}.png")
+    path = folder / f"{experiment.name}.md"
+    write_text("\n".join(lines) + "\n", path)
+    return path
+
+
+def _comparison(experiment: Experiment, rows: Sequence[Mapping], end: Sequence[Mapping]) -> list[str]:
+    """The tables of arms that are compared with the first, seed by seed, and the picture."""
     note = _interval_note(end)
     split = "Test split" if {row["split"] for row in end} == {"test"} else "Training and validation slices of the source left out"
-    lines += [f"{split}, weights of the epoch with the highest validation score; mean over the seeds{note}:", ""]
+    lines = [f"{split}, weights of the epoch with the highest validation score; mean over the seeds{note}:", ""]
     lines += [*_table(experiment, lambda arm, figure: _mean(_values(end, arm, figure))), ""]
     if len(experiment.arms) > 1 and not experiment.curve:
         first = next(iter(experiment.arms))
         lines += [f"Difference from “{first}”, seed by seed{note}:", ""]
         lines += [*_table(experiment, lambda arm, figure: _difference(end, arm, first, figure), skip=first), ""]
-    lines += _stages(experiment, rows)
-    lines += _curve(experiment, end)
-    lines += [f"![{experiment.title}]({experiment.name}.png)"]
-    _draw(experiment, end, folder / f"{experiment.name}.png")
-    path = folder / f"{experiment.name}.md"
-    write_text("\n".join(lines) + "\n", path)
-    return path
+    lines += [*_stages(experiment, rows), *_curve(experiment, end)]
+    return [*lines, f"![{experiment.title}]({experiment.name}.png)"]
+
+
+def _groups(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
+    """One figure of each arm of a group, a column for each recipe, and its mean over the group."""
+    lines = [
+        "Training and validation slices of the source left out, weights of the epoch with the highest validation score; in "
+        "brackets the 95 % bootstrap interval over groups (patients), where there is one seed:",
+        "",
+        f"| left out | figure | {' | '.join(experiment.recipes)} |",
+        "|---|---|" + "---|" * len(experiment.recipes),
+    ]
+    for group in experiment.groups:
+        figure = group["figure"]
+        cells = {arm: [f"{arm}, {recipe}" for recipe in experiment.recipes] for arm in group["arms"]}
+        for arm, names in cells.items():
+            lines.append(f"| {arm} | {figure} | {' | '.join(_over_patients(rows, name, figure) for name in names)} |")
+        recipes = [[list(_values(rows, name, figure).values()) for name in names] for names in zip(*cells.values())]
+        means = [f"{np.mean([np.mean(values) for values in arms]):.3f}" if all(arms) else "-" for arms in recipes]
+        lines.append(f"| **{group['title']}**, mean of {len(cells)} | {figure} | {' | '.join(means)} |")
+    return lines
+
+
+def _over_patients(rows: Sequence[Mapping], arm: str, figure: str) -> str:
+    """Mean over the seeds; of one seed with its interval over patients."""
+    values = _values(rows, arm, figure)
+    found = [row for row in rows if row["arm"] == arm and row.get("intervals")]
+    interval = json.loads(found[0]["intervals"]).get(figure) if len(values) == len(found) == 1 else None
+    edges = " ({:.3f} to {:.3f})".format(*interval) if interval else ""
+    return f"{np.mean(list(values.values())):.3f}{edges}" if values else "-"
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
+from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import chain, zip_longest
 from multiprocessing import get_context, parent_process
@@ -43,6 +44,7 @@ PLACES = {"bundle_root", "dataset_dir", "output_dir"}  # the command line says w
 SPEED = {"device", "num_workers", "cache_rate"}  # how fast it is computed, not what the result is
 SCALE_IDS = ("budget", "shrink")  # of scale_NAME.json, for the expressions of experiments
 MEMBER_SEED = 1000  # times the number of an ensemble's member is added to the seed
+BOOTSTRAP = 1000  # draws of the intervals over patients, of a source that was left out
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Study:
 
     Args:
         config_dir: folder of train.json, evaluate.json, the experiments and the overlays they name.
-        scale: overlay file with the size and the budget of every run, scale_NAME.json.
+        scale: overlay file with the size and the budget of every run, scale_NAME.json; or a list of overlay files and
+            entries.
         entries: configuration entries of every run, such as dataset_dir.
         output_dir: folder of the runs, those of a data set in a folder of its name.
         results: CSV file of the figures, written after every run. A run that is in it is not run again, for whatever
@@ -90,7 +93,7 @@ class Study:
         if not self.scale.is_file():
             raise UserError(f"scale: found no {scale}, expected an overlay such as configs/scale_reduced.json")
 
-    def run(self, experiments: Sequence[Experiment], jobs: int = 1) -> None:
+    def run(self, experiments: Sequence[Experiment], jobs: int = 1, arms: Sequence[str] = ("*",)) -> None:
         """Train and measure every arm with every seed, except what the results have already.
 
         Every configuration is checked before the first run begins. The first seed of all experiments comes before the second
@@ -99,14 +102,19 @@ class Study:
         Args:
             experiments: what to run.
             jobs: runs at a time, each in a process with its share of the threads.
+            arms: patterns of names, such as "covid_ct*"; other arms are not run.
 
         Raises:
             UserError: for an overlay that is not there.
-            UserError: for an unknown id, see `bundle.config.check_config`, or if `jobs` is below 1.
+            UserError: for an unknown id, see `bundle.config.check_config`, if `jobs` is below 1, or no arm fits `arms`.
         """
         if jobs < 1:
             raise UserError(f"jobs: found {jobs}, expected at least 1")
         plan, known, missing = self._plan(experiments), {}, {}
+        names = dict.fromkeys(run.arm[3] for run in plan)
+        plan = [run for run in plan if any(fnmatchcase(run.arm[3], pattern) for pattern in arms)]
+        if not plan:
+            raise UserError(f"arms: found {', '.join(arms)}, expected patterns of {'; '.join(names)}")
         for rows in by_arm(read_results(self.results)).values():
             if rows[0]["data"] == self.data:
                 known.setdefault(rows[0]["run"], rows)
@@ -160,7 +168,9 @@ class Study:
         Raises:
             UserError: for an unknown id, and for one of `PLACES` in the scale, the settings or the arm.
         """
-        parts = [self.scale, *experiment.settings, *parts, {"seed": seed + MEMBER_SEED * member}]
+        scale = self._load(self.scale)
+        scale = scale if isinstance(scale, list) else [scale]
+        parts = [*scale, *experiment.settings, *parts, {"seed": seed + MEMBER_SEED * member}]
         changes = [part if isinstance(part, Mapping) else self._load(part) for part in parts]
         merged = {"workflow": experiment.workflow}
         for id, value in chain.from_iterable(change.items() for change in changes):
@@ -224,7 +234,8 @@ class Study:
     def _evaluate(self, configs: Sequence[Mapping], split: str, evaluation: Path) -> None:
         """Measure the network of a finished run, or the ensemble of those of several, on a split."""
         folders = [config["output_dir"] for config in configs]
-        entries = {"split": split, "bootstrap": 0, "evaluation_dir": str(evaluation)}
+        draws = BOOTSTRAP if split == LEFT_OUT else 0
+        entries = {"split": split, "bootstrap": draws, "evaluation_dir": str(evaluation)}
         if len(configs) > 1:
             tasks = {task: 1.0 for folder in folders for task in trained_tasks(Path(folder) / "model.pt")}
             entries["model"] = f"${{**bundle.networks.read_model(@checkpoint, {{}}), 'tasks': {tasks}}}"
@@ -259,10 +270,13 @@ def _steps(checkpoint: Path) -> int:
     return max(int(state["step"]) for state in states)
 
 
-def _figures(evaluation: Path) -> dict[str, float]:
-    report, found = json.loads((evaluation / "metrics.json").read_text()), {}
+def _figures(evaluation: Path) -> dict[str, float | str]:
+    """Figures of a row of the results, and their intervals as JSON where there are any."""
+    report, found, intervals = json.loads((evaluation / "metrics.json").read_text()), {}, {}
     for column, path in FIGURES.items():
         figure = reduce(lambda part, key: part.get(key, {}), path, report)
         if "value" in figure:
             found[column] = round(figure["value"], 5)
-    return found
+        if figure.get("ci95"):
+            intervals[column] = [round(edge, 5) for edge in figure["ci95"]]
+    return {**found, "intervals": json.dumps(intervals)} if intervals else found

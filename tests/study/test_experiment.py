@@ -14,6 +14,9 @@ CURVE = {"x": {"one": 1, "two": 2}, "label": "n", "figure": "Dice", "target": 0.
 ENTRIES = {"title": "A", "question": "b?", "arms": {"one": [], "two": [{"seed": 1}]}, "seeds": [0], "figures": ["Dice"]}
 
 
+GROUP = {"title": "G", "figure": "Dice", "arms": ["one", "two"]}
+
+
 def write(folder, **entries):
     (folder / "experiment_x.json").write_text(json.dumps({**ENTRIES, **entries}))
     return folder
@@ -53,7 +56,11 @@ def test_an_experiment_is_read_with_its_defaults(tmp_path):
         ({"curve": {**CURVE, "x": {"one": 0, "two": 1}}}, "curve::x: found [0, 1], expected amounts above 0"),
         ({"curve": {**CURVE, "figure": "dice"}}, "curve::figure: found 'dice', expected one of accuracy"),
         ({"curve": {**CURVE, "target": 80}}, "curve::target: found 80, expected a figure between 0 and 1"),
-        ({"seed": 0}, "found arms, curve, figures, question, seed, seeds, settings, title, workflow, expected arms, curve"),
+        ({"groups": [GROUP]}, "expected one of `figures`, some of `arms`, and `recipes`"),
+        ({"recipes": {"r": []}, "groups": [{**GROUP, "arms": ["three"]}]}, "expected one of `figures`, some of `arms`"),
+        ({"recipes": {"r": []}, "groups": [{"title": "G"}]}, "groups: found {'title': 'G'}, expected title, figure and arms"),
+        ({"recipes": {"r": []}, "arms": {"one": {"members": [[]]}}}, "arms::one: found members, expected none with recipes"),
+        ({"seed": 0}, "found arms, curve, figures, groups, question, recipes, seed, seeds, settings, title, workflow, expected arms, curve"),
     ],
 )
 def test_an_experiment_that_makes_no_sense_is_refused_in_one_line(tmp_path, entries, words):
@@ -63,6 +70,14 @@ def test_an_experiment_that_makes_no_sense_is_refused_in_one_line(tmp_path, entr
     assert "\n" not in str(caught.value)
 
 
+def test_every_arm_is_run_with_every_recipe(tmp_path):
+    recipes = {"plain": [], "long": ["preset_cpu.json", {"seed": 2}]}
+    path = write(tmp_path, recipes=recipes, groups=[GROUP]) / "experiment_x.json"
+    experiment = Experiment.read(str(path), "elsewhere")
+    assert experiment.name == "x" and list(experiment.arms) == ["one, plain", "two, plain", "one, long", "two, long"]
+    assert experiment.members("two, long") == [[{"seed": 1}, "preset_cpu.json", {"seed": 2}]]
+
+
 def test_a_missing_experiment_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(UserError, match="experiment: found 'y', expected one of x"):
         Experiment.read("y", write(tmp_path))
@@ -70,7 +85,7 @@ def test_a_missing_experiment_is_refused_with_those_there_are(tmp_path):
 
 def test_every_experiment_of_the_study_can_be_read():
     names = experiment_names(CONFIGS)
-    assert len(names) >= 9 and all(Experiment.read(name, CONFIGS).seeds == [0, 1, 2] for name in names)
+    assert len(names) >= 10 and all(Experiment.read(name, CONFIGS).arms for name in names)
 
 
 def test_results_are_replaced_run_by_run(tmp_path):

@@ -1,5 +1,6 @@
 """Intervals and fits are those of the library, and a report says what the rows say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,22 @@ def test_learning_curve_says_how_much_is_needed(tmp_path):
     )
 
 
+def test_groups_compare_recipes_on_the_sources_left_out(tmp_path):
+    groups = [{"title": "Lesions", "figure": "Dice", "arms": ["a", "b"]}, {"title": "Classes", "figure": "AUROC", "arms": ["b"]}]
+    experiment = replace(make(arms=["a, r", "b, r", "a, s", "b, s"]), recipes={"r": [], "s": []}, groups=groups)
+    rows = [row("a, r", 0, 0.2, split="left_out", intervals='{"Dice": [0.1, 0.3]}'), row("b, r", 0, 0.6, split="left_out")]
+    text = write_report(experiment, [*rows, row("b, s", 0, 0.5, AUROC="0.9")], tmp_path).read_text()
+    table = text[text.index("| left out") :].splitlines()
+    assert table[0] == "| left out | figure | r | s |" and table[2:] == [
+        "| a | Dice | 0.200 (0.100 to 0.300) | - |",
+        "| b | Dice | 0.600 | 0.500 |",
+        "| **Lesions**, mean of 2 | Dice | 0.400 | - |",
+        "| b | AUROC | - | 0.900 |",
+        "| **Classes**, mean of 1 | AUROC | - | 0.900 |",
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.md"]
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="experiment x: found no result, expected at least one run; run it first"):
         write_report(make(), [], tmp_path)
@@ -99,12 +116,13 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 
 def test_the_pages_say_what_the_results_say(tmp_path):
     path, configs = ROOT / "docs/results/results.csv", ROOT / "configs"
-    study = Study(configs, configs / "scale_reduced.json", {"dataset_dir": "merged"}, tmp_path, path)
     results = read_results(path)
     names = {row["experiment"] for row in results}
     assert names and {path.stem for path in (ROOT / "docs/results").glob("*.md")} == names | {"README"}
     for name in names:
         experiment = Experiment.read(name, configs)
+        scale, data = next((row["scale"], row["data"]) for row in results if row["experiment"] == name)
+        study = Study(configs, configs / f"scale_{scale}.json", {"dataset_dir": data}, tmp_path, path)
         rows = study.rows(experiment)
         assert rows == [row for row in results if row["experiment"] == name], "made by what the configs say now"
         page = write_report(experiment, rows, tmp_path)

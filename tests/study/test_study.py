@@ -14,12 +14,12 @@ from filelock import FileLock
 from monai.bundle import ConfigParser
 
 from bundle.errors import UserError
-from bundle.study import Experiment, Study, experiment_names, read_results
+from bundle.study import Experiment, Study, experiment_names, read_results, write_report
 from bundle.study.experiment import COLUMNS, add_results
 from bundle.names import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SCALES = ["reduced", "full", "smoke"]
+SCALES = ["reduced", "full", "screening", "smoke"]
 ONE, TWO = ({"tasks": {task: 1.0}} for task in ("segmentation", "reconstruction"))
 
 
@@ -112,15 +112,37 @@ def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
     assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
 
 
-def test_an_arm_that_leaves_a_source_out_is_measured_on_it(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr("bundle.study.study.run_workflow", lambda config, *_: started.append(config))
-    monkeypatch.setattr("bundle.study.study._figures", lambda evaluation: {"Dice": 0.5})
-    study = make_study(tmp_path)
-    study.run([make(all=[ONE], without=[ONE, {"leave_out": ["phantom"]}])])
-    assert [row["split"] for row in read_results(study.results)] == ["test", "left_out"]
-    assert [config.get("split") for config in started] == [None, "test", None, "left_out"]
-    assert [config["leave_out"] for config in started] == [[], [], ["phantom"], ["phantom"]]
+def test_a_source_is_left_out_and_measured_arm_by_arm(tmp_path, phantom_dir):
+    """With the two training patients of class 0 and 1 as sources of their own; the other slices as a third."""
+    datalist = json.loads((phantom_dir / "datalist.json").read_text())
+    for split in ("training", "validation", "test"):
+        for record in datalist[split]:
+            record["source"] = {"phantom/p00": "a", "phantom/p01": "b"}.get(record["group"], "c")
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps(datalist))
+    entries = {
+        "title": "Out",
+        "question": "Q?",
+        "settings": [{"max_epochs": 1, "datalist": str(path)}],
+        "arms": {source: [TWO, {"leave_out": [source]}] for source in "ab"},
+        "recipes": {"plain": [], "noisy": [{"denoising": True}]},
+        "groups": [{"title": "Pictures", "figure": "SSIM", "arms": ["a", "b"]}],
+        "seeds": [0],
+        "figures": ["SSIM"],
+    }
+    (tmp_path / "experiment_out.json").write_text(json.dumps(entries))
+    experiment = Experiment.read(str(tmp_path / "experiment_out.json"), CONFIGS)
+    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
+    study.run([experiment], arms=["b, *"])
+    rows = study.rows(experiment)
+    assert [(row["arm"], row["split"]) for row in rows] == [("b, plain", "left_out"), ("b, noisy", "left_out")]
+    report = json.loads((tmp_path / "runs/phantom" / rows[0]["run"] / "left_out/metrics.json").read_text())
+    assert list(report["reconstruction"]["within_source"]) == ["b"]
+    study.run([experiment], arms=["a, plain"])
+    table = write_report(experiment, study.rows(experiment), tmp_path).read_text()
+    assert re.search(r"\| a \| SSIM \| \S+ \| - \|\n\| b \| SSIM \| \S+ \| \S+ \|\n\| \*\*Pictures\*\*, mean of 2", table)
+    with pytest.raises(UserError, match="arms: found c, expected patterns of a, plain; b, plain; a, noisy; b, noisy"):
+        study.run([experiment], arms=["c"])
 
 
 def test_what_an_arm_once_was_is_not_reported(tmp_path, caplog):
