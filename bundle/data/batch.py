@@ -45,7 +45,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
     """Compute weights for `torch.utils.data.WeightedRandomSampler` that divide the draws among tasks, sources and classes.
 
-    A task divides its `share` as its `stratum` says: see `bundle.tasks.Task`. One that needs no annotation learns from every
+    A task divides its `share` as its `strata` say: see `bundle.tasks.Task`. One that needs no annotation learns from every
     draw; it has a share of its own only of the records that are not annotated for another of the tasks. The weight of a
     record is the sum of its shares.
 
@@ -63,7 +63,8 @@ def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
     for task in tasks:
         others = [other for other in tasks if other.field is not None] if task.field is None else []
         counts = [task.is_annotated(r) and not any(other.is_annotated(r) for other in others) for r in records]
-        strata = [task.stratum(record) if counted else None for record, counted in zip(records, counts)]
+        own = iter(task.strata([record for record, counted in zip(records, counts) if counted]))
+        strata = [next(own) if counted else None for counted in counts]
         sizes = Counter(stratum for stratum in strata if stratum is not None)
         parts = Counter(outer for outer, _ in sizes)
         for index, stratum in enumerate(strata):

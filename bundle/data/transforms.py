@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from monai.transforms import MapTransform, RandomizableTransform, Transform
 from PIL import Image
 from torchvision.ops import clip_boxes_to_image
 
+from bundle.data.batch import plain
 from bundle.data.volumes import open_scan
 from bundle.errors import UserError
 from bundle.lungs import lung_region
@@ -200,17 +202,16 @@ class KeepLungd(MapTransform):
     def __call__(self, data):
         data = dict(data)
         for key in self.keys:
-            image = data[key]
-            lung = torch.from_numpy(np.stack([lung_region(channel) for channel in image.numpy()]))
-            data[key] = image * (lung if self.keep == "lung" else ~lung)
+            lung = _lung(data[key])
+            data[key] = data[key] * (lung if self.keep == "lung" else ~lung)
         return data
 
 
 class RandKeepLungd(RandomizableTransform, KeepLungd):
     """Blacken what is outside of the lungs at random, so that a classifier cannot live on the table, arms or captions.
 
-    Slices annotated with a mask or boxes are left alone, since lesions at the wall of the chest may be cut off; so are those
-    in which no lung is found.
+    Lesions and boxes are kept, too. Slices with more than 5 % of them outside of the lungs are left alone, since the shape of
+    what is kept would give them away; so are those in which no lung is found.
 
     Args:
         prob: of each slice.
@@ -222,10 +223,27 @@ class RandKeepLungd(RandomizableTransform, KeepLungd):
 
     def __call__(self, data):
         self.randomize(None)
-        if not self._do_transform or MASK in data or BOXES in data:
-            return dict(data)
-        lungs = super().__call__(data)
-        return lungs if all(lungs[key].any() for key in self.keys) else dict(data)
+        data = dict(data)
+        for key in self.keys if self._do_transform else ():
+            lung, marked = _lung(data[key]), _marked(data, data[key])
+            if lung.any() and (marked & ~lung).sum() <= 0.05 * marked.sum():
+                data[key] = data[key] * (lung | marked)
+        return data
+
+
+def _lung(image: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.stack([lung_region(channel) for channel in image.numpy()]))
+
+
+def _marked(data: Mapping, image: MetaTensor) -> torch.Tensor:
+    """Pixels of lesions and boxes, bool (1, rows, columns); boxes are those of the stored slice."""
+    marked = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+    if MASK in data:
+        marked[0] = plain(data[MASK]).bool().any(0)
+    if len(data.get(BOXES, ())):
+        for x1, y1, x2, y2 in boxes_on_grid(data[BOXES], image).round().int().clamp(min=0).tolist():
+            marked[:, y1:y2, x1:x2] = True
+    return marked
 
 
 class FollowImaged(MapTransform):

@@ -62,12 +62,12 @@ class Task:
         """Whether a record, or a sample made from it, counts for the task."""
         return self.field is None or self.field in record
 
-    def stratum(self, record: Mapping) -> tuple | None:
-        """(outer, inner) stratum of a record: outer ones have equal shares of the draws, and in each the inner ones.
+    def strata(self, records: Sequence[Mapping]) -> list[tuple | None]:
+        """(outer, inner) stratum of each record: outer ones have equal shares of the draws, and in each the inner ones.
 
         None: the record has no share.
         """
-        return record.get(SOURCE), None
+        return [(record.get(SOURCE), None) for record in records]
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
         """Entries of the batch of these samples; rows that are not annotated hold zeros. `image` is (B, C, S, S)."""

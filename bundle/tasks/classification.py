@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -37,9 +38,25 @@ class Classification(Task):
     def __init__(self, classes: Sequence[str] = CLASSES, dropout: float = 0.2, label_smoothing: float = 0.0, **_) -> None:
         self.classes, self.dropout, self.label_smoothing = list(classes), dropout, label_smoothing
 
-    def stratum(self, record: Mapping) -> tuple | None:
-        """Source and class; a record whose class is known in part is learned from, but not drawn for its class."""
-        return (record.get(SOURCE), record[CLASS]) if isinstance(record[CLASS], int) else None
+    def strata(self, records: Sequence[Mapping]) -> list[tuple | None]:
+        """Source and class; records whose class is known in part are one further outer stratum, divided by source.
+
+        A source that one class could stand for would be learned as that class by its look: its records have no share if
+        another source shows that class beside others.
+        """
+        candidates = defaultdict(list)
+        for record in records:
+            candidates[record.get(SOURCE)].append(set(np.atleast_1d(record[CLASS]).tolist()))
+        one_sided = {source for source, sets in candidates.items() if set.intersection(*sets)}
+        sure = [(record.get(SOURCE), record[CLASS]) for record in records if isinstance(record[CLASS], int)]
+        shown = {label for source, label in sure if source not in one_sided}
+        return [self._stratum(record, one_sided, shown) for record in records]
+
+    def _stratum(self, record: Mapping, one_sided: set, shown: set) -> tuple | None:
+        source, label = record.get(SOURCE), record[CLASS]
+        if not isinstance(label, int):
+            return "known in part", source
+        return None if source in one_sided and label in shown else (source, label)
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
         """class: bool (B, K), the classes that a sample may have."""

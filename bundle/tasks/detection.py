@@ -55,8 +55,8 @@ class Detection(Task):
             raise UserError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
         self.options, self.score_threshold, self.link_iou = dict(detection or {}), score_threshold, link_iou
 
-    def stratum(self, record: Mapping) -> tuple:
-        return bool(record[BOXES]), record.get(SOURCE)
+    def strata(self, records: Sequence[Mapping]) -> list[tuple]:
+        return [(bool(record[BOXES]), record.get(SOURCE)) for record in records]
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
         """detection: for each sample None or {"boxes" (N, 4) x1 y1 x2 y2 in pixels, "labels" (N,) ones, "masks" (N, S, S)}.

@@ -56,8 +56,8 @@ class Segmentation(Task):
         self.decoder_channels, self.decoder_dropout = decoder_channels, decoder_dropout
         self.criterion = LesionAndComplementLoss(segmentation_loss)
 
-    def stratum(self, record: Mapping) -> tuple:
-        return record[MASK] != EMPTY_MASK, record.get(SOURCE)
+    def strata(self, records: Sequence[Mapping]) -> list[tuple]:
+        return [(record[MASK] != EMPTY_MASK, record.get(SOURCE)) for record in records]
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
         """mask: (B, C, S, S) in {0, 1}."""

@@ -71,7 +71,7 @@ def shares_of(weights):
 
 
 def test_sources_and_classes_and_slices_with_and_without_lesion_have_their_shares():
-    expected = {("a", "0"): 1 / 12, ("a", "1"): 1 / 12, ("a", "[0, 1"): 0, ("b", "2"): 1 / 6}  # in part: not drawn
+    expected = {("a", "0"): 1 / 18, ("a", "1"): 1 / 18, ("a", "[0, 1"): 1 / 9, ("b", "2"): 1 / 9}  # in part: one stratum
     expected |= {("c", "m.png"): 1 / 12, ("d", "m.png"): 1 / 12, ("d", "empty"): 1 / 6}  # halves first, then sources
     expected |= {("e", "[[0, "): 1 / 3, ("f",): 0}  # no slice without a box: the half goes to the others
     weights = balanced_weights(RECORDS, some_tasks("classification", "segmentation", "detection"))
@@ -80,7 +80,7 @@ def test_sources_and_classes_and_slices_with_and_without_lesion_have_their_share
 
 def test_reconstruction_has_a_share_of_the_records_without_another_annotation_alone():
     shares = shares_of(balanced_weights(RECORDS, some_tasks()))
-    assert shares["f",] == pytest.approx(1 / 4) and shares["b", "2"] == pytest.approx(1 / 8)
+    assert shares["f",] == pytest.approx(1 / 4) and shares["b", "2"] == pytest.approx(1 / 12)
     annotated = [record for record in RECORDS if len(record) > 1]
     assert torch.equal(*(balanced_weights(annotated, some_tasks(draws={"reconstruction": n})) for n in (1, 5)))
     shares = shares_of(balanced_weights(RECORDS, some_tasks("reconstruction")))
@@ -90,7 +90,7 @@ def test_reconstruction_has_a_share_of_the_records_without_another_annotation_al
 def test_shares_of_the_tasks_are_a_knob():
     draws = {"classification": 3, "detection": 1, "reconstruction": 0, "segmentation": 7}
     shares = shares_of(balanced_weights(RECORDS, some_tasks("classification", "reconstruction", "detection", draws=draws)))
-    assert shares["b", "2"] == pytest.approx(3 / 8) and shares["e", "[[0, "] == pytest.approx(1 / 4)
+    assert shares["b", "2"] == pytest.approx(3 / 12) and shares["e", "[[0, "] == pytest.approx(1 / 4)
     assert shares["f",] == shares["c", "m.png"] == 0
     with pytest.raises(UserError, match="draws: found boxes, expected names of tasks: classification, segmentation"):
         some_tasks(draws={"boxes": 1})
@@ -98,8 +98,23 @@ def test_shares_of_the_tasks_are_a_knob():
         balanced_weights(RECORDS, some_tasks("segmentation", draws={"segmentation": 0}))
 
 
+def test_a_source_does_not_stand_for_a_class():
+    """Single sources are drawn for a class only where no source shows it beside others; what is known in part is drawn."""
+    classes = {"both": (0, 1), "sick": (1,), "sick, some unsure": (1, [0, 1]), "cancer": (2,), "nodules": ([0, 2],)}
+    classes |= {"sick or not": (1, [0, 2])}  # two sides of class 1
+    records = [{"source": source, "class": label} for source, labels in classes.items() for label in labels]
+    weights = balanced_weights(records, some_tasks("classification")).tolist()
+    drawn = dict(zip([(record["source"], str(record["class"])) for record in records], weights))
+    assert [key for key, share in drawn.items() if not share] == [("sick", "1"), ("sick, some unsure", "1")]
+    assert drawn["both", "0"] == drawn["both", "1"] == drawn["cancer", "2"] / 2 == pytest.approx(1 / 8)
+    assert drawn["sick or not", "1"] == pytest.approx(1 / 4)
+    assert sum(share for (_, label), share in drawn.items() if "[" in label) == pytest.approx(1 / 4)
+    alone = [{"source": "a", "class": 0}, {"source": "b", "class": 1}]
+    assert balanced_weights(alone, some_tasks("classification")).tolist() == [0.5, 0.5], "no source shows two classes"
+
+
 def test_draws_repeat():
     weights = balanced_weights(RECORDS, some_tasks())
-    assert (weights >= 0).all() and (weights == 0).sum() == 2 and weights.sum() == pytest.approx(1)
+    assert (weights > 0).all() and weights.sum() == pytest.approx(1)
     draws = [list(WeightedRandomSampler(weights, 50, generator=torch.Generator().manual_seed(3))) for _ in range(2)]
     assert draws[0] == draws[1]

@@ -7,6 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.bundle import ConfigParser
 from monai.transforms import Compose, RandAffined
 from PIL import Image
@@ -395,11 +396,20 @@ def test_lungs_are_kept_or_removed(chest_slice):
 
 
 def test_lungs_are_kept_at_random_where_nothing_can_be_cut_off(chest_slice):
-    image = torch.from_numpy(chest_slice[0][None])
+    image = MetaTensor(torch.from_numpy(chest_slice[0][None]))
     always, never = RandKeepLungd("image", 1.0), RandKeepLungd("image", 0.0)
     assert torch.equal(always({"image": image})["image"], KeepLungd("image", "lung")({"image": image})["image"])
     for annotation in ({"mask": image > 2}, {"boxes": torch.zeros(0, 4)}):
-        assert torch.equal(always({"image": image, **annotation})["image"], image)
+        assert torch.equal(always({"image": image, **annotation})["image"], always({"image": image})["image"])
+    lung = always({"image": image})["image"] > 0
+    lesion = lung.clone()
+    lesion[:, 60, 76:80] = True  # between the lungs
+    for annotation in ({"mask": lesion}, {"boxes": torch.tensor([[40.0, 50.0, 68.0, 60.0]])}):
+        kept = always({"image": image, **annotation})["image"]
+        assert torch.equal(kept, image * (lung | lesion if "mask" in annotation else lung)), annotation.keys()
+    lesion[:, 10:30, 70:90] = True
+    for annotation in ({"mask": lesion}, {"boxes": torch.tensor([[40.0, 50.0, 68.0, 60.0], [76.0, 50.0, 84.0, 60.0]])}):
+        assert torch.equal(always({"image": image, **annotation})["image"], image), "its shape would give it away"
     assert torch.equal(never({"image": image})["image"], image)
     assert torch.equal(always({"image": torch.ones(1, 64, 64)})["image"], torch.ones(1, 64, 64)), "there is no lung"
     some = RandKeepLungd("image", 0.5)
