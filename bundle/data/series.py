@@ -25,11 +25,11 @@ from scipy import ndimage
 from bundle.errors import UserError
 
 # All that is kept or looked at of a header: a whole one takes 50 KB of memory, and a folder may hold 100,000 files.
-TAGS = ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
+TAGS = ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 TAGS += ("AcquisitionNumber", "TemporalPositionIdentifier", "ConvolutionKernel", "ImageType", "Modality", "AcquisitionTime")
 TAGS += ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
 TAGS += ("BitsAllocated", "BitsStored", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-TAGS += ("SliceThickness", "RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit")
+TAGS += ("FrameOfReferenceUID", "SliceThickness", "RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit")
 TAGS += ("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
 Item = TypeVar("Item")
@@ -56,6 +56,7 @@ class Frame:
     study: str
     series: str
     instance: str
+    sop_class: str
     frame_of_reference: str
     acquisition: str
     kernel: str
@@ -146,6 +147,7 @@ def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
         study=_text(header, "StudyInstanceUID"),
         series=_text(header, "SeriesInstanceUID"),
         instance=_text(header, "SOPInstanceUID"),
+        sop_class=_text(header, "SOPClassUID"),
         frame_of_reference=_text(header, "FrameOfReferenceUID"),
         acquisition=_text(header, "AcquisitionNumber", "TemporalPositionIdentifier"),
         kernel=_text(header, "ConvolutionKernel"),

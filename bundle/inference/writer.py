@@ -8,17 +8,16 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import torch
 
 from bundle.data.transforms import move_boxes
+from bundle.data.series import read_header
 from bundle.data.volumes import Scan
-from bundle.errors import UserError
 from bundle.inference.markups import write_markups
 from bundle.inference.overlay import draw_overlay
 from bundle.inference.report import Report
 from bundle.inference.results import Result
-from bundle.names import DETECTION, SEGMENTATION
+from bundle.names import DETECTION
 
 PREDICTIONS = "predictions.json"
 
@@ -52,7 +51,10 @@ def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = 
         files[kind] = f"{kind}.png" if scan.kind == "picture" else f"{kind}.nii.gz"
         volume.write(folder / files[kind])
     if scan.kind == "dicom":
-        files |= _write_dicom(result, prediction, folder)
+        from bundle.inference.dicom import write_dicom  # highdicom needs pydicom 3, and MONAI Label pydicom 2
+
+        labels = result.volumes["mask"].voxels() if "mask" in result.volumes else None
+        files |= write_dicom(folder, scan.frames, prediction, labels)
     if DETECTION in prediction and scan.affine is not None:
         write_markups(folder / "markups.mrk.json", prediction)
         files["markups"] = "markups.mrk.json"
@@ -84,7 +86,7 @@ def _draw_slices(result: Result, folder: Path) -> Report:
         scores = np.array([box["score"] for box in found], dtype=np.float32)
         report.add(index, pixels, scan.hounsfield, labels, hu, boxes, scores, (low, high))
         shown = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1)
-        file, probabilities = folder / f"{index:04d}.png", row.get("probabilities")
+        file, probabilities = folder / f"{index:04d}.jpg", row.get("probabilities")
         draw_overlay(file, shown, scan.spacing, labels, boxes, scores, probabilities, _caption(row, result))
     return report
 
@@ -105,27 +107,7 @@ def _caption(row: Mapping, result: Result) -> str:
     return "   ·   ".join(parts)
 
 
-def _write_dicom(result: Result, prediction: dict, folder: Path) -> dict:
-    """Write segmentation and structured report; add a warning if the series lacks what they need."""
-    from bundle.inference import dicom  # its highdicom needs pydicom 3, and MONAI Label pydicom 2: see bundle.monailabel
-
-    files, sources, segmentation, report = {}, result.scan.sources, folder / "segmentation.dcm", folder / "report.dcm"
-    if SEGMENTATION in prediction:
-        labels, names = result.volumes["mask"].voxels(), list(prediction[SEGMENTATION])
-        try:
-            dicom.write_segmentation(segmentation, sources, labels, names, prediction["model"])
-            files["dicom_segmentation"] = segmentation.name
-        except UserError as error:
-            prediction["warnings"].append(str(error))
-    try:
-        dicom.write_structured_report(report, sources, prediction, segmentation if files else None)
-        files["dicom_report"] = report.name
-    except UserError as error:
-        prediction["warnings"].append(str(error))
-    return files
-
-
 def read_identifiers(scan: Scan) -> dict[str, str]:
     """Read those of `IDENTIFIERS` that the header of a DICOM scan has."""
-    header = pydicom.dcmread(scan.sources[0][0], stop_before_pixels=True)
+    header = read_header(scan.sources[0][0], IDENTIFIERS)
     return {name: str(header[name].value) for name in IDENTIFIERS if name in header}

@@ -10,9 +10,9 @@ from bundle.inference.overlay import BOX, LESIONS, STRONG, _overlap, _place_labe
 NO_BOXES = (np.zeros((0, 4)), np.zeros(0))
 
 
-def drawn(tmp_path, pixels, spacing=None, labels=None, boxes=NO_BOXES, probabilities=None, caption="a slice"):
-    draw_overlay(tmp_path / "x.png", pixels, spacing, labels, *boxes, probabilities, caption)
-    return np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
+def drawn(tmp_path, pixels, spacing=None, labels=None, boxes=NO_BOXES, probabilities=None, caption="a slice", name="x.png"):
+    draw_overlay(tmp_path / name, pixels, spacing, labels, *boxes, probabilities, caption)
+    return np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
 
 
 def where(picture, color):
@@ -24,8 +24,7 @@ def where(picture, color):
 @pytest.mark.parametrize("spacing, height", [(None, 256), ((2.0, 1.0), 512), ((0.5, 1.0), 128)])
 def test_boxes_lie_on_the_slice_whose_pixels_keep_their_proportion(tmp_path, spacing, height):
     picture = drawn(tmp_path, np.full((40, 80), 1.0), spacing, boxes=([[10, 20, 30, 36]], [0.8]))
-    white = (picture[:, 0] == 255).all(-1)
-    assert white.sum() == height
+    assert (picture[:, 0] == 255).all(-1).sum() == height
     width = height * 2 / ((spacing or (1, 1))[0] / (spacing or (1, 1))[1])
     left, right, _, bottom = where(picture, BOX)
     edge = (picture.shape[1] - width) / 2
@@ -33,22 +32,21 @@ def test_boxes_lie_on_the_slice_whose_pixels_keep_their_proportion(tmp_path, spa
     assert bottom == pytest.approx(height / 40 * 36, abs=2)
 
 
-def test_each_class_of_lesion_has_its_colour_at_its_place(tmp_path):
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+def test_each_class_of_lesion_has_its_colour_at_its_place(tmp_path, name):
     labels = np.zeros((64, 64), np.uint8)
     labels[10:20, 30:50], labels[40:60, 5:15] = 1, 2
-    picture = drawn(tmp_path, np.zeros((64, 64)), labels=labels)
+    picture = drawn(tmp_path, np.zeros((64, 64)), labels=labels, name=name)
     assert where(picture, LESIONS[0]) == pytest.approx((240, 400, 80, 160), abs=3)
     assert where(picture, LESIONS[1]) == pytest.approx((40, 120, 320, 480), abs=3)
-    inside, outside = picture[120, 320], picture[300, 300]
-    assert outside.tolist() == [0, 0, 0]
-    assert inside == pytest.approx(0.22 * 255 * np.array(to_rgb(LESIONS[0])), abs=3)
+    assert picture[300, 300].max() <= 3
+    assert picture[120, 320] == pytest.approx(0.22 * 255 * np.array(to_rgb(LESIONS[0])), abs=5)
 
 
 def test_the_bar_of_a_class_is_as_long_as_it_is_probable(tmp_path):
     lengths = []
     for value in (0.6, 0.9):
-        picture = drawn(tmp_path, np.zeros((8, 8)), probabilities={"a": value, "b": 1 - value})
-        left, right, _, _ = where(picture, STRONG)
+        left, right, _, _ = where(drawn(tmp_path, np.zeros((8, 8)), probabilities={"a": value, "b": 1 - value}), STRONG)
         lengths.append(right - left)
     assert lengths[1] == pytest.approx(1.5 * lengths[0], abs=2)
 
@@ -75,14 +73,15 @@ def test_long_names_and_captions_stay_on_the_sheet(tmp_path):
     assert text.any() and not text[:, :8].any() and not text[:, -8:].any()
 
 
-def test_a_slice_is_drawn_fast_enough_for_volumes(tmp_path):
-    labels = np.zeros((512, 512), np.uint8)
-    labels[100:300, 100:300] = 1
-    pixels = np.random.default_rng(0).random((512, 512))
-    seconds = []
+def test_a_slice_is_drawn_fast_enough_for_volumes_and_takes_little_room(tmp_path):
+    rows, columns = np.indices((512, 512)) / 256 - 1
+    pixels = np.where((rows / 0.7) ** 2 + (columns / 0.9) ** 2 < 1, 0.8, 0.0)
+    pixels = pixels + np.random.default_rng(0).normal(0, 0.02, pixels.shape)
+    labels = (rows**2 + columns**2 < 0.16).astype(np.uint8)
+    boxes, seconds = ([[100, 100, 200, 200], [150, 150, 250, 250]], [0.9, 0.8]), []
     for _ in range(5):
         start = time.process_time()
-        drawn_boxes = ([[100, 100, 200, 200], [150, 150, 250, 250]], [0.9, 0.8])
-        draw_overlay(tmp_path / "x.png", pixels, (0.7, 0.7), labels, *drawn_boxes, {"a": 0.9, "b": 0.1}, "caption")
+        draw_overlay(tmp_path / "x.jpg", pixels, (0.7, 0.7), labels, *boxes, {"a": 0.9, "b": 0.1}, "caption")
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.1  # matplotlib needs 0.2 s
+    assert (tmp_path / "x.jpg").stat().st_size < 120_000

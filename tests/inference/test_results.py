@@ -258,8 +258,8 @@ def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, 
     assert all(word in reasons[name] for name, word in words.items())
     skipped = [record.message for record in caplog.records if record.message.startswith("skipped")]
     assert len(skipped) == 4 and not any("\n" in line for line in skipped)
-    pictures = ["mask", "overlays/0000", "probability", "reconstruction", "reconstruction_error"]
-    files = [*(f"{name}.png" for name in pictures), "predictions.json", "report.html"]
+    pictures = ["mask", "probability", "reconstruction", "reconstruction_error"]
+    files = [*(f"{name}.png" for name in pictures), "overlays/0000.jpg", "predictions.json", "report.html"]
     expected = [f"{name}/{file}" for name in predictions for file in files]
     expected += [".lock", *(f"{name}.csv" for name in ("failures", "lesions", "scans", "slices"))]
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(expected)

@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_ends_in_one_line(studies, chestct_command, tmp_pat
 def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chestct, chestct_command, tmp_path):
     knobs = ("--score_threshold", 0.06, "--batch_size", 3)
     process = subprocess.Popen(chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob(".tmp.*/overlays/0001.png")):
+    while process.poll() is None and not list(tmp_path.glob(".tmp.*/overlays/0001.jpg")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was killed in the middle of a volume"
