@@ -15,10 +15,13 @@ from torch import nn
 
 from bundle.data.batch import plain
 from bundle.errors import UserError
-from bundle.names import EMPTY_MASK, MASK, SEGMENTATION, SOURCE
+from bundle.lungs import lung_region
+from bundle.names import EMPTY_MASK, MASK, SEGMENTATION, SOURCE, TARGET
 from bundle.networks.heads import DenseHead
 from bundle.tasks.base import Figures, Task, mean_figures
 from bundle.tasks.lesions import volume_ml
+
+FALSE_SHARE = 0.01  # of the lung: what is marked in a slice without lesion counts as false from here
 
 
 class Segmentation(Task):
@@ -71,9 +74,10 @@ class Segmentation(Task):
         return self.criterion(answer[rows], batch[MASK][rows])
 
     def cases(self, answer: torch.Tensor, batch: Mapping, thorough: bool) -> list[dict]:
-        """Overlap, rates and, in pixels of the network's input and only if `thorough`, the 95th-percentile Hausdorff distance.
+        """Overlap and rates, as means over the classes. Two empty masks overlap fully.
 
-        Means over the classes. Two empty masks overlap fully; the distance is NaN where either mask is empty.
+        Only if `thorough`: the 95th-percentile Hausdorff distance in pixels of the network's input, NaN where either mask is
+        empty; and whether more than 1 % of the lung is marked in a slice without lesion, NaN elsewhere.
         """
         mask, truth = (answer > 0).float().cpu(), batch[MASK].cpu()
         counts = get_confusion_matrix(mask, truth)  # (B, C, [tp, fp, tn, fn])
@@ -90,6 +94,7 @@ class Segmentation(Task):
                 distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95)
             both = mask.flatten(2).any(2) & truth.flatten(2).any(2)
             figures["hd95"] = torch.where(both, distance.float(), torch.nan)
+            figures["falsely_marked"] = _falsely_marked(mask, truth, batch)
         rows = {name: values.float().nanmean(1).tolist() for name, values in figures.items()}
         rows["lesion_pixels"] = mask.sum((1, 2, 3)).tolist()
         return [dict(zip(rows, values)) for values in zip(*rows.values())]
@@ -161,6 +166,15 @@ class Segmentation(Task):
         for name, pixels in row["lesion_pixels"].items():
             columns |= {f"{name} pixels": pixels, f"{name} mm2": row["lesion_mm2"] and row["lesion_mm2"][name]}
         return columns
+
+
+def _falsely_marked(mask: torch.Tensor, truth: torch.Tensor, batch: Mapping) -> torch.Tensor:
+    """(B, 1): 1 where more than `FALSE_SHARE` of the lung is marked, NaN where there is a lesion, or no lung."""
+    found = torch.full((len(mask), 1), torch.nan)
+    for index in (~truth.flatten(1).any(1)).nonzero().flatten().tolist():
+        if lung := lung_region(batch[TARGET][index, 0].cpu().numpy()).sum():
+            found[index] = float(mask[index].any(0).sum() > FALSE_SHARE * lung)
+    return found
 
 
 def to_labels(probabilities: torch.Tensor, threshold: float = 0.5) -> np.ndarray:

@@ -19,7 +19,8 @@ def logits(mask):
 
 
 def segmentation(pred, truth, with_distance=True):
-    return SEGMENTATION.cases(logits(pred), {"mask": truth}, with_distance)[0]
+    batch = {"mask": truth, "target": torch.zeros_like(pred)}
+    return SEGMENTATION.cases(logits(pred), batch, with_distance)[0]
 
 
 EMPTY, TRUTH = mask([0, 0, 0, 0], [0, 0, 0, 0]), mask([1, 1, 0, 0], [0, 0, 0, 0])
@@ -52,6 +53,17 @@ def test_hausdorff_distance_is_in_pixels_and_robust_to_a_single_one():
     pred[..., 60, 60] = 1  # one pixel far away: the largest distance, not the 95th percentile of them
     assert segmentation(pred, truth)["hd95"] == pytest.approx(3, abs=0.5)
     assert "hd95" not in segmentation(pred, truth, with_distance=False)
+
+
+def test_marks_in_a_healthy_lung_count_from_a_hundredth_of_it(chest_slice):
+    image, lungs = (torch.from_numpy(array)[None, None].float() for array in chest_slice)
+    none, some, many = (torch.zeros_like(lungs) for _ in range(3))
+    some[..., 60, 100:120], many[..., 50:60, 100:120] = 1, 1  # 20 and 200 of about 4,400 pixels
+    batch = {"mask": none, "target": image}
+    marked = [SEGMENTATION.cases(logits(mask), batch, True)[0]["falsely_marked"] for mask in (none, some, many)]
+    assert marked == [0, 0, 1]
+    assert math.isnan(SEGMENTATION.cases(logits(many), {**batch, "mask": some}, True)[0]["falsely_marked"]), "a lesion"
+    assert math.isnan(SEGMENTATION.cases(logits(many), {**batch, "target": none}, True)[0]["falsely_marked"]), "no lung"
 
 
 def test_channels_of_the_segmentation_are_averaged():
