@@ -9,6 +9,7 @@ import torch
 from jsonschema import Draft202012Validator
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from bundle.cli import in_words
 from bundle.config import SCHEMA, WORKFLOWS, check_config, components, knobs, running_workflow
 from bundle.errors import UserError
 from bundle.inference.backends import PACKAGES
@@ -24,22 +25,6 @@ OVERLAYS = sorted(
     for path in CONFIGS.glob("*.json")
     if path.stem not in (*WORKFLOWS, "metadata") and not path.name.startswith(("experiment_", "scale_"))
 )
-
-# What the document says of defaults that are computed or long.
-IN_WORDS = {
-    "[]": "none",
-    "$bundle.data.phantom.make_phantom(@bundle_root + '/data/phantom')": "phantom data, made at first use",
-    "$bundle.data.phantom.make_phantom(@bundle_root + '/data/phantom') + '/images'": (
-        "images of the phantom data, made at first use"
-    ),
-    "$os.path.join(os.path.dirname(@checkpoint), 'reference.pt')": "reference.pt beside `checkpoint`",
-    "$bundle.training.distributed.local_device()": "GPU if there is one",
-    '{"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "detection": 1.0}': "all four at 1.0",
-    "$bundle.networks.shipped_checkpoint(@bundle_root)": "models/model.pt",
-    json.dumps(json.loads((CONFIGS / "train.json").read_text())["stages"]): "the four stages",
-    "$@output_dir + '/evaluation' + ('' if @regions == 'all' else '_' + @regions)": "`output_dir`/evaluation",
-}
-
 
 def read(name):
     return json.loads((CONFIGS / name).read_text())
@@ -62,24 +47,15 @@ def section(title):
     return re.split(r"^## ", DOCUMENT.split(f"\n## {title}\n")[1], flags=re.M)[0]
 
 
-def in_document(value):
-    words = IN_WORDS.get(value if isinstance(value, str) else json.dumps(value))
-    if words:
-        return words
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    if not isinstance(value, str):
-        return json.dumps(value)
-    path = re.fullmatch(r"\$@(\w+) \+ '/(.*)'", value)
-    if path:
-        return path[2] if path[1] == "bundle_root" else f"`{path[1]}`/{path[2]}"
-    return f"`{value.removeprefix('@')}`" if value.startswith(("@", ".")) else value
+def in_document(schema, value):
+    words = in_words(value, schema)
+    return f"`{words}`" if words.startswith(".") else words
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
 def test_the_document_lists_every_knob_with_its_default_and_nothing_else(workflow):
     own, config, text = SCHEMA["$defs"][workflow]["properties"], read(f"{workflow}.json"), section(f"configs/{workflow}.json")
-    rows = {id: f"| `{id}` | {in_document(config[id])} | {own[id]['description']} |" for id in own if "description" in own[id]}
+    rows = {id: f"| `{id}` | {in_document(own[id], config[id])} | {own[id]['description']} |" for id in own if "description" in own[id]}
     table = "\n".join(["| knob | default | meaning |", "|---|---|---|", *rows.values()])
     assert table in text, f"docs/configuration.md: expected in configs/{workflow}.json\n{table}"
     if shared := own.keys() - rows.keys():  # those of inference.json with the meaning and default of train.json
@@ -263,6 +239,7 @@ WINDOW = "expected two numbers in HU, the lower one first, such as [-1350, 150]"
         ({"window": 400}, f"window: found 400, {WINDOW}"),
         ({"window": [1, 2, 3]}, f"window: found [1, 2, 3], {WINDOW}"),
         ({"tasks": "segmentation"}, "tasks: found 'segmentation', expected task names with weights, such as {'segmentat"),
+        ({"tasks": ["segmentation"]}, "tasks: found ['segmentation'], expected task names with weights, such as {'segmentat"),
         ({"tasks": {"segmentation": "much"}}, "tasks::segmentation: found 'much', expected a number"),
         ({"classes": "lesion"}, "classes: found 'lesion', expected a list of different names"),
         ({"classes": ["a", "a"]}, "classes: found ['a', 'a'], expected a list of different names"),
@@ -287,6 +264,14 @@ def test_a_value_that_makes_no_sense_is_refused_in_one_line(entries, words):
     with pytest.raises(UserError) as error:
         check_config({**merged("train"), **entries}, "train")
     assert str(error.value).startswith(words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workflow", ["evaluate", "inference"])
+def test_tasks_to_answer_are_names_with_or_without_weights(workflow):
+    for tasks in (["segmentation"], {"segmentation": 1}, None):
+        check_config({**merged(workflow), "tasks": tasks}, workflow)
+    with pytest.raises(UserError, match=r"^tasks: found 'segmentation', expected names of tasks, such as \['segmentation'\]$"):
+        check_config({**merged(workflow), "tasks": "segmentation"}, workflow)
 
 
 def test_pretrained_weights_may_be_a_path():

@@ -254,7 +254,7 @@ EVALUATE = {
     "split": ["training", {"data": lambda w: [record["image"] for record in w["data"]]}],
     "bootstrap": [3, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").bootstrap}],
     "checkpoint": ["w.pt", {"run": lambda w: w.arguments("load_weights", "load")[1]}],
-    "tasks": [{"detection": 1.0}, {"metrics": lambda w: names(w.handler("handlers", "MultiTaskMetrics"))}],
+    "tasks": [["detection"], {"metrics": lambda w: names(w.handler("handlers", "MultiTaskMetrics"))}],
     "regions": [
         "lung",
         {
@@ -310,7 +310,7 @@ INFERENCE = {
         },
     ],
     "tasks": [
-        {"segmentation": 1.0},
+        ["segmentation"],
         {
             "heads": lambda w: list(w["network"].heads),
             "predictor": lambda w: names(w["predictor"]),

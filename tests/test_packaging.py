@@ -57,7 +57,8 @@ def test_an_installed_package_predicts_without_the_repository(wheel, phantom_dir
     pip("install", "--no-deps", "--target", tmp_path / "installed", wheel)
     command = [sys.executable, tmp_path / "installed/bin/chestct", "predict", next(phantom_dir.glob("images/*")), "-o", "out"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    subprocess.run([*map(str, command), "--flips", "False"], cwd=tmp_path, env=env, check=True)
+    done = subprocess.run([*map(str, command), "--flips", "False"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") <= 3, done.stdout + done.stderr
     (found,) = tmp_path.glob("out/*/predictions.json")
     weights = json.loads(found.read_text())["model"]["checkpoint"]
     assert weights == file_hash(WEIGHTS)[:12] and sorted(path.name for path in tmp_path.iterdir()) == ["installed", "out"]

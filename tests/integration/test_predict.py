@@ -14,11 +14,8 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser
 from PIL import Image
 
-from bundle.cli import main
 from bundle.files import locked
 
 SECRETS = {"PatientName": "Doe^Jane", "PatientID": "ID-4711", "AccessionNumber": "ACC0815", "PatientBirthDate": "19500102"}
@@ -181,46 +178,3 @@ def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chest
     assert names(tmp_path) == names(first) and not list(tmp_path.rglob(".tmp*"))
     for name in ("scans.csv", "slices.csv", "lesions.csv", "failures.csv"):
         assert table(tmp_path / name) == table(first / name)
-
-
-NAMES = ["scan", "scan#1", "1001", "1_2", "DOE,JOHN", "[CT]", "it's", 'a "b"', "None", "a@input", "$x", "%y", "a\\#b", "a::b"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_config_has_the_names_of_folders_as_they_are_typed(monkeypatch, name):
-    monkeypatch.setattr("sys.argv", [])
-    monkeypatch.setattr("bundle.cli.runpy.run_module", lambda *_, **__: None)
-    main(["predict", name, "-o", name])
-    for knob in ("--input", "--output_dir"):
-        parser = ConfigParser({"knob": DefaultParseValue(sys.argv[sys.argv.index(knob) + 1])})
-        assert parser.get_parsed_content("knob") == name
-
-
-def test_a_command_without_its_configs_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("bundle.cli.ROOT", tmp_path)
-    with pytest.raises(SystemExit):
-        main(["predict", "x", "-o", "y"])
-    assert "install the package again" in capsys.readouterr().err
-
-
-def test_an_overlay_that_is_not_there_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["predict", "x", "-o", "y", "--config", "configs/preset_cpi.json"])
-    assert "error: --config: found no file configs/preset_cpi.json, expected an overlay in JSON or YAML" in capsys.readouterr().err
-
-
-def test_an_overlay_that_is_no_json_is_refused(tmp_path, capsys):
-    (tmp_path / "my.json").write_text('{"flips": false,}')
-    with pytest.raises(SystemExit):
-        main(["predict", "x", "-o", "y", "--config", str(tmp_path / "my.json")])
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert f"--config: {tmp_path}/my.json: cannot be read (" in line and line.endswith("), expected JSON or YAML")
-
-
-def test_an_overlay_that_tells_how_to_train_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["predict", "x", "-o", "y", "--config", "configs/multi_gpu_train.json"])
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert (
-        "configs/multi_gpu_train.json: found 'train#dataloader#sampler', which does not fit inference.json, expected overlays that describe" in line
-    )
