@@ -175,6 +175,11 @@ def write_figure(figure, path) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
+def text_hash(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def file_hash(path) -> str:
     """SHA-256 of a file; empty if there is none."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""

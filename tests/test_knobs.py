@@ -289,9 +289,9 @@ INFERENCE = {
     "checkpoint": [
         "w.pt",
         {
-            "run": lambda w: w.arguments("load_weights")[1],
+            "run": lambda w: w.arguments("load_weights", "load")[1],
             "reference": lambda w: w["reference"],
-            "stamp": lambda w: w["worklist"].run,
+            "stamp": lambda w: w.arguments("fingerprint", "predictor"),
         },
     ],
     "reference": ["none.pt", {"predictor": lambda w: w.outcome("predictor")}],
@@ -323,7 +323,7 @@ INFERENCE = {
     "link_iou": [0.9, {"predictor": lambda w: of_task(w["predictor"], "detection").link_iou}],
     "flips": [False, {"inferer": lambda w: type(w["inferer"])}],
     "backend": ["onnxruntime", {"network": lambda w: type(w["network"])}],
-    "keep_identifiers": [True, {"run": lambda w: w.arguments("predict_scans")[3]}],
+    "keep_identifiers": [True, {"predictor": lambda w: w["predictor"].keep_identifiers}],
     "export_task": ["classification", {"network_def": lambda w: list(w["network_def"].heads)}],
     "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
     "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],

@@ -223,8 +223,8 @@ class NiftiScan(Scan):
     head, from the origin.
     """
 
-    def __init__(self, name: str, path) -> None:
-        image = _load_nifti(path)
+    def __init__(self, name: str, path, image=None) -> None:
+        self._image, image = image, image or _load_nifti(path)  # the first, if it is in memory
         check_shape(image.shape, image.get_data_dtype())
         header, affine = image.header, image.affine
         if np.linalg.matrix_rank(affine[:3, :3]) < 3 and header["qform_code"] > 0:
@@ -233,15 +233,16 @@ class NiftiScan(Scan):
             sides = [*header.get_zooms(), 1.0][:3]
             affine = np.diag([-sides[0], -sides[1], sides[2], 1])
         affine = np.diag([MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0]) @ affine
-        super().__init__(name, path, image.shape, affine)
+        super().__init__(name, path, image.shape, affine, [path if os.path.isfile(path) else os.devnull])
         self.oriented = oriented
         self.warnings += [] if oriented else [NOT_ORIENTED]
         self.warnings += [NO_THICKNESS] if len(image.shape) < 3 else []
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
-            data = _load_nifti(self.path).dataobj
-            self._voxels = data.get_unscaled().reshape(self.shape), data.slope, data.inter
+            data = (self._image or _load_nifti(self.path)).dataobj
+            stored = (data.get_unscaled(), data.slope, data.inter) if nibabel.is_proxy(data) else (data, 1, 0)
+            self._voxels = stored[0].reshape(self.shape), *stored[1:]
         voxels, slope, intercept = self._voxels
         # Not take(), which copies the whole volume where its order is not C.
         return np.moveaxis(voxels, self.axis, 0)[index] * np.float32(slope) + np.float32(intercept)
@@ -401,7 +402,7 @@ def slice_size(path) -> SliceSize:
     return SliceSize(stored, (columns, rows), mode)
 
 
-def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
+def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
     """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches.
 
     Images are files with an extension of `EXTENSIONS`, and DICOM files of any name. DICOM files become scans by
@@ -411,7 +412,7 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
 
     Args:
         source: file, folder or pattern with * ? or [.
-        output_dir: folder of the results, which must not lie in the source, where the next run would take them as images.
+        output_dir: folder of the results, if any, which must not lie in the source: the next run would take them as images.
 
     Returns:
         The scans, in the order of their names, and {"file", "reason"} of what cannot be read.
@@ -420,9 +421,9 @@ def find_scans(source, output_dir) -> tuple[list[Scan], list[dict]]:
         UserError: if nothing is there, there is no image among the files, or the source holds output_dir.
     """
     root, files, failures = _list_files(str(source))
-    output = Path(output_dir).resolve()
-    holds_output = Path(source).is_dir() and Path(source).resolve() in (output, *output.parents)
-    if holds_output or any(output in path.resolve().parents for path in files):
+    output = output_dir and Path(output_dir).resolve()
+    holds_output = output and Path(source).is_dir() and Path(source).resolve() in (output, *output.parents)
+    if holds_output or output and any(output in path.resolve().parents for path in files):
         raise UserError(f"output_dir: found {output_dir} inside the input {source}, expected a folder outside of it")
     images = [path for path in files if len(files) == 1 or _is_image(path)]
     if not images:

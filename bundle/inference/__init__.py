@@ -4,7 +4,7 @@ import bundle
 from bundle.files import file_hash
 from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer
-from bundle.inference.predict import Predictor, predict_scans
+from bundle.inference.predict import Model, predict_scans
 from bundle.inference.results import Result
 from bundle.inference.slices import AnswersToSlice, LoadScanSlice, SplitBatch, collate, slices_of
 from bundle.inference.worklist import Worklist, fingerprint
@@ -15,7 +15,7 @@ __all__ = [
     "AnswersToSlice",
     "FlipInferer",
     "LoadScanSlice",
-    "Predictor",
+    "Model",
     "Result",
     "SplitBatch",
     "Worklist",

@@ -67,6 +67,11 @@ class Volume:
             stored[:] = plane
         return voxels
 
+    def image(self) -> nibabel.Nifti1Image:
+        """The stored values as an image in memory."""
+        header = nibabel.Nifti1Header(self.header[:348])
+        return nibabel.Nifti1Image(self.voxels(), header.get_best_affine(), header)
+
     def write(self, path) -> None:
         """Write a file that ends in .nii.gz, or the one slice of a picture as a .png."""
         if Path(path).suffix == ".png":

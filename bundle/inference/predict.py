@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from monai.engines import Evaluator
 from tqdm import tqdm
 
+from bundle.config import check_config, merge_overlays
 from bundle.data.volumes import Scan
+from bundle.errors import UserError, user_message
+from bundle.files import ROOT, text_hash
+from bundle.inference.inputs import as_scan
 from bundle.inference.results import Collector, Result
 from bundle.inference.slices import slices_of
 from bundle.inference.worklist import Worklist
@@ -17,21 +25,79 @@ from bundle.networks import Novelty
 from bundle.tasks import Task
 
 
-class Predictor:
-    """Predict a scan: `predictor(scan)` gives its `Result`.
+class Model:
+    """The network with everything around it, as configs/inference.json describes it: `Model.load().predict(scan)`.
 
     Args:
         evaluator: of configs/inference.json, whose batches are single slices when an iteration is completed.
         tasks: that are answered.
         novelty: distance from the training data, or None where that is not known.
+        name: see `model_name`.
+        fingerprint: text that stands for the weights and knobs, see `fingerprint`.
+        keep_identifiers: write names and ids of DICOM headers into predictions.json.
     """
 
-    def __init__(self, evaluator: Evaluator, tasks: Sequence[Task], novelty: Novelty | None = None) -> None:
-        self.evaluator, self.novelty = evaluator, novelty
-        self.tasks = list(tasks)
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        tasks: Sequence[Task],
+        novelty: Novelty | None = None,
+        name: Mapping[str, str] | None = None,
+        fingerprint: str = "",
+        keep_identifiers: bool = False,
+    ) -> None:
+        self.evaluator, self.tasks, self.novelty = evaluator, list(tasks), novelty
+        self.name, self.fingerprint, self.keep_identifiers = dict(name or {}), fingerprint, keep_identifiers
         evaluator.interrupt_resume_enabled = False  # after an error ignite would resume the run that failed
 
-    def __call__(self, scan: Scan) -> Result:
+    @classmethod
+    def load(cls, checkpoint=None, config: Sequence = (), **knobs) -> Model:
+        """Make a model of weights, by configs/inference.json.
+
+        The state of the process (random numbers, logging, threads) stays as it is.
+
+        Args:
+            checkpoint: path of weights; without one, those of this package.
+            config: paths of overlays on configs/inference.json.
+            **knobs: of docs/configuration.md, such as `flips=False`, `device="cuda"` or `tasks={"segmentation": 1.0}`.
+
+        Raises:
+            UserError: in one line, if there are no such weights, or for an unknown knob or one that makes no sense.
+        """
+        if unused := knobs.keys() & {"input", "dataset_dir", "output_dir"}:
+            raise UserError(f"{', '.join(unused)}: a knob of the command; pass the scan to `predict` and the folder to `save`")
+        root = Path(knobs.pop("bundle_root", None) or ROOT)
+        with _undisturbed():
+            parser = ConfigParser(merge_overlays(root / "configs/inference.json", config))
+            parser.update({**knobs, "bundle_root": str(root)})
+            if checkpoint is not None:
+                parser["checkpoint"] = Path(checkpoint)  # no text, in which some characters have a meaning
+            check_config(parser.get(), "inference")
+            parser["input"], parser["workflow"] = None, _Running(parser)
+            parser.get_parsed_content("load")
+            return parser.get_parsed_content("predictor")
+
+    def predict(self, source, spacing: Sequence[float] | None = None, window: Sequence[float] | None = None) -> Result:
+        """Predict one scan; nothing is written.
+
+        Args:
+            source: path of a slice, a picture, a volume or a folder with one DICOM series; an image of nibabel or SimpleITK;
+                or an array: HU (slices, rows, columns) from the feet to the head or (rows, columns), rows to posterior and
+                columns to the patient's left; or an 8-bit picture (rows, columns) without spacing.
+            spacing: mm between the neighbours along each axis of an array.
+            window: of an array that was scaled to [0, 1] or to 8 bits: the HU that its lowest and highest value stand for.
+
+        Raises:
+            UserError: in one line, if `source` is no scan or several, or cannot be read.
+        """
+        with _undisturbed():
+            scan = as_scan(source, spacing, window)
+            try:
+                return self.run(scan)
+            finally:
+                scan.close()
+
+    def run(self, scan: Scan) -> Result:
         """Run the evaluator over the slices of a scan.
 
         Raises:
@@ -47,23 +113,43 @@ class Predictor:
 
         with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, collect):
             self.evaluator.run()
-        return collector.finish()
+        result = collector.finish()
+        result.model, result.stamp, result.keep_identifiers = self.name, self.stamp(scan), self.keep_identifiers
+        return result
+
+    def stamp(self, scan: Scan) -> str:
+        """What the results of a scan depend on: its files, the weights and the knobs."""
+        return text_hash(f"{scan.stamp} {self.fingerprint}")
 
 
-def predict_scans(worklist: Worklist, predictor: Predictor, model: Mapping[str, str], keep_identifiers: bool = False) -> None:
+class _Running:
+    """What stands for the workflow, which MONAI's runner makes, in the configuration of `Model.load`."""
+
+    def __init__(self, parser: ConfigParser) -> None:
+        self.parser = parser
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave torch's random numbers as they are, and raise a `UserError` that MONAI has wrapped as it was."""
+    try:
+        with torch.random.fork_rng(devices=()):
+            yield
+    except Exception as error:
+        if isinstance(error, UserError) or (message := user_message(error)) is None:
+            raise
+        raise UserError(message) from error
+
+
+def predict_scans(worklist: Worklist, model: Model) -> None:
     """Predict all scans of a worklist and write their results and the tables.
-
-    Args:
-        worklist: gives the scans and their folders, and takes the failures.
-        predictor: of scans.
-        model, keep_identifiers: see `write_result`.
 
     Raises:
         UserError: if another run has the folder of the results, or if nothing at all could be predicted.
     """
     with worklist.locked():
-        pending = worklist.pending()
+        pending = worklist.pending(model.stamp)
         for scan in tqdm(pending, "scans", disable=None if len(pending) > 1 else True):
             with worklist.attempt(scan) as folder:
-                write_result(predictor(scan), folder, model, worklist.stamp(scan), keep_identifiers)
-        worklist.finish(predictor.tasks)
+                write_result(model.run(scan), folder)
+        worklist.finish(model.tasks)

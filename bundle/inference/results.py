@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import nibabel
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -35,6 +36,7 @@ class Result:
         warnings: one line each.
         ranges: for each slice, the values that the network sees as 0 and as 1.
         bearing: whether each slice shows lung; all True where that is not known.
+        model, stamp, keep_identifiers: see `bundle.inference.Model`.
     """
 
     scan: Scan
@@ -45,6 +47,38 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     ranges: list[tuple[float, float]] = field(default_factory=list)
     bearing: list[bool] = field(default_factory=list)
+    model: dict = field(default_factory=dict)
+    stamp: str = ""
+    keep_identifiers: bool = False
+
+    @property
+    def classes(self) -> dict[str, float]:
+        """Probability of each class for the scan; empty if it was not classified."""
+        return {name: value for task in self.tasks for name, value in task.probabilities(self.entries[task.name]).items()}
+
+    @property
+    def lesions(self) -> list[dict]:
+        """Lesions found, highest score first, as "detection" in docs/outputs.md: "score", "center_mm" and "size_mm" of the
+        box (LPS, mm), "box" in pixels, "slices", "volume_ml"."""
+        return [lesion for task in self.tasks for lesion in task.lesions(self.entries[task.name])]
+
+    @property
+    def mask(self) -> nibabel.Nifti1Image | None:
+        """0, or 1 + lesion class, on the grid of the input; of a picture (rows, columns, 1). None if nothing was segmented."""
+        if "mask" not in self.volumes:
+            return None
+        image = self.volumes["mask"].image()
+        return nibabel.Nifti1Image(np.asarray(image.dataobj).swapaxes(0, 1), None) if self.scan.kind == "picture" else image
+
+    def save(self, folder) -> None:
+        """Write what `chestct predict` writes for the scan: docs/outputs.md. An older result in the folder is replaced.
+
+        Raises:
+            UserError: if the folder holds something else, or cannot be written.
+        """
+        from bundle.inference.writer import save_result  # brings what draws and writes, which takes a second to import
+
+        save_result(self, folder)
 
     def store(self, kind: str, pixels: np.ndarray, slice_: MetaTensor, dtype=np.uint8, slope=1.0, picture_scale=1) -> None:
         """Append pixels (rows, columns) of the slice at hand to a volume; see `Volume`."""
@@ -54,7 +88,7 @@ class Result:
         self.volumes[kind].append(stored.T if scan.kind == "picture" else stored.reshape(np.delete(scan.shape, scan.axis)))
 
     def prediction(self) -> dict:
-        """The content of predictions.json, without what the writer adds: model, stamp, files."""
+        """The content of predictions.json, without what the writer adds: files."""
         scan, affine = self.scan, self.scan.affine
         grid = {
             "shape": list(scan.shape),
@@ -63,7 +97,7 @@ class Result:
             "affine": None if affine is None else affine.round(6).tolist(),
         }
         head = {"scan": scan.name, "kind": scan.kind, "hounsfield": scan.hounsfield, "grid": grid, "research_use_only": True}
-        return {**head, "warnings": list(self.warnings), **self.entries, "slices": self.slices}
+        return {**head, "warnings": list(self.warnings), **self.entries, "slices": self.slices, "model": self.model, "stamp": self.stamp}
 
 
 @dataclass

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import traceback
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain
@@ -23,18 +21,17 @@ import bundle
 from bundle import files
 from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError, user_message
-from bundle.files import file_hash, write_table
+from bundle.files import file_hash, text_hash, write_table
+from bundle.inference.writer import PREDICTIONS, UNFINISHED, check_place, read_prediction, replacing_folder
 from bundle.tasks import Task
-from bundle.inference.writer import PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
 LOG = "failures.log"  # tracebacks of this run
-UNFINISHED = ".tmp."  # how names of folders begin that are no results, or not yet
 LEFTOVER = re.compile(r"\.tmp\.[0-9a-f]{32}|\.[0-9a-f]{32}\.tmp")  # names that only a killed run leaves behind
 # Knobs that do not change what is predicted for a scan; the files behind checkpoint and reference count by their content.
 WITHOUT_EFFECT = ("bundle_root", "dataset_dir", "input", "output_dir", "checkpoint", "reference", "device", "batch_size")
-WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "run", "network_def", "export_task")
+WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "load", "run", "workflow", "network_def", "export_task")
 
 
 class Worklist:
@@ -45,9 +42,8 @@ class Worklist:
     takes every WORLD_SIZE-th scan.
 
     Args:
-        source: file, folder or glob pattern.
+        source: file, folder or glob pattern; None for no scans.
         output_dir: folder of the results.
-        run: text that stands for the weights and knobs, see `fingerprint`.
 
     Attributes:
         scans: of this process, done or not.
@@ -57,19 +53,15 @@ class Worklist:
         UserError: of `find_scans`.
     """
 
-    def __init__(self, source, output_dir, run: str) -> None:
-        self.source, self.folder, self.run = source, Path(output_dir), run
+    def __init__(self, source, output_dir) -> None:
+        self.source, self.folder = source, Path(output_dir)
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        scans, failures = find_scans(source, output_dir)
+        scans, failures = find_scans(source, output_dir) if source else ([], [])
         for failure in failures:
             logger.warning(f"skipped {failure['reason']}")
         # Shared out before what is done is looked up: another process may have finished scans by now, and all must agree.
         self.scans, self.total = scans[self.rank :: self.processes], len(scans)
         self.failures = [{"scan": row["file"], "reason": row["reason"]} for row in failures if self.rank == 0]
-
-    def stamp(self, scan: Scan) -> str:
-        """What the results of a scan depend on: its files, the weights and the knobs."""
-        return hashlib.sha256(f"{scan.stamp} {self.run}".encode()).hexdigest()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -99,31 +91,23 @@ class Worklist:
                 shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
             folders[:] = [name for name in folders if not LEFTOVER.fullmatch(name)]
 
-    def pending(self) -> list[Scan]:
+    def pending(self, stamp: Callable[[Scan], str]) -> list[Scan]:
         """The scans that are not done.
+
+        Args:
+            stamp: what the results of a scan depend on: see `Model.stamp`.
 
         Raises:
             UserError: if something else than results of a scan lies where its results belong.
         """
-        stamps = ((_read_prediction(self.folder / scan.name / PREDICTIONS) or {}).get("stamp") for scan in self.scans)
-        pending = [scan for scan, stamp in zip(self.scans, stamps) if stamp != self.stamp(scan)]
+        done = ((read_prediction(self.folder / scan.name) or {}).get("stamp") for scan in self.scans)
+        pending = [scan for scan, found in zip(self.scans, done) if found != stamp(scan)]
         for scan in pending:
-            self._check_place(self.folder / scan.name)
+            check_place(self.folder / scan.name)
         share = "" if self.processes == 1 else f", {len(self.scans)} of them for process {self.rank}"
         done = len(self.scans) - len(pending)
         logger.info(f"{self.source}: {self.total} scans{share}, {done} of them done, {len(self.failures)} files unreadable")
         return pending
-
-    def _check_place(self, place: Path) -> None:
-        """Refuse a place that holds, or lies below, a file that this package has not written."""
-        try:
-            blocking = [path for path in (place, *place.parents) if path.is_file()]
-            strange = place.is_dir() and any(place.iterdir()) and _read_prediction(place / PREDICTIONS) is None
-        except OSError:  # a name that is too long: this scan fails when its turn comes
-            return
-        if blocking or strange:
-            found = f"the file {blocking[0]}" if blocking else f"{place} with other content"
-            raise UserError(f"output_dir: found {found}, expected a folder of results there or none; set another output_dir")
 
     @contextmanager
     def attempt(self, scan: Scan) -> Iterator[Path]:
@@ -131,20 +115,13 @@ class Worklist:
 
         An exception of the block fails this scan alone, see `fail`, and the new folder is removed.
         """
-        place = self.folder / scan.name
-        new, old = (place.with_name(f"{UNFINISHED}{uuid.uuid4().hex}") for _ in range(2))
         try:
-            new.mkdir(parents=True)
-            yield new
-            if place.exists():  # moved away as a whole: a process killed while it removes the files would leave some
-                os.replace(place, old)
-            os.replace(new, place)
+            with replacing_folder(self.folder / scan.name) as new:
+                yield new
         except Exception as error:
             self.fail(scan, error)
         finally:
             scan.close()
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
 
     def fail(self, scan: Scan, error: Exception) -> None:
         """Record in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
@@ -194,7 +171,7 @@ class Worklist:
         failed = {self.folder / failure["scan"] / PREDICTIONS for failure in failures}
         found = sorted(set(self.folder.glob(f"**/*/{PREDICTIONS}")) - failed)
         whole = [path for path in found if not path.parent.name.startswith(UNFINISHED)]
-        predictions = [prediction for path in whole if (prediction := _read_prediction(path))]
+        predictions = [prediction for path in whole if (prediction := read_prediction(path.parent))]
         for name, rows in {"scans": scan_rows, "slices": slice_rows, "lesions": lesion_rows}.items():
             path = self.folder / f"{name}.csv"
             if predictions:
@@ -206,20 +183,11 @@ class Worklist:
         logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv and failures.csv")
 
 
-def _read_prediction(path: Path) -> dict | None:
-    """Content of predictions.json; None if there is no such file or another program has written it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "stamp" in found else None
-
-
 def fingerprint(workflow: ConfigWorkflow, *files) -> str:
     """Text that changes with the content of the files (those that exist) and with every knob that changes predictions."""
     knobs = {id: value for id, value in workflow.parser.get().items() if id not in WITHOUT_EFFECT and not id.startswith("_")}
     text = json.dumps(knobs, sort_keys=True, default=str)
-    return " ".join([bundle.__version__, *map(file_hash, files), hashlib.sha256(text.encode()).hexdigest()])
+    return " ".join([bundle.__version__, *map(file_hash, files), text_hash(text)])
 
 
 def scan_rows(prediction: Mapping, tasks: Sequence[Task]) -> Iterable[dict]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 
@@ -20,31 +24,36 @@ from bundle.inference.results import Result
 from bundle.names import DETECTION
 
 PREDICTIONS = "predictions.json"
+UNFINISHED = ".tmp."  # how names of folders begin that are no results, or not yet
 
 # Tags of patient and examination that predictions.json has with `keep_identifiers`; no other result ever has them.
 IDENTIFIERS = ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber", "StudyID", "StudyDate")
 IDENTIFIERS += ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 
 
-def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = "", keep_identifiers: bool = False) -> dict:
-    """Write a result: volumes or pictures, overlays, report.html, markups, DICOM objects, and predictions.json last.
+def save_result(result: Result, folder) -> None:
+    """Write a result to a folder, which is replaced as a whole: see `Result.save`."""
+    folder = Path(folder)
+    check_place(folder)
+    try:
+        with replacing_folder(folder) as new:
+            write_result(result, new)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); check the disk and its permissions") from error
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write volumes or pictures, overlays, report.html, markups, DICOM objects, and predictions.json last.
 
     Args:
         result: of a scan, whose slices are read again for their pictures.
         folder: that exists and is empty.
-        model: {"name", "version", "checkpoint"}.
-        stamp: what the result depends on, see `Worklist.stamp`.
-        keep_identifiers: write names and ids from DICOM headers into predictions.json.
-
-    Returns:
-        The content of predictions.json; docs/outputs.md is its reference.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    folder, scan, prediction = Path(folder), result.scan, result.prediction()
-    prediction |= {"model": dict(model), "stamp": stamp}
-    if keep_identifiers and scan.kind == "dicom":
+    scan, prediction = result.scan, result.prediction()
+    if result.keep_identifiers and scan.kind == "dicom":
         prediction["identifiers"] = read_identifiers(scan)
     files = {"overlays": "overlays", "report": "report.html"}
     for kind, volume in result.volumes.items():
@@ -63,7 +72,6 @@ def write_result(result: Result, folder, model: Mapping[str, str], stamp: str = 
     lines = {title: text for task in result.tasks for title, text in task.report(result.entries[task.name]).items()}
     report.write(folder / files["report"], prediction, lines)
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
-    return prediction
 
 
 def _draw_slices(result: Result, folder: Path) -> Report:
@@ -111,3 +119,39 @@ def read_identifiers(scan: Scan) -> dict[str, str]:
     """Read those of `IDENTIFIERS` that the header of a DICOM scan has."""
     header = read_header(scan.sources[0][0], IDENTIFIERS)
     return {name: str(header[name].value) for name in IDENTIFIERS if name in header}
+
+
+def read_prediction(folder) -> dict | None:
+    """Content of the predictions.json in a folder; None if there is none or another program has written it."""
+    try:
+        found = json.loads(Path(folder, PREDICTIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "stamp" in found else None
+
+
+def check_place(place: Path) -> None:
+    """Refuse a place that holds, or lies below, a file that this package has not written."""
+    try:
+        blocking = [path for path in (place, *place.parents) if path.is_file()]
+        strange = place.is_dir() and any(place.iterdir()) and read_prediction(place) is None
+    except OSError:  # a name that is too long: this scan fails when its turn comes
+        return
+    if blocking or strange:
+        found = f"the file {blocking[0]}" if blocking else f"{place} with other content"
+        raise UserError(f"output_dir: found {found}, expected a folder of results there or none; set another output_dir")
+
+
+@contextmanager
+def replacing_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of the older one when the block ends, and is removed where it fails."""
+    new, old = (place.with_name(f"{UNFINISHED}{uuid.uuid4().hex}") for _ in range(2))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if place.exists():  # moved away as a whole: a process killed while it removes the files would leave some
+            os.replace(place, old)
+        os.replace(new, place)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

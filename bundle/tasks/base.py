@@ -177,6 +177,14 @@ class Task:
         rows = [row[self.name] for row in counted(result.slices, result.bearing)]
         return np.mean(rows, axis=0).round(6).tolist()
 
+    def probabilities(self, entry) -> dict[str, float]:
+        """Probability of each class of the scan, of an entry of predictions.json."""
+        return {}
+
+    def lesions(self, entry) -> list[dict]:
+        """Lesions in the scan that have boxes, of an entry of predictions.json: see `bundle.tasks.lesions.link_boxes`."""
+        return []
+
     def caption(self, row: Mapping) -> list[str]:
         """What the line below the picture of a slice says."""
         return []

@@ -132,6 +132,9 @@ class Classification(Task):
         mean = dict(zip(self.classes, np.mean(rows, axis=0, dtype=float).round(6).tolist()))
         return {"predicted": max(mean, key=mean.get), "probabilities": mean, "slices": len(rows)}
 
+    def probabilities(self, entry: Mapping) -> dict[str, float]:
+        return entry["probabilities"]
+
     def scan_columns(self, entry: Mapping) -> dict:
         probabilities = {f"probability {name}": value for name, value in entry["probabilities"].items()}
         return {"predicted": entry["predicted"], **probabilities}

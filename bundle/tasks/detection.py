@@ -158,6 +158,9 @@ class Detection(Task):
     def caption(self, row: Mapping) -> list[str]:
         return [f"{len(row['boxes'])} box" + ("" if len(row["boxes"]) == 1 else "es")]
 
+    def lesions(self, entry: Sequence[Mapping]) -> list[dict]:
+        return list(entry)
+
     def scan_columns(self, entry: Sequence[Mapping]) -> dict:
         return {"lesions": len(entry), "highest score": max((lesion["score"] for lesion in entry), default=None)}
 

@@ -25,18 +25,22 @@ def test_processes_agree_on_their_shares_however_late_they_start(tmp_path, monke
     def start(rank):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        return Worklist(tmp_path / "in", tmp_path / "out", "run")
+        return Worklist(tmp_path / "in", tmp_path / "out")
 
     early = start(0)
     write_results(early, early.scans[0])
     late = start(1)  # after the first process has finished a scan
     names = [[scan.name for scan in worklist.scans] for worklist in (early, late)]
     assert len(names[0]) == 3 and len(names[1]) == 2 and not set(names[0]) & set(names[1])
-    assert [scan.name for scan in start(0).pending()] == names[0][1:], "what is done is not done again"
+    assert [scan.name for scan in start(0).pending(stamp)] == names[0][1:], "what is done is not done again"
+
+
+def stamp(scan):
+    return f"{scan.stamp} by these weights"
 
 
 def write_results(worklist, scan, **entries):
-    prediction = {"scan": scan.name, "stamp": worklist.stamp(scan), "lung": None, "novelty": None}
+    prediction = {"scan": scan.name, "stamp": stamp(scan), "lung": None, "novelty": None}
     prediction |= {"slices": [], "warnings": []}
     with worklist.attempt(scan) as folder:
         (folder / "predictions.json").write_text(json.dumps({**prediction, **entries}))
@@ -51,19 +55,19 @@ def picture(tmp_path):
 
 def test_results_take_the_place_of_older_ones_whole(picture, tmp_path, monkeypatch):
     for run in ("one", "two"):
-        worklist = Worklist(picture, tmp_path / "out", run)
+        worklist = Worklist(picture, tmp_path / "out")
         write_results(worklist, worklist.scans[0], model=run)
     assert [path.name for path in (tmp_path / "out/a.png").iterdir()] == ["predictions.json"]
-    worklist = Worklist(picture, tmp_path / "out", "three")
+    worklist = Worklist(picture, tmp_path / "out")
     with monkeypatch.context() as patch:  # killed between the two steps
         replaced, replace = [], os.replace
         patch.setattr(os, "replace", lambda *paths: replaced.append(replace(*paths)) if not replaced else os.kill())
         patch.setattr(os, "kill", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_results(worklist, worklist.scans[0])
-    worklist = Worklist(picture, tmp_path / "out", "three")
+    worklist = Worklist(picture, tmp_path / "out")
     with worklist.locked():
-        write_results(worklist, *worklist.pending(), model="three")
+        write_results(worklist, *worklist.pending(lambda scan: "another stamp"), model="three")
         worklist.finish(some_tasks())
     assert json.loads((tmp_path / "out/a.png/predictions.json").read_text())["model"] == "three"
     assert [path.name for path in (tmp_path / "out/a.png").iterdir()] == ["predictions.json"]
@@ -77,13 +81,13 @@ def test_what_another_program_has_put_there_is_not_replaced(picture, tmp_path, p
     strange.write_text("[1]")
     found = f"the file {strange}" if place == "a.png" else f"{strange.parent} with other content"
     with pytest.raises(ValueError, match=f"^output_dir: found {re.escape(found)}, expected a folder of results there or none"):
-        Worklist(picture, tmp_path / "out", "run").pending()
+        Worklist(picture, tmp_path / "out").pending(stamp)
     assert strange.read_text() == "[1]"
 
 
 def test_tables_hold_hidden_scans_and_nothing_that_another_program_has_written(picture, tmp_path):
     hidden = picture.rename(picture.with_name(".a.png"))
-    worklist = Worklist(hidden, tmp_path / "out", "run")
+    worklist = Worklist(hidden, tmp_path / "out")
     for number, text in enumerate(('{"a": 1}', "[]", "half")):
         (tmp_path / f"out/{number}").mkdir(parents=True)
         (tmp_path / f"out/{number}/predictions.json").write_text(text)
@@ -96,11 +100,11 @@ def test_older_results_of_a_scan_that_fails_now_are_in_no_table(tmp_path):
     (tmp_path / "in").mkdir()
     for name in "abc":
         Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / f"in/{name}.png")
-    worklist = Worklist(tmp_path / "in", tmp_path / "out", "run")
+    worklist = Worklist(tmp_path / "in", tmp_path / "out")
     for scan in worklist.scans:
         write_results(worklist, scan)
     (tmp_path / "in/b.png").write_bytes(b"no picture any more")
-    later = Worklist(tmp_path / "in", tmp_path / "out", "other weights")
+    later = Worklist(tmp_path / "in", tmp_path / "out")
     later.fail(later.scans[1], UserError("c.png: found nothing"))
     later.finish(some_tasks())
     tables = {name: (tmp_path / f"out/{name}.csv").read_text().splitlines()[1:] for name in ("scans", "failures")}
@@ -122,19 +126,19 @@ def test_a_slice_that_was_replaced_makes_another_scan_whatever_its_size_and_date
         dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
         dataset.save_as(path)
         os.utime(path, (1000 + index, 1000 + index))
-    worklist = Worklist(tmp_path / "in", tmp_path / "out", "run")
-    (scan,) = worklist.pending()
+    worklist = Worklist(tmp_path / "in", tmp_path / "out")
+    (scan,) = worklist.pending(stamp)
     write_results(worklist, scan)
-    assert not Worklist(tmp_path / "in", tmp_path / "out", "run").pending()
+    assert not Worklist(tmp_path / "in", tmp_path / "out").pending(stamp)
     dataset = pydicom.dcmread(tmp_path / "in/1")
     dataset.PixelData = bytes(len(dataset.PixelData))
     dataset.save_as(tmp_path / "in/1")
     os.utime(tmp_path / "in/1", (1000, 1000))
-    assert len(Worklist(tmp_path / "in", tmp_path / "out", "run").pending()) == 1
+    assert len(Worklist(tmp_path / "in", tmp_path / "out").pending(stamp)) == 1
     for index in range(3):
         os.utime(tmp_path / f"in/{index}", (1000 + index, 1000 + index))
     (tmp_path / "in").rename(tmp_path / "moved")
-    assert not Worklist(tmp_path / "moved", tmp_path / "out", "run").pending(), "names of files count, their folder does not"
+    assert not Worklist(tmp_path / "moved", tmp_path / "out").pending(stamp), "names of files count, their folder does not"
 
 
 def test_what_killed_runs_leave_behind_is_removed_and_nothing_else(picture, tmp_path):
@@ -142,7 +146,7 @@ def test_what_killed_runs_leave_behind_is_removed_and_nothing_else(picture, tmp_
     for name in (*mine, *killed):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    worklist = Worklist(picture, tmp_path / "out", "run")
+    worklist = Worklist(picture, tmp_path / "out")
     assert all((tmp_path / name).exists() for name in killed), "another run may be using them: nobody has the lock yet"
     with worklist.locked():
         pass
@@ -153,9 +157,9 @@ def test_what_killed_runs_leave_behind_is_removed_and_nothing_else(picture, tmp_
 def test_a_folder_that_another_run_uses_is_refused(picture, tmp_path):
     with locked(tmp_path / "out"):
         line = rf"^{tmp_path}/out: in use by process {os.getpid()} on .* since 2.*; wait for its end, or set another folder$"
-        with pytest.raises(UserError, match=line), Worklist(picture, tmp_path / "out", "run").locked():
+        with pytest.raises(UserError, match=line), Worklist(picture, tmp_path / "out").locked():
             pass
-    with Worklist(picture, tmp_path / "out", "run").locked():
+    with Worklist(picture, tmp_path / "out").locked():
         pass
 
 

@@ -1,0 +1,138 @@
+"""What `Model.predict` takes, as a scan: paths, images of nibabel and SimpleITK, arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+import nibabel
+import numpy as np
+
+from bundle.data.volumes import NiftiScan, Scan, find_scans
+from bundle.errors import UserError
+
+
+class ArrayScan(Scan):
+    """A volume in memory.
+
+    Args:
+        voxels: (x, y, z) in HU, z may be absent.
+        affine: (4, 4) from voxel index to RAS in mm.
+        window: HU that the 0 and the 1 (in 8 bits 255) of `voxels` stand for; None if the values are HU.
+    """
+
+    def __init__(self, voxels: np.ndarray, affine: np.ndarray, window: Sequence[float] | None = None) -> None:
+        super().__init__("array", "array", voxels.shape, affine, files=[os.devnull])
+        self.voxels, self.window = voxels.reshape(self.shape), window
+        self.stamp = _hash(repr((self.shape, affine.tolist(), window)).encode(), voxels)
+
+    def _plane(self, index: int) -> np.ndarray:
+        plane = np.moveaxis(self.voxels, self.axis, 0)[index]
+        if self.window is None:
+            return plane
+        low, high = self.window
+        return low + plane.astype(np.float32) * ((high - low) / (255 if plane.dtype == np.uint8 else 1))
+
+
+class PictureArray(Scan):
+    """A picture in memory: 8-bit grey values (rows, columns)."""
+
+    kind = "picture"
+    hounsfield = False
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        super().__init__("array", "array", pixels.shape[::-1], None, files=[os.devnull])
+        self.pixels, self.stamp = pixels, _hash(repr(pixels.shape).encode(), pixels)
+
+    def _plane(self, index: int) -> np.ndarray:
+        return self.pixels.T
+
+
+def as_scan(source, spacing: Sequence[float] | None = None, window: Sequence[float] | None = None) -> Scan:
+    """The one scan in what a user passes to `Model.predict`, whose docstring describes it.
+
+    Raises:
+        UserError: if it is no scan or several, or its description lacks something or makes no sense.
+    """
+    kind = type(source).__module__.split(".")[0]
+    is_array = hasattr(source, "__array__") and not isinstance(source, Scan) and kind != "nibabel"
+    if not is_array and (spacing is not None or window is not None):
+        raise UserError("spacing, window: found one with something else than an array, expected it with an array only")
+    if isinstance(source, Scan):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _only_scan(source)
+    if isinstance(source, nibabel.spatialimages.SpatialImage):
+        return _from_nibabel(nibabel.Nifti1Image.from_image(source))
+    if kind == "SimpleITK":
+        return _from_simpleitk(source)
+    if not is_array:
+        raise UserError(
+            f"found a {type(source).__name__}, expected a path, an image of nibabel or SimpleITK, or an array"
+        )
+    return _from_array(np.asarray(source), spacing, window)
+
+
+def _only_scan(path) -> Scan:
+    scans, failures = find_scans(path)
+    if not scans:
+        raise UserError(failures[0]["reason"])
+    if len(scans) > 1:
+        names = ", ".join(scan.name for scan in scans[:5]) + ", …" * (len(scans) > 5)
+        raise UserError(f"{path}: found {len(scans)} scans ({names}), expected one; `chestct predict` takes a folder of scans")
+    return scans[0]
+
+
+def _from_nibabel(image: nibabel.Nifti1Image) -> Scan:
+    file = image.get_filename()
+    scan = NiftiScan(os.path.basename(file or "image"), file or "image", image)
+    data = [] if nibabel.is_proxy(image.dataobj) else [np.asarray(image.dataobj)]
+    scan.stamp = _hash(scan.stamp.encode() + image.header.binaryblock, *data)
+    return scan
+
+
+def _from_simpleitk(image) -> Scan:
+    import SimpleITK
+
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise UserError(f"found {image.GetNumberOfComponentsPerPixel()} values in a pixel, expected one")
+    dimensions, affine = image.GetDimension(), np.eye(4)
+    if dimensions not in (2, 3):
+        raise UserError(f"found an image of {dimensions} dimensions, expected 2 or 3")
+    affine[:dimensions, :dimensions] = np.reshape(image.GetDirection(), (dimensions, dimensions)) * image.GetSpacing()
+    affine[:dimensions, 3] = image.GetOrigin()
+    return ArrayScan(SimpleITK.GetArrayViewFromImage(image).T, np.diag([-1.0, -1, 1, 1]) @ affine)
+
+
+def _from_array(array: np.ndarray, spacing: Sequence[float] | None, window: Sequence[float] | None) -> Scan:
+    if array.dtype.kind not in "iuf" or array.ndim not in (2, 3) or 0 in array.shape:
+        raise UserError(f"array: found {array.dtype} of shape {array.shape}, expected numbers, (slices, rows, columns) or (rows, columns)")
+    if spacing is None:
+        if array.ndim == 3 or array.dtype != np.uint8 or window is not None:
+            raise UserError("spacing: found none, expected the mm between slices, rows and columns; only an 8-bit picture has none")
+        return PictureArray(array)
+    sides = np.asarray(spacing, float)
+    if sides.shape != (array.ndim,) or not (np.isfinite(sides).all() and (sides > 0).all()):
+        raise UserError(f"spacing: found {spacing}, expected {array.ndim} numbers in mm above 0, in the order of the axes")
+    if window is not None:
+        if len(window) != 2 or not window[0] < window[1]:
+            raise UserError(f"window: found {window}, expected two numbers in HU, the lower one first")
+        if array.dtype != np.uint8 and (array.dtype.kind != "f" or array.min() < 0 or array.max() > 1):
+            raise UserError(
+                f"window: found {array.dtype} values from {array.min()} to {array.max()}, expected 8-bit values or 0 to 1; leave "
+                "window out if the values are HU"
+            )
+    affine = np.zeros((4, 4))  # rows run to posterior, columns to the left, slices to the head
+    if array.ndim == 2:
+        affine[[1, 0, 2, 3], range(4)] = -sides[0], -sides[1], 1, 1
+    else:
+        affine[[2, 1, 0, 3], range(4)] = sides[0], -sides[1], -sides[2], 1
+    return ArrayScan(array, affine, window)
+
+
+def _hash(description: bytes, *arrays: np.ndarray) -> str:
+    found = hashlib.sha256(description)
+    for array in arrays:
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
