@@ -291,7 +291,7 @@ INFERENCE = {
         {
             "run": lambda w: w.arguments("load_weights", "load")[1],
             "reference": lambda w: w["reference"],
-            "stamp": lambda w: w.arguments("fingerprint", "predictor"),
+            "stamp": lambda w: w["predictor"].fingerprint,
         },
     ],
     "reference": ["none.pt", {"predictor": lambda w: w.outcome("predictor")}],
