@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import bundle
-from bundle import Model
 from bundle.errors import UserError
 from bundle.files import ROOT
+from bundle.inference import Model
 
 SIDES = (4.0, 5.0, 6.0)  # mm between slices, rows and columns
 
@@ -198,5 +198,6 @@ def test_knobs_are_checked(checkpoint, knobs, message):
 def test_the_package_alone_imports_no_torch():
     script = f"import sys, bundle; assert bundle.__version__ == {bundle.__version__!r} and not {{'torch', 'monai'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+    assert bundle.Model is Model
     with pytest.raises(AttributeError, match="has no attribute 'Modell'"):
         bundle.Modell
