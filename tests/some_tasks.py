@@ -12,6 +12,6 @@ def some_tasks(*names, **options) -> list[Task]:
     return make_tasks(tasks, **{"classes": CLASSES, **options})
 
 
-def some_network(tasks=tuple(TASKS), backbone="vgg13_bn", **options) -> MultiTaskNet:
+def some_network(tasks=tuple(TASKS), backbone="test_efficientnet", **options) -> MultiTaskNet:
     """A network with fresh weights: see `MultiTaskNet` for the options."""
     return build_network({"tasks": tasks, "backbone": backbone, **options})

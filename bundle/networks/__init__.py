@@ -1,6 +1,6 @@
 """The multi-task network: one encoder, a head for each task; and its checkpoints."""
 
-from bundle.networks.encoders import build_encoder
+from bundle.networks.encoders import Encoder
 from bundle.networks.ensemble import EnsembleNet
 from bundle.networks.multitask import MultiTaskNet, freeze_encoder
 from bundle.networks.novelty import Novelty, read_novelty
@@ -8,12 +8,12 @@ from bundle.networks.views import TaskView, TensorView
 from bundle.networks.weights import load_weights, read_model, read_weights, shipped_checkpoint
 
 __all__ = [
+    "Encoder",
     "EnsembleNet",
     "MultiTaskNet",
     "Novelty",
     "TaskView",
     "TensorView",
-    "build_encoder",
     "freeze_encoder",
     "load_weights",
     "read_model",

@@ -13,7 +13,7 @@ from torch.nn import functional
 import bundle
 from bundle.errors import UserError
 from bundle.networks.detection import MaskRCNNHead
-from bundle.networks.encoders import build_encoder
+from bundle.networks.encoders import Encoder
 from bundle.names import EMBEDDING
 
 
@@ -27,7 +27,7 @@ class MultiTaskNet(nn.Module):
 
     Args:
         tasks: `bundle.tasks.Task` that make the heads, of the arguments below. A task that is absent has no parameters.
-        backbone: see `bundle.networks.encoders.build_encoder`, as for `width` and `pretrained`.
+        backbone: see `bundle.networks.Encoder`, as for `pretrained`.
         classes: names of the classes of the classification.
         segmentation_classes: names of the channels of the segmentation.
         in_channels: of the image.
@@ -60,7 +60,6 @@ class MultiTaskNet(nn.Module):
         image_size: int = 256,
         window: Sequence[float] = (-1350, 150),
         cropping: str | None = None,
-        width: float = 1.0,
         pretrained: bool | str = False,
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
         skips: bool = True,
@@ -87,7 +86,6 @@ class MultiTaskNet(nn.Module):
             "image_size": image_size,
             "window": window,
             "cropping": cropping,
-            "width": width,
             "decoder_channels": decoder_channels,
             "skips": skips,
             "dropout": dropout,
@@ -97,7 +95,7 @@ class MultiTaskNet(nn.Module):
         }
         self.description = json.loads(json.dumps(self.description))  # tuples are lists, as when it is read again
         self.in_channels = in_channels
-        self.encoder = build_encoder(backbone, in_channels, width, pretrained)
+        self.encoder = Encoder(backbone, in_channels, pretrained)
         channels, strides = self.encoder.channels, self.encoder.strides
         self.stride = strides[-1]
         self.tasks = {task.name: task for task in tasks}

@@ -14,6 +14,7 @@ from torch import nn
 from bundle.errors import UserError
 from bundle.files import ROOT
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS, check_tasks
+from bundle.networks.encoders import rename_vgg
 from bundle.networks.multitask import FORMAT, MultiTaskNet, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -60,14 +61,16 @@ def read_weights(path) -> Mapping[str, torch.Tensor]:
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
         ) from None
-    return weights.get("network", weights) if isinstance(weights, Mapping) else {}
+    weights = weights.get("network", weights) if isinstance(weights, Mapping) else {}
+    rename_vgg(None, weights, "encoder.")
+    return weights
 
 
 def describe(weights: Mapping[str, torch.Tensor]) -> dict | None:
     """What a state_dict says of its network, see `MultiTaskNet`; None if it says nothing.
 
     Raises:
-        UserError: if a later version of this package wrote it.
+        UserError: if a later version of this package wrote it, or its network is one that this version lacks.
     """
     if DESCRIPTION not in weights:
         return None
@@ -76,6 +79,11 @@ def describe(weights: Mapping[str, torch.Tensor]) -> dict | None:
         raise UserError(
             f"checkpoint: found a description of format {said['format']}, written by version {said['version']}, expected at "
             f"most format {FORMAT}; update this package"
+        )
+    if (width := said.pop("width", 1.0)) != 1.0:
+        raise UserError(
+            f"checkpoint: found a {said['backbone']} of width {width}, expected width 1, the only one since version 0.3; use "
+            "version 0.2 for it, or train again with a smaller backbone such as efficientnet_lite0"
         )
     return said
 
@@ -142,7 +150,7 @@ def _check_agreement(checkpoint, said: Mapping, knobs: Mapping, training: bool) 
                     f"tasks: found {', '.join(missing)}, expected some of those that {checkpoint} was trained for: "
                     f"{', '.join(said[name])}"
                 )
-        elif name in ("backbone", "width") or not (training or name in ("tasks", "detection", "dropout")):
+        elif name == "backbone" or not (training or name in ("tasks", "detection", "dropout")):
             _check_equal(checkpoint, name, value, said[name])
 
 
@@ -223,5 +231,5 @@ def _check_fit(path, prefix: str, found: Mapping, expected: Mapping) -> None:
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{path}: found {prefix}{key} {shapes[0]}, expected {shapes[1]}; it was made with another network: set the "
-                "tasks, classes, backbone, width and decoder_channels it was trained with"
+                "tasks, classes, backbone and decoder_channels it was trained with"
             )

@@ -23,7 +23,7 @@ def join(samples):
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return some_network([CLASSIFICATION], width=0.125, image_size=64).eval()
+    return some_network([CLASSIFICATION], image_size=64).eval()
 
 
 def make_slice():
@@ -92,7 +92,7 @@ def test_without_a_class_there_is_nothing_to_draw(network, tmp_path):
     with pytest.raises(ValueError, match="Grad-CAM: found no slice with a class"):
         draw_attention(network, [join([{IMAGE: make_slice(), "record": {}}])], CLASSES, tmp_path / "cam.png")
     with pytest.raises(ValueError, match="tasks: found segmentation, expected classification among them for Grad-CAM"):
-        draw_attention(some_network(["segmentation"], width=0.125, image_size=64), [], CLASSES, tmp_path / "cam.png")
+        draw_attention(some_network(["segmentation"], image_size=64), [], CLASSES, tmp_path / "cam.png")
     assert not list(tmp_path.iterdir())
 
 

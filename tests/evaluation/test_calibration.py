@@ -18,7 +18,7 @@ from bundle.names import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
 from bundle.tasks.classification import calibration_error
 
 ROOT = Path(__file__).parents[2]
-TINY = {"width": 0.125, "image_size": 64, "decoder_channels": (16, 8, 8, 8, 8)}
+TINY = {"image_size": 64, "decoder_channels": (16, 8, 8, 8, 8)}
 
 
 def join(samples):

@@ -14,12 +14,11 @@ from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION
 
 TINY = {
     "tasks": TASKS,
-    "width": 0.125,
     "image_size": 64,
     "decoder_channels": (16, 8, 8, 8, 8),
     "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "detections_per_image": 5},
 }
-OTHER = {"backbone": "regnety_002", "width": 1.0, "in_channels": 3, "segmentation_classes": ["a", "b"], "skips": False}
+OTHER = {"backbone": "regnety_002", "in_channels": 3, "segmentation_classes": ["a", "b"], "skips": False}
 OTHER["decoder_channels"] = (16, 8)  # the rest by sub-pixel convolution
 # [backend, arguments of the network, shape of the images]
 CASES = [

@@ -82,7 +82,7 @@ def test_an_image_that_is_not_asked_about_stays_without_answer():
 def test_a_mirrored_image_gets_the_mirrored_answer_of_a_real_network():
     torch.manual_seed(0)
     small = {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "detections_per_image": 5}
-    network = some_network(TASKS, width=0.125, image_size=64, decoder_channels=(16, 8), detection=small).eval()
+    network = some_network(TASKS, image_size=64, decoder_channels=(16, 8), detection=small).eval()
     network.heads[DETECTION].roi_heads.box_predictor.cls_score.weight.data *= 30
     image = torch.rand(2, 1, 64, 64)
     with torch.no_grad():

@@ -20,7 +20,7 @@ COMMANDS = re.findall(
     r"^    python -m monai\.bundle (\S+_export tensor_net .*)$", (ROOT / "docs/export.md").read_text(), re.M
 )
 # configs/preset_smoke.json
-SMOKE = {"width": 0.125, "decoder_channels": [32, 32, 16, 8, 8], "image_size": 64}
+SMOKE = {"decoder_channels": [32, 32, 16, 8, 8], "image_size": 64}
 SMOKE["detection"] = {"fpn_channels": 16, "box_features": 32, "mask_channels": [16], "detections_per_image": 10}
 DENSE = {CLASSIFICATION, SEGMENTATION, RECONSTRUCTION}
 

@@ -8,7 +8,6 @@ from bundle.networks import EnsembleNet
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
-    "width": 0.125,
     "image_size": 64,
     "decoder_channels": (16, 8, 8, 8, 8),
     "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "score_threshold": 0.0},

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from some_tasks import some_network
+from torchvision.models.vgg import cfgs, make_layers
 
 from bundle.errors import UserError
 from bundle.networks import load_weights, read_model
@@ -13,8 +14,7 @@ from bundle.tasks import build_network, open_network
 from bundle.names import CLASSIFICATION, DETECTION, RECONSTRUCTION, SEGMENTATION, TASKS
 
 TINY = {
-    "backbone": "vgg13_bn",
-    "width": 0.125,
+    "backbone": "test_efficientnet",
     "image_size": 64,
     "decoder_channels": (16, 8, 8, 8, 8),
     "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,)},
@@ -82,11 +82,9 @@ def test_a_head_of_other_classes_is_loaded_but_for_its_output_layer(tmp_path, ta
     ("change", "message"),
     [
         (
-            {"width": 0.25},
-            r"found encoder.features.0.weight \(8, 1, 3, 3\), expected \(16, 1, 3, 3\); it was made with another",
+            {"backbone": "test_byobnet"},
+            r"found encoder.model.stem.conv.weight absent, expected \(24, 1, 3, 3\); it was made with another",
         ),
-        ({"backbone": "vgg13"}, r"found encoder\.features\.2\.weight absent, expected \(8, 8, 3, 3\)"),
-        ({"backbone": "regnety_002", "width": 1.0}, r"found encoder\.model\.\S+ absent, expected"),
         ({"decoder_channels": (16, 8, 8, 8, 4)}, r"found heads.reconstruction\.\S+ \(8, .*\), expected \(4, "),
     ],
 )
@@ -144,7 +142,7 @@ KNOBS = [
     [{"image_size": 128}, "image_size: found 128, expected 64", None],
     [{"cropping": "body"}, "cropping: found 'body', expected None", None],
     [{"decoder_channels": [8]}, r"decoder_channels: found \[8\], expected \[16, 8, 8, 8, 8\]", None],
-    [{"backbone": "resnet18"}, "backbone: found 'resnet18', expected 'vgg13_bn'", "backbone: found 'resnet18', expected 'vgg13_bn'"],
+    [{"backbone": "resnet18"}, "backbone: found 'resnet18', expected 'test_efficientnet'", "backbone: found 'resnet18', expected 'test_efficientnet'"],
     [{"detection": {"fpn_channels": 16}}, "detection::fpn_channels: found 16, expected 8", None],
     [{"detection": {"score_threshold": 0.3}}, None, None],
     [{"dropout": 0.5}, None, None],
@@ -188,6 +186,38 @@ def test_weights_without_a_description_are_opened_with_one_warning_that_says_wha
     (record,) = caplog.records
     assert "old.pt: does not describe its network; assumed classes ('other', 'COVID-19', 'lung cancer')" in record.message
     assert "backbone 'regnety_002', image_size 64, window (-1350, 150)" in record.message
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("backbone", ["vgg13", "vgg13_bn"])
+def test_a_vgg_of_version_0_2_answers_as_it_did(backbone, described, tmp_path, caplog):
+    """Its encoder was torchvision's, whose maps were taken before each pooling and after the last."""
+    network = some_network([CLASSIFICATION], backbone, image_size=64).eval()
+    theirs = make_layers(cfgs["B"], batch_norm=backbone == "vgg13_bn").eval()
+    theirs[0] = torch.nn.Conv2d(1, 64, 3, padding=1)
+    weights = {name: value for name, value in network.state_dict().items() if not name.startswith("encoder.")}
+    weights |= {f"encoder.features.{name}": value for name, value in theirs.state_dict().items()}
+    weights = redescribe(weights, width=1.0)
+    if not described:
+        del weights["_extra_state"]
+    torch.save(weights, tmp_path / "model.pt")
+    image, expected = torch.rand(2, 1, 64, 64), []
+    with torch.no_grad():
+        x = image
+        for layer in theirs:
+            expected += [x] if isinstance(layer, torch.nn.MaxPool2d) else []
+            x = layer(x)
+        opened = open_network(tmp_path / "model.pt", **({} if described else {"backbone": backbone, "image_size": 64}))
+        network.load_state_dict(weights)  # by torch alone, as MONAI's own loader does
+        for found in (opened, network):
+            assert all(torch.equal(a, b) for a, b in zip(found.encoder(image), [*expected, x], strict=True))
+    assert ("does not describe its network" in caplog.text) != described
+
+
+def test_a_vgg_of_another_width_is_refused(own, tmp_path):
+    torch.save(redescribe(torch.load(own[0], weights_only=True), backbone="vgg13", width=0.25), tmp_path / "old.pt")
+    with pytest.raises(UserError, match="found a vgg13 of width 0.25, expected width 1, .* use version 0.2 for it, or train"):
+        read_model(tmp_path / "old.pt", {})
 
 
 def test_weights_of_a_later_version_are_refused(own, tmp_path):

@@ -20,7 +20,7 @@ from bundle.names import ANNOTATED, TASKS
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = 64
 # Without batch normalisation, whose statistics are those of the images of one process.
-NETWORK = {"tasks": TASKS, "backbone": "vgg13", "width": 0.125, "image_size": SIZE, "decoder_channels": (8,), "dropout": 0.0}
+NETWORK = {"tasks": TASKS, "backbone": "test_efficientnet_ln", "image_size": SIZE, "decoder_channels": (8,), "dropout": 0.0}
 NETWORK |= {"detection": {"fpn_channels": 8, "box_features": 8, "mask_channels": [8]}}
 
 

@@ -15,7 +15,7 @@ def test_the_loss_of_every_task_halves(tmp_path, phantom_dir):
     entries = {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path / "out"), "device": "cpu", "seed": 0}
     entries |= {"epoch_size": 40, "batch_size": 8, "max_epochs": 13, "val_interval": 13}
     entries |= {"learning_rate": 0.005, "segmentation_loss": "dice_ce", "augmentation::transforms": []}
-    entries |= {"backbone": "test_resnet.r160_in1k", "width": 1.0}
+    entries |= {"backbone": "test_resnet.r160_in1k"}
     files = [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke")]
     workflow = ConfigWorkflow(files, logging_file=False, **entries)
     workflow.initialize()

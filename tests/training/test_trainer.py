@@ -46,7 +46,7 @@ def test_a_run_keeps_what_is_needed_to_read_and_repeat_it(run, tmp_path):
     assert files <= {path.name for path in out.iterdir()}
     assert not list(out.rglob("*.tmp"))
     config, history = json.loads((out / "config.json").read_text()), json.loads((out / "history.json").read_text())
-    assert (config["seed"], config["backbone"], config["width"]) == (5, "vgg13_bn", 0.125), "overlay and override merged in"
+    assert (config["seed"], config["backbone"]) == (5, "test_efficientnet"), "overlay and override merged in"
     assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__.split("+")[0]
     assert [entry["epoch"] for entry in history] == [1, 2]
     assert history[0]["learning_rate"] < history[1]["learning_rate"], "rate of the epoch itself, warm-up first"
