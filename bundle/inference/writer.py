@@ -17,6 +17,7 @@ import torch
 from bundle.data.transforms import move_boxes
 from bundle.data.series import read_header
 from bundle.data.volumes import Scan
+from bundle.errors import UserError
 from bundle.inference.markups import write_markups
 from bundle.inference.overlay import draw_overlay
 from bundle.inference.report import Report
