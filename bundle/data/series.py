@@ -1,7 +1,7 @@
 """Which DICOM images are one scan: what their headers say, what is excluded, how they are grouped, ordered and decoded.
 
-pydicom reads the headers, decodes the pixels and applies look-up tables. highdicom's Image and Volume are not used: they hold
-a series in memory as a whole, need equal gaps between its slices, and are not there beside MONAI Label, which needs pydicom 2.
+pydicom decodes the pixels and applies look-up tables. highdicom's Image and Volume are not used: they hold a series in memory
+as a whole, need equal gaps between its slices, and pydicom 3, which MONAI Label does not allow.
 """
 
 from __future__ import annotations
@@ -14,31 +14,43 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
-from typing import TypeVar
 
 import numpy as np
 import pydicom
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import MediaStorageDirectoryStorage
 from scipy import ndimage
 
 from bundle.errors import UserError
 
-# All that is kept or looked at of a header: a whole one takes 50 KB of memory, and a folder may hold 100,000 files.
-TAGS = ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
-TAGS += ("AcquisitionNumber", "TemporalPositionIdentifier", "ConvolutionKernel", "ImageType", "Modality", "AcquisitionTime")
-TAGS += ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
-TAGS += ("BitsAllocated", "BitsStored", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-TAGS += ("FrameOfReferenceUID", "SliceThickness", "RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit")
-TAGS += ("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+# Fields of a frame that are the text of a tag, and what else is looked at of a header: a whole one takes 50 KB of memory.
+TEXTS = {
+    "study": "StudyInstanceUID",
+    "series": "SeriesInstanceUID",
+    "instance": "SOPInstanceUID",
+    "sop_class": "SOPClassUID",
+    "frame_of_reference": "FrameOfReferenceUID",
+    "kernel": "ConvolutionKernel",
+    "image_type": "ImageType",
+    "modality": "Modality",
+    "photometric": "PhotometricInterpretation",
+}
+TAGS = (*TEXTS.values(), "PatientID", "PatientName", "AcquisitionNumber", "TemporalPositionIdentifier", "AcquisitionTime")
+TAGS += ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PixelRepresentation", "BitsAllocated", "BitsStored")
+TAGS += ("InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope")
+TAGS += ("RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence")
+TAGS += ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
-Item = TypeVar("Item")
-
-LOCALIZERS = "localizers"
+LOCALIZERS, DIRECTORY = "localizers", "a directory of files (DICOMDIR)"
 NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
-AIR = -1024  # HU
+GREY = ("MONOCHROME1", "MONOCHROME2", "")
+AIR, TOO_DENSE = -1024, 30000  # HU: of air, and from where on a value around the field of view is padding that no tag names
 MANY = 10  # slices: from here on a series is a scan even if its positions say nothing
 BOLUS_TIME, BOLUS_THICKNESS = 0.9, 5  # s between images and mm: a monitored slice is repeated slowly, and is thick
+# What the slices of a scan have in common. A blank text says nothing, see `_fill_blanks`.
+IDENTITY = ("patient", "study", "series", "frame_of_reference", "kernel")
+COMMON = (*IDENTITY, "size", "modality")
 
 
 @dataclass(slots=True)
@@ -63,16 +75,16 @@ class Frame:
     image_type: str
     modality: str
     photometric: str
-    unknown: str
     number: float | None
     time: float | None
     padding: tuple[int, int] | None
-    position: tuple[float, ...] | None = None
-    orientation: tuple[float, ...] | None = None
-    spacing: tuple[float, ...] | None = None
-    thickness: float | None = None
-    slope: float | None = None
-    intercept: float = 0.0
+    position: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None
+    thickness: float | None
+    slope: float | None
+    intercept: float | None
+    unknown: str = ""
 
     @property
     def placed(self) -> bool:
@@ -91,15 +103,18 @@ class Frame:
         return float(np.array(self.position) @ normal) * (-1.0 if normal[2] < 0 else 1.0)
 
     @property
+    def place(self) -> float | str:
+        """What no two slices of a scan have in common."""
+        return round(self.height, 2) if self.placed else f"{self.number} {self.index}"
+
+    @property
     def folder(self) -> str:
         return os.path.dirname(self.path)
 
 
-def is_dicom(path) -> bool:
-    """Whether a file starts as a DICOM file does, with a preamble or, in old archives, without."""
-    with open(path, "rb") as file:
-        start = file.read(132)
-    return start[128:] == b"DICM" or (start[:1] in (b"\x02", b"\x08") and start[1:2] == start[3:4] == b"\0")
+def starts_as_dicom(start: bytes) -> bool:
+    """Whether the first 132 bytes are those of a DICOM file, with a preamble or, in old archives, without."""
+    return start[128:132] == b"DICM" or (start[:1] in (b"\x02", b"\x08") and start[1:2] == start[3:4] == b"\0")
 
 
 def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
@@ -109,10 +124,11 @@ def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
         UserError: if it is compressed as a whole, which would be unpacked in memory whatever its size.
         Exception: of pydicom, if it is no DICOM file.
     """
-    if not is_dicom(path):
-        raise UserError("found no DICOM header")
     with open(path, "rb") as file:
-        force = file.read(132)[128:] != b"DICM"
+        start = file.read(132)
+    if not starts_as_dicom(start):
+        raise UserError("found no DICOM header")
+    force = start[128:] != b"DICM"
     if not force and read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         raise UserError("found a deflated file, expected another transfer syntax")
     return pydicom.dcmread(path, stop_before_pixels=True, force=force, specific_tags=tags and list(tags))
@@ -120,11 +136,13 @@ def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
 
 def exclusion_reason(header: pydicom.Dataset) -> str:
     """What an object is called that is not an axial image; empty for one that is."""
+    if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        return DIRECTORY
     if "Rows" not in header or "Columns" not in header or _text(header, "Modality") in NO_IMAGE:
         return "objects without images"
     if "LOCALIZER" in _text(header, "ImageType").upper():
         return LOCALIZERS
-    orientation = _numbers(_look(header, 0)("PlaneOrientationSequence", "ImageOrientationPatient"), 6)
+    orientation = _numbers(_look(header, 0, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
     if orientation and abs(np.cross(orientation[:3], orientation[3:])[2]) < 0.7:
         return "images that are not axial"
     return ""
@@ -139,74 +157,59 @@ def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
     count, samples = int(_number(header.get("NumberOfFrames")) or 1), _number(header.get("SamplesPerPixel", 1))
     if samples not in (1, 3) or not 1 <= count < 2**16:
         raise UserError(f"found {samples} values in a pixel and {count} frames, expected a grey or RGB image")
-    common = Frame(
-        path=str(path),
-        index=0,
-        size=(int(header.Columns), int(header.Rows)),
-        patient=_text(header, "PatientID", "PatientName"),
-        study=_text(header, "StudyInstanceUID"),
-        series=_text(header, "SeriesInstanceUID"),
-        instance=_text(header, "SOPInstanceUID"),
-        sop_class=_text(header, "SOPClassUID"),
-        frame_of_reference=_text(header, "FrameOfReferenceUID"),
-        acquisition=_text(header, "AcquisitionNumber", "TemporalPositionIdentifier"),
-        kernel=_text(header, "ConvolutionKernel"),
-        image_type=_text(header, "ImageType").upper(),
-        modality=_text(header, "Modality"),
-        photometric=_text(header, "PhotometricInterpretation"),
-        unknown="",
-        number=_number(_value(header, "InstanceNumber")),
-        time=_number(_value(header, "AcquisitionTime")),
-        padding=_padding(header),
-    )
-    frames = [_with_groups(common, header, index) for index in range(count)]
-    return [replace(frame, unknown=_unknown_values(frame, header)) for frame in frames]
+    shared = {field: _text(header, tag) for field, tag in TEXTS.items()} | {
+        "path": str(path),
+        "size": (int(header.Columns), int(header.Rows)),
+        "patient": _text(header, "PatientID", "PatientName"),
+        "acquisition": _text(header, "AcquisitionNumber", "TemporalPositionIdentifier"),
+        "number": _number(_value(header, "InstanceNumber")),
+        "time": _number(_value(header, "AcquisitionTime")),
+        "padding": _padding(header),
+    }
+    return [_frame(header, index, shared) for index in range(count)]
 
 
-def _with_groups(frame: Frame, header: pydicom.Dataset, index: int) -> Frame:
-    """A frame with what the functional groups of an enhanced image say, or else the header."""
-    look = _look(header, index)
-    spacing = _numbers(look("PixelMeasuresSequence", "PixelSpacing"), 2)
-    orientation = _numbers(look("PlaneOrientationSequence", "ImageOrientationPatient"), 6)
-    return replace(
-        frame,
+def _frame(header: pydicom.Dataset, index: int, shared: dict) -> Frame:
+    spacing = _numbers(_look(header, index, "PixelMeasuresSequence", "PixelSpacing"), 2)
+    orientation = _numbers(_look(header, index, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
+    frame = Frame(
         index=index,
-        position=_numbers(look("PlanePositionSequence", "ImagePositionPatient"), 3),
-        orientation=_shared(orientation) if orientation and any(orientation) else None,
-        spacing=_shared(spacing) if spacing and min(spacing) > 0 else None,
-        thickness=_number(look("PixelMeasuresSequence", "SliceThickness")),
-        slope=_number(look("PixelValueTransformationSequence", "RescaleSlope")),
-        intercept=_number(look("PixelValueTransformationSequence", "RescaleIntercept")) or 0.0,
+        position=_numbers(_look(header, index, "PlanePositionSequence", "ImagePositionPatient"), 3),
+        orientation=_interned(orientation) if orientation and any(orientation) else None,
+        spacing=_interned(spacing) if spacing and min(spacing) > 0 else None,
+        thickness=_number(_look(header, index, "PixelMeasuresSequence", "SliceThickness")),
+        slope=_number(_look(header, index, "PixelValueTransformationSequence", "RescaleSlope")),
+        intercept=_number(_look(header, index, "PixelValueTransformationSequence", "RescaleIntercept")),
+        **shared,
     )
+    unit = _look(header, index, "PixelValueTransformationSequence", "RescaleType")
+    frame.unknown = _unknown_values(frame, header, str(unit or "HU").upper())
+    return frame
 
 
-def _look(header: pydicom.Dataset, index: int) -> Callable[[str, str], object]:
-    """Function that finds an attribute in a sequence of the frame's functional groups, or else in the header."""
-    groups = []
+def _look(header: pydicom.Dataset, index: int, sequence: str, attribute: str):
+    """An attribute in a sequence of a frame's functional groups, or else in the header."""
     for name, item in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
-        sequence = header.get(name)
-        groups += [sequence[item]] if sequence and len(sequence) > item else []
-
-    def look(sequence: str, attribute: str):
-        for group in groups:
-            if group.get(sequence) and attribute in group[sequence][0]:
-                return _value(group[sequence][0], attribute)
-        return _value(header, attribute)
-
-    return look
+        groups = header.get(name)
+        inner = groups[item].get(sequence) if groups and len(groups) > item else None
+        if inner and attribute in inner[0]:
+            return _value(inner[0], attribute)
+    return _value(header, attribute)
 
 
-def _unknown_values(frame: Frame, header: pydicom.Dataset) -> str:
-    """Why the values of a frame are no HU; empty if they are."""
-    if frame.modality != "CT":
-        return f"the modality is {frame.modality or 'not given'}, not CT: the values are no HU, the images count as pictures"
-    if frame.photometric not in ("MONOCHROME1", "MONOCHROME2", ""):
-        return f"images in colours ({frame.photometric}): the values are no HU, the images count as pictures"
-    if not frame.slope and not header.get("ModalityLUTSequence"):
-        return "the header has no rescale slope: the values are not known to be HU, the images count as pictures"
-    if (_number(header.get("BitsStored")) or 16) <= 8:
-        return "images of 8 bits: the values are not known to be HU, the images count as pictures"
-    return ""
+def _unknown_values(frame: Frame, header: pydicom.Dataset, unit: str) -> str:
+    """Why the values of a frame are no HU; empty if they are. US means unspecified, which old scanners write."""
+    rescaled = bool(header.get("ModalityLUTSequence"))
+    reasons = {
+        f"the modality is {frame.modality or 'not given'}, not CT": frame.modality != "CT",
+        f"images in colours ({frame.photometric})": frame.photometric not in GREY,
+        "the header has no rescale slope": not rescaled and not frame.slope,
+        "the header has no rescale intercept": not rescaled and frame.intercept is None,
+        f"the header says that the values are {unit}": not unit.startswith(("HU", "US")),
+        "images of 8 bits": (_number(header.get("BitsStored")) or 16) <= 8,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
+    return reason and f"{reason}: the values are not known to be HU, the images count as pictures"
 
 
 def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
@@ -226,7 +229,7 @@ def _text(header: pydicom.Dataset, *names: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _shared(numbers: tuple[float, ...]) -> tuple[float, ...]:
+def _interned(numbers: tuple[float, ...]) -> tuple[float, ...]:
     """Numbers that many headers share in memory."""
     return numbers
 
@@ -274,11 +277,12 @@ def read_pixels(frame: Frame) -> np.ndarray:
     if header.get("ModalityLUTSequence"):
         values = pydicom.pixels.apply_modality_lut(pixels, header).astype(np.float32)
     else:
-        values = pixels * np.float32(frame.slope or 1) + np.float32(frame.intercept)
+        values = pixels * np.float32(frame.slope or 1) + np.float32(frame.intercept or 0)
     if frame.unknown:
         return (values.max() - values if frame.photometric == "MONOCHROME1" else values).T
-    if frame.padding:
-        padded = (pixels >= frame.padding[0]) & (pixels <= frame.padding[1])
+    low, high = frame.padding or (np.inf, -np.inf)
+    padded = ((pixels >= low) & (pixels <= high)) | (values > TOO_DENSE)
+    if padded.any():
         labels, _ = ndimage.label(padded)
         outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
         values[np.isin(labels, outside[outside > 0])] = AIR
@@ -292,12 +296,15 @@ def _decode(frame: Frame, header: pydicom.Dataset) -> np.ndarray:
         source = pydicom.dcmread(frame.path, force=True)
         implicit = source.original_encoding[0]
         source.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    elif not syntax.is_transfer_syntax:
+        raise UserError(f"found the private transfer syntax {syntax}, expected a standard one")
     try:
         return pydicom.pixels.pixel_array(source, index=frame.index)
     except RuntimeError as error:
         if "missing dependencies" not in str(error):
             raise
-        raise UserError(f"found {syntax.name}, expected a decoder for it: pip install 'chest-ct-multitask[jpeg]'") from None
+        packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        raise UserError(f"found {syntax.name}, for which no decoder is installed: pip install {packages}") from None
 
 
 def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
@@ -306,34 +313,51 @@ def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
     The grid is compared with a tolerance. Files of one series may lie in several folders. A UID that is blank, or that an
     anonymiser has made anew for each slice, is ignored where the slices are a regular stack without it.
     """
-    _drop_scrambled_uids(frames)
-    exact = attrgetter("patient", "study", "series", "frame_of_reference", "size", "kernel", "modality")
-    groups = _divide(frames, exact)
+    _drop_scrambled(frames)
+    _fill_blanks(frames)
+    groups = _divide(frames, attrgetter(*COMMON))
     for divide in (_by_grid, _by_folder, _by_acquisition):
         groups = [part for group in groups for part in divide(group)]
     return groups
 
 
-def _drop_scrambled_uids(frames: Sequence[Frame]) -> None:
-    for series in _divide(frames, attrgetter("series")):
-        _blank(series, "study", "frame_of_reference")
+def _drop_scrambled(frames: Sequence[Frame]) -> None:
+    """Blank the identifiers that are others in every slice of what is one series without them."""
+    for group in _divide(frames, attrgetter("series")):
+        named = bool(group[0].series)
+        fields = _scrambled(group, ["study", "frame_of_reference"] + ["patient"] * named)
+        if fields and (_is_stack(group) or named and "patient" not in fields):
+            _blank(group, fields)
     seen = Counter(frame.series for frame in frames)
     alone = [frame for frame in frames if seen[frame.series] == 1]
-    for alike in _divide(alone, attrgetter("patient", "size", "kernel", "modality")):
+    for alike in _divide(alone, attrgetter("patient", "size", "kernel", "modality", "thickness")):
         for group in _by_grid(alike):
-            if len(group) > 2 and _is_stack(group):
-                _blank(group, "series", "study", "frame_of_reference")
+            if _is_stack(group) or _is_numbered(group):
+                _blank(group, _scrambled(group, ("series", "study", "frame_of_reference")))
 
 
-def _blank(frames: Sequence[Frame], *fields: str) -> None:
-    """Empty the fields in which every one of several frames has a value of its own."""
-    for field in fields:
-        if len(frames) > 2 and len({getattr(frame, field) for frame in frames}) == len(frames):
-            for frame in frames:
-                setattr(frame, field, "")
+def _scrambled(frames: Sequence[Frame], fields: Iterable[str]) -> list[str]:
+    return [field for field in fields if 2 < len(frames) == len({getattr(frame, field) for frame in frames})]
 
 
-def _divide(items: Iterable[Item], key: Callable[[Item], object]) -> list[list[Item]]:
+def _blank(frames: Sequence[Frame], fields: Iterable[str]) -> None:
+    for frame in frames:
+        for field in fields:
+            setattr(frame, field, "")
+
+
+def _fill_blanks(frames: Sequence[Frame]) -> None:
+    """Give slices without an identifier the one that the others of their stack have."""
+    for field in IDENTITY:
+        for group in _divide(frames, attrgetter(*(name for name in COMMON if name != field))):
+            values = {getattr(frame, field) for frame in group}
+            numbers = {frame.number for frame in group}
+            if len(values) == 2 and "" in values and _is_stack(group) and len(numbers) in (1, len(group)):
+                for frame in group:
+                    setattr(frame, field, max(values))
+
+
+def _divide(items: Iterable, key: Callable) -> list[list]:
     groups = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -362,7 +386,7 @@ def _on_one_grid(one: Frame, other: Frame) -> bool:
 def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Folders are parts of one scan unless they hold the same places, or unless nothing but the places joins them."""
     folders = _divide(frames, attrgetter("folder"))
-    places = [{_place(frame) for frame in folder} for folder in folders]
+    places = [{frame.place for frame in folder} for folder in folders]
     repeated = sum(map(len, places)) - len(set().union(*places))
     joined = 2 * repeated <= min(map(len, places)) and (frames[0].series or _is_stack(frames))
     return [list(frames)] if joined else folders
@@ -378,25 +402,29 @@ def _by_acquisition(frames: Sequence[Frame]) -> list[list[Frame]]:
     return [list(frames)]
 
 
-def _place(frame: Frame) -> float | str:
-    return round(frame.height, 2) if frame.placed else f"{frame.number} {frame.index}"
-
-
 def _repeated(frames: Sequence[Frame]) -> int:
-    return len(frames) - len({_place(frame) for frame in frames})
+    return len(frames) - len({frame.place for frame in frames})
 
 
 def _is_stack(frames: Sequence[Frame]) -> bool:
     """Whether slices lie one above the other at a regular distance, some of them missing perhaps."""
-    if not all(frame.placed for frame in frames):
+    if len(frames) < 3 or not all(frame.placed for frame in frames):
         return False
     points = np.array([frame.position for frame in sorted(frames, key=lambda frame: frame.height)])
     steps = np.diff(points, axis=0)
-    usual = np.median(steps, axis=0) if len(steps) else np.zeros(3)
+    usual = np.median(steps, axis=0)
     if not (length := np.linalg.norm(usual)) > 0.01:
         return False
     counts = np.round(steps @ usual / length**2)
     return bool(counts.min() >= 1 and np.abs(steps - counts[:, None] * usual).max() < 0.1 * length)
+
+
+def _is_numbered(frames: Sequence[Frame]) -> bool:
+    """Whether images of no place or of the same have the numbers of one series of one study."""
+    numbers, heights = {frame.number for frame in frames} - {None}, {frame.height for frame in frames if frame.placed}
+    if len(frames) < MANY or len(heights) > 1 or len({frame.study for frame in frames}) > 1:
+        return False
+    return len(numbers) == len(frames) > max(numbers) - min(numbers)
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
@@ -410,9 +438,10 @@ def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[
     """
     kept, left_out = [], defaultdict(Counter)
     for study in _divide(groups, lambda group: study_of(group[0])):
-        largest = max((len(group) for group in study if not _extra(group, 0)), default=0)
+        scans = [group for group in study if not _extra(group, 0)]
+        largest = max((len(group) for group in scans if not _one_place(group)), default=0)
         for group in study:
-            kind = _extra(group, largest) if largest else ""
+            kind = _extra(group, largest) if scans else ""
             if kind:
                 left_out[study_of(group[0])][kind] += len(group)
             else:
@@ -433,18 +462,23 @@ def study_of_header(path, header: pydicom.Dataset) -> tuple[str, str]:
 def _extra(group: Sequence[Frame], largest: int) -> str:
     """What images are called that are no scan beside a scan of `largest` slices; empty for a scan."""
     first = group[0]
-    if first.photometric not in ("MONOCHROME1", "MONOCHROME2", ""):
+    if first.photometric not in GREY:
         return "images in colour"
-    if "DERIVED" in first.image_type and not any(frame.placed for frame in group):
+    if "DERIVED" in first.image_type.upper() and not any(frame.placed for frame in group):
         return "derived images without a position"
-    if re.search(r"\bM(IN)?IP\b|PROJECTION", first.image_type):
+    if re.search(r"\bM(IN)?IP\b|PROJECTION", first.image_type.upper()):
         return "projections of several slices"
-    if len(group) > 1 and all(frame.placed for frame in group) and len({_place(frame) for frame in group}) == 1:
-        if len({frame.path for frame in group}) > 1 and (len(group) < MANY or _is_bolus(group)):
-            return "images of one place over time"
+    if _one_place(group) and (len(group) < max(MANY, 2 * largest) or _is_bolus(group)):
+        return "images of one place over time"
     if len(group) <= 2 and largest >= MANY and (first.thickness or 0) >= BOLUS_THICKNESS:
         return "single test images"
     return ""
+
+
+def _one_place(group: Sequence[Frame]) -> bool:
+    """Whether several files show one place."""
+    files, places = {frame.path for frame in group}, {frame.place for frame in group}
+    return len(files) > 1 and len(places) == 1 and group[0].placed
 
 
 def _is_bolus(group: Sequence[Frame]) -> bool:
@@ -462,10 +496,10 @@ def order_frames(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
     notes, placed = [], [frame for frame in frames if frame.placed]
     if not placed or _say_nothing(placed):
         by_height = not placed and all(frame.position and frame.orientation for frame in frames)
-        lack, order = ("equal positions", "numbers") if placed else ("no position", "numbers")
-        lack, order = ("no pixel spacing", "positions") if by_height else (lack, order)
+        lack = "equal positions" if placed else "no pixel spacing" if by_height else "no position"
         if len(frames) > 1:
-            notes.append(f"{len(frames)} images with {lack}: they are in the order of their {order}, lengths are not known")
+            order = f"they are in the order of their {'positions' if by_height else 'numbers'}"
+            notes.append(f"{len(frames)} images with {lack}: {order}, lengths are not known")
         order = sorted(frames, key=lambda frame: (frame.height if by_height else 0.0, *_order(frame)))
         return [replace(frame, position=None) for frame in order], notes
     if len(placed) < len(frames):
@@ -488,11 +522,12 @@ def _order(frame: Frame) -> tuple:
 
 def _say_nothing(frames: Sequence[Frame]) -> bool:
     """Whether the same position of many different images is an anonymiser's work, or that of a file of many frames."""
-    if len(frames) < 2 or len({_place(frame) for frame in frames}) > 1:
+    if len(frames) < 2 or len({frame.place for frame in frames}) > 1:
         return False
     if len({frame.path for frame in frames}) == 1:
         return True
-    if len(frames) < MANY or len({frame.number for frame in frames}) < len(frames):
+    numbers = {frame.number for frame in frames}
+    if len(frames) < MANY or numbers != {None} and len(numbers) < len(frames):
         return False
     return not np.array_equal(read_pixels(frames[0]), read_pixels(frames[len(frames) // 2]))
 
@@ -502,10 +537,9 @@ def measure_gaps(heights: np.ndarray) -> tuple[list[float], list[str]]:
     gaps, notes = np.diff(heights), []
     usual = float(np.median(gaps))
     missing = int(np.maximum(np.round(gaps / usual) - 1, 0).sum())
-    uneven = gaps.max() - gaps.min() > 0.02 * usual + 0.01
     if missing:
         notes.append(f"about {missing} slices are missing: gaps up to {gaps.max():.2f} mm, usually {usual:.2f} mm")
-    elif uneven:
+    elif gaps.max() - gaps.min() > 0.02 * usual + 0.01:
         notes.append(f"unequal spacing of the slices: {gaps.min():.2f} to {gaps.max():.2f} mm")
     if notes:
         notes.append(f"NIfTI has one spacing only and claims {gaps.mean():.2f} mm; volumes count the true ones")

@@ -1,7 +1,7 @@
 """Read any file as a scan: axial slices on the grid of the file, one by one. Nothing else in the package reads images.
 
-nibabel reads NIfTI and turns axes, SimpleITK reads MetaImage and NRRD, Pillow pictures, pydicom DICOM. Ours is which files make
-a scan (of DICOM: `bundle.data.series`), what is excluded and why, what is warned of, and limits against headers that lie.
+nibabel reads NIfTI and turns axes, SimpleITK reads MetaImage and NRRD, Pillow pictures, pydicom DICOM. Ours is which files
+make a scan (of DICOM: `bundle.data.series`), what is excluded, what is warned of, and limits against headers that lie.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from bundle.data import series
-from bundle.data.series import AIR, Frame
+from bundle.data.series import AIR, DIRECTORY, Frame
 from bundle.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ EXTENSIONS = (*PICTURES, *NIFTI, *ITK, *DICOM)
 MAX_SLICE_PIXELS, MAX_BYTES = 2**26, 2**32
 MAX_SIDES = 100  # longer to shorter side of a slice: of a thinner one nothing is left at the size of the network
 
+# First bytes of archives, whose content is not read.
+GZIP, ARCHIVES = b"\x1f\x8b", (b"PK\3\4", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zX")
 NO_THICKNESS = "the file gives no thickness of the slice: volumes count 1 mm"
 NOT_ORIENTED = "the file gives no orientation (qform and sform codes 0): its axes are taken to run to left, posterior and head"
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # of the units that NIfTI knows
@@ -174,7 +176,7 @@ class Scan:
             raise unreadable(file, error) from None
         outside = np.isnan(plane)
         if outside.any() and (len(self) > 1 or not outside.all()):
-            plane = np.where(outside, AIR, plane)
+            plane = np.where(outside, AIR if self.hounsfield else np.nanmin(plane), plane)
         if not np.isfinite(plane).all():
             raise UserError(f"{file}: found NaN or infinite pixels, expected finite values")
         return plane
@@ -205,15 +207,24 @@ class PictureScan(Scan):
         with Image.open(path) as picture:
             if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # of a phone: the first one is the photograph
                 raise UserError(f"found {picture.n_frames} pictures, expected one")
-            turned = picture.getexif().get(0x0112, 1) >= 5  # rows and columns exchanged
+            turned = picture.format != "TIFF" and _orientation(picture) >= 5  # Pillow turns a TIFF itself
             super().__init__(name, path, picture.size[:: -1 if turned else 1], None)
 
     def _plane(self, index: int) -> np.ndarray:
         with Image.open(self.path) as picture:
             deep = picture.mode.startswith(("I", "F"))
             white_is_zero = deep and picture.format == "TIFF" and picture.tag_v2.get(262) == 0
-            values = np.asarray(ImageOps.exif_transpose(picture if deep else picture.convert("L"))).T
+            upright = ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture
+            values = np.asarray(upright if deep else upright.convert("L")).T
             return values.max() - values if white_is_zero else values
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's, 1 for upright; Pillow raises anything on damaged EXIF, which viewers ignore."""
+    try:
+        return int(picture.getexif().get(0x0112, 1))
+    except Exception:
+        return 1
 
 
 class NiftiScan(Scan):
@@ -251,10 +262,13 @@ class NiftiScan(Scan):
 def _load_nifti(path):
     """nibabel's image, compressed or not, whatever its name says."""
     with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    if compressed == str(path).lower().endswith(".gz"):
+        compressed = file.read(2) == GZIP
+    if str(path).lower().endswith(".nii.gz" if compressed else ".nii"):
         return nibabel.load(path)
-    return nibabel.Nifti1Image.from_stream(gzip.open(path) if compressed else open(path, "rb"))
+    stream = gzip.open(path) if compressed else open(path, "rb")
+    second = stream.read(4) in (b"\x1c\2\0\0", b"\0\0\2\x1c")  # the size of its header, 540
+    stream.seek(0)
+    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_stream(stream)
 
 
 class ItkScan(Scan):
@@ -293,8 +307,12 @@ def _pixel_file(header: Path) -> list[Path]:
     """The file that the pixels lie in, where the header of a MetaImage or an NRRD names another one."""
     with header.open("rb") as file:
         named = re.search(rb"^(?:ElementDataFile *=|data ?file:) *(.*?)\s*$", file.read(2**16), re.MULTILINE)
-    path = header.parent / os.fsdecode(named[1]) if named else header
-    return [path] if path != header and path.is_file() else []
+    name = os.fsdecode(named[1]) if named else "LOCAL"
+    if name.upper().startswith(("LOCAL", "LIST")) or "%" in name:  # here, or in many files
+        return []
+    if not (header.parent / name).is_file():
+        raise UserError(f"found no file {name} beside it, expected the pixels there, as the header says")
+    return [header.parent / name]
 
 
 class DicomScan(Scan):
@@ -342,6 +360,8 @@ def check_shape(shape: Sequence[int], dtype: np.dtype) -> None:
 
 def unreadable(path, error: Exception) -> UserError:
     """One line for whatever a reader raised."""
+    if isinstance(error, UserError):
+        return error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1].replace(str(path), Path(path).name)
     return UserError(f"{path}: cannot be read ({reason[:300]}), expected an intact picture, NIfTI or DICOM file")
 
@@ -353,20 +373,44 @@ def open_scan(path, name: str | None = None) -> Scan:
         UserError: in one line, naming the file, if its header cannot be read.
     """
     path = Path(path)
-    reader = next((reader for names, reader in READERS.items() if path.name.lower().endswith(names)), _open_dicom)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reader(name or path.name, str(path))
+            return _reader(path)(name or path.name, str(path))
     except Exception as error:  # readers raise anything: one line instead of a library's traceback
         raise unreadable(path, error) from None
+
+
+def _reader(path: Path) -> Callable[[str, str], Scan]:
+    """What reads a file, by its content where that is certain, otherwise by its extension.
+
+    Raises:
+        UserError: if nothing reads it.
+    """
+    with open(path, "rb") as file:
+        start = file.read(352)
+    name = path.name.lower()
+    if start[128:132] == b"DICM":
+        return _open_dicom
+    if reader := next((reader for names, reader in READERS.items() if name.endswith(names)), None):
+        return reader
+    if start.startswith(GZIP):
+        with gzip.open(path) as file:
+            start = file.read(352)
+    if start[344:347] == b"n+1" or start[4:7] == b"n+2":
+        return NiftiScan
+    if series.starts_as_dicom(start):
+        return _open_dicom
+    if start.startswith(ARCHIVES):
+        raise UserError("found an archive, expected the files in it; unpack it")
+    raise UserError(f"found no DICOM header, expected DICOM or one of {', '.join(EXTENSIONS)}")
 
 
 def _open_dicom(name: str, path: str) -> Scan:
     header = series.read_header(path)
     reason = series.exclusion_reason(header)
     if reason and reason != series.LOCALIZERS:
-        raise UserError(f"found {reason}, expected an axial image")
+        raise UserError(f"found {reason}, expected an axial image{'; give its folder' if reason == DIRECTORY else ''}")
     return DicomScan(name, path, series.frames_of(path, header))
 
 
@@ -405,7 +449,7 @@ def slice_size(path) -> SliceSize:
 def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
     """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches.
 
-    Images are files with an extension of `EXTENSIONS`, and DICOM files of any name. DICOM files become scans by
+    Images are files with an extension of `EXTENSIONS`, and DICOM and NIfTI files of any name. DICOM files become scans by
     `series.group_frames`. Localizers, images that are not axial and objects without pixels are excluded, as is what
     `series.drop_extras` names; the warnings of the other scans of the study list them. Hidden files, DICOMDIR and links to
     folders are not looked at. Only headers are read.
@@ -423,28 +467,29 @@ def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
     root, files, failures = _list_files(str(source))
     output = output_dir and Path(output_dir).resolve()
     holds_output = output and Path(source).is_dir() and Path(source).resolve() in (output, *output.parents)
-    if holds_output or output and any(output in path.resolve().parents for path in files):
+    real = [Path(os.path.realpath(path)) for path in (files if output else ())]  # resolve() fails on links in a circle
+    if holds_output or any(output in path.parents for path in real):
         raise UserError(f"output_dir: found {output_dir} inside the input {source}, expected a folder outside of it")
     images = [path for path in files if len(files) == 1 or _is_image(path)]
-    if not images:
-        unlisted = f"; {failures[0]['reason']}" if failures else ""
-        raise UserError(
-            f"input: {source}: found no image among {len(files)} files, expected some of {', '.join(EXTENSIONS)}{unlisted}"
-        )
     logger.info(f"{source}: {len(images)} images, {len(files) - len(images)} other files")
     scans, frames, excluded = [], [], defaultdict(Counter)
     for path in tqdm(images, "headers", disable=None if len(images) > 200 else True):
         try:
             if not stat.S_ISREG(path.stat().st_mode):
-                raise UserError(f"{path}: found no regular file, expected an image")
-            if path == Path(source) or path.name.lower().endswith((*PICTURES, *NIFTI, *ITK)):
+                raise UserError("found no regular file, expected an image")
+            if path == Path(source) or _reader(path) is not _open_dicom:
                 scans.append(open_scan(path, _name(path, root)))
             else:
                 frames += _read_frames(path, excluded)
-        except (OSError, UserError) as error:
-            failures.append({"file": _name(path, root), "reason": " ".join(str(error).split())})
+        except Exception as error:  # readers raise anything on damaged files
+            failures.append({"file": _name(path, root), "reason": " ".join(str(unreadable(path, error)).split())})
     found, failed = _dicom_scans(frames, excluded, root)
-    return sorted(scans + found, key=lambda scan: scan.name), sorted(failures + failed, key=lambda failure: failure["file"])
+    scans, failures = scans + found, failures + failed
+    if not scans and (not failures or not images):
+        unlisted = f"; {failures[0]['reason']}" if failures else ""
+        expected = f"some of {', '.join(EXTENSIONS)}; unpack archives"
+        raise UserError(f"input: {source}: found no image among {len(files)} files, expected {expected}{unlisted}")
+    return sorted(scans, key=lambda scan: scan.name), sorted(failures, key=lambda failure: failure["file"])
 
 
 def _name(path, root: Path) -> str:
@@ -465,40 +510,32 @@ def _list_files(source: str) -> tuple[Path, list[Path], list[dict]]:
         raise UserError(f"input: {source}: no such file or folder")
     errors: list[OSError] = []
     files = {file for match in found for file in (_walk(match, errors.append) if match.is_dir() else [match])}
-    unlisted = {_name(error.filename, root): error for error in errors}
-    failures = [
-        {"file": name, "reason": f"{error.filename}: cannot be listed ({error.strerror})"} for name, error in unlisted.items()
-    ]
-    return root, sorted(files), failures
+    unlisted = {_name(error.filename, root): f"{error.filename}: cannot be listed ({error.strerror})" for error in errors}
+    return root, sorted(files), [{"file": name, "reason": reason} for name, reason in unlisted.items()]
 
 
 def _walk(folder: Path, onerror: Callable[[OSError], None]) -> Iterable[Path]:
     for parent, folders, names in os.walk(folder, onerror=onerror):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith(".") and name != "DICOMDIR")
+        yield from (Path(parent, name) for name in names if not name.startswith(".") and name.upper() != "DICOMDIR")
 
 
 def _is_image(path: Path) -> bool:
-    if path.name.lower().endswith(EXTENSIONS):
-        return True
     try:
-        return stat.S_ISREG(path.stat().st_mode) and series.is_dicom(path)
-    except OSError:
+        return path.name.lower().endswith(EXTENSIONS) or stat.S_ISREG(path.stat().st_mode) and bool(_reader(path))
+    except Exception:  # of the file system, or of gzip
         return False
 
 
 def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[Frame]:
     """Frames of a DICOM file; none of one that is no axial image, which is counted under its study."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            header = series.read_header(path)
-            if reason := series.exclusion_reason(header):
-                excluded[series.study_of_header(path, header)][reason] += 1
-                return []
-            return series.frames_of(path, header)
-    except Exception as error:  # pydicom raises anything on damaged files
-        raise unreadable(path, error) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        header = series.read_header(path)
+        reason = series.exclusion_reason(header)
+        if reason and reason != DIRECTORY:
+            excluded[series.study_of_header(path, header)][reason] += 1
+        return [] if reason else series.frames_of(path, header)
 
 
 def _dicom_scans(

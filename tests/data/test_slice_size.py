@@ -66,7 +66,7 @@ def test_more_than_one_slice_is_refused(tmp_path, name, write):
 @pytest.mark.parametrize("content", [b"", b"this is no image"])
 def test_what_is_no_image_is_refused_in_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^.*{name}: cannot be read \\(.+\\), expected") as error:
+    with pytest.raises(ValueError, match=f"^.*{name}: (cannot be read \\(.+\\)|found no DICOM header), expected") as error:
         slice_size(tmp_path / name)
     assert "\n" not in str(error.value)
 

@@ -267,7 +267,7 @@ def test_jpeg_ls_is_decoded_and_a_missing_decoder_is_named(tmp_path, monkeypatch
         raise RuntimeError("Unable to decompress: all plugins are missing dependencies:\n\tlibjpeg\n\tgdcm")
 
     monkeypatch.setattr(pydicom.pixels, "pixel_array", without_plugins)
-    with pytest.raises(ValueError, match=r"found JPEG-LS Lossless .* pip install 'chest-ct-multitask\[jpeg\]'"):
+    with pytest.raises(ValueError, match="found JPEG-LS Lossless .*, for which no decoder is installed: pip install pylibjpeg"):
         scan.read(0)
 
 
@@ -316,51 +316,6 @@ def test_the_real_series_is_what_simpleitk_reads(real_data, tmp_path):
     lps = np.diag([-1.0, -1, 1, 1]) @ scan.affine
     np.testing.assert_allclose(lps[:3, 3], image.GetOrigin(), atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(lps[:3, :3], axis=0), image.GetSpacing(), atol=1e-5)
-
-
-def ball(container, folder):
-    """A volume of 10 slices with a bright ball, in some NIfTI container; its values and affine."""
-    x, y, z = np.mgrid[:32, :28, :10]
-    hu = np.where((x - 20) ** 2 + (y - 9) ** 2 + (2 * z - 9) ** 2 < 36, 50, -900).astype(np.int16)
-    affine = np.array([[-2.2, 0, 0, 30], [0, -2.2, 0, 20], [0, 0, 5, -40], [0, 0, 0, 1]])
-    values, name = hu, "x.nii.gz"
-    if container == "NaN outside":
-        values = hu.astype(np.float32)
-        values[:3] = values[:, :, 0] = np.nan
-        hu[:3] = hu[:, :, 0] = -1024
-    image = nib.Nifti1Image(values, affine)
-    if container in ("meter", "micron"):
-        scale = {"meter": 1e-3, "micron": 1e3}[container]
-        image = nib.Nifti1Image(values, np.diag([scale] * 3 + [1]) @ affine)
-        image.header.set_xyzt_units(container)
-    elif container == "zero sform":
-        name = "x.nii"
-    nib.save(image, folder / name)
-    if container == "zero sform":
-        header, voxels = nib.load(folder / name).header, (folder / name).read_bytes()[348:]
-        header.set_qform(affine, 1)
-        header["vox_offset"], header["srow_x"] = 352, 0
-        header["srow_y"] = header["srow_z"] = 0  # and a code that says that they hold
-        (folder / name).write_bytes(header.binaryblock + voxels)
-    elif container == "gzip named nii":
-        (folder / name).rename(folder / "x.nii")
-        name = "x.nii"
-    elif container == "plain named gz":
-        nib.save(image, folder / "y.nii")
-        (folder / "y.nii").rename(folder / name)
-    return folder / name, hu, affine
-
-
-@pytest.mark.parametrize(
-    "container", ["plain", "NaN outside", "meter", "micron", "zero sform", "gzip named nii", "plain named gz"]
-)
-def test_a_nifti_is_the_same_in_any_container(tmp_path, container):
-    path, hu, affine = ball(container, tmp_path)
-    scan = open_scan(path)
-    np.testing.assert_allclose(scan.affine, affine, atol=1e-5)
-    assert scan.spacing == pytest.approx((2.2, 2.2)) and scan.thickness == pytest.approx([5] * 10)
-    for index in range(10):
-        np.testing.assert_array_equal(scan.read(index)[0], hu[:, :, index].T)
 
 
 def test_a_slice_of_nothing_but_nan_is_refused(tmp_path):
