@@ -16,7 +16,8 @@ from torch import nn
 
 from bundle.errors import UserError
 from bundle.networks import MultiTaskNet
-from bundle.names import DETECTION, EMBEDDING
+from bundle.networks.detection import MaskRCNNHead
+from bundle.names import EMBEDDING
 
 PACKAGES = {"torch": (), "onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
 
@@ -29,12 +30,8 @@ def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False)
 
     Args:
         network: whose weights are loaded before the first call.
-        backend: torch (the network itself), onnxruntime or openvino, which run on the CPU with float32 and as many threads as
-            torch.
+        backend: torch (the network itself), onnxruntime or openvino, which run on the CPU with float32.
         amp: whether the caller uses mixed precision, which only torch supports.
-
-    Returns:
-        Module for prediction alone: (B, C, H, W) to the dictionary of `MultiTaskNet.forward` in evaluation mode.
 
     Raises:
         UserError: for an unknown backend, one that is not installed, or one that does not support `amp` or the device.
@@ -43,11 +40,9 @@ def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False)
         raise UserError(f"backend: found {backend!r}, expected one of {', '.join(PACKAGES)}")
     if backend == "torch":
         return network
-    absent = [package for package in PACKAGES[backend] if find_spec(package) is None]
-    if absent:
-        raise UserError(
-            f"backend: {backend} needs {' and '.join(absent)}, not installed: pip install 'chest-ct-multitask[export]'"
-        )
+    if absent := [package for package in PACKAGES[backend] if find_spec(package) is None]:
+        packages = " and ".join(absent)
+        raise UserError(f"backend: {backend} needs {packages}, not installed: pip install 'chest-ct-multitask[export]'")
     if amp:
         raise UserError(f"amp: found true with backend {backend}, expected false; it calculates with float32")
     device = next(network.parameters()).device
@@ -66,9 +61,9 @@ def one_by_one(network: Callable[[torch.Tensor], dict], image: torch.Tensor) -> 
 class ExportedNet(nn.Module):
     """A network whose convolutions run in another library; anchors, suppression and the pooling of regions stay in torch.
 
-    Three parts are exported: encoder, dense heads and feature pyramid; the box head; the mask head. The first call exports for
-    the size of its images, which takes some seconds; no file is kept. Images are processed one by one: on a CPU a batch is not
-    faster and needs more memory.
+    Exported are the encoder with the dense heads and feature pyramids, and of each Mask R-CNN the box head and the mask head.
+    The first call exports for the size of its images, which takes some seconds; no file is kept. Images are processed one by
+    one: on a CPU a batch is not faster and needs more memory.
 
     Args:
         network: of which only the mode is changed. Weights loaded after the first call have no effect.
@@ -81,11 +76,7 @@ class ExportedNet(nn.Module):
         self.eval()
 
     def forward(self, image: torch.Tensor) -> dict:
-        """Answer every active task: see `MultiTaskNet.forward`, in evaluation mode and without gradients.
-
-        Raises:
-            UserError: if the channels or the size of the image do not fit.
-        """
+        """Answer every active task: see `MultiTaskNet.forward`, in evaluation mode and without gradients."""
         self.network._check(tuple(image.shape))
         with torch.no_grad():
             if self.size != image.shape[1:]:
@@ -93,25 +84,29 @@ class ExportedNet(nn.Module):
             return one_by_one(self._answer, torch.as_tensor(image))
 
     def _export(self, size: torch.Size) -> None:
-        network, backend = self.network, self.backend
-        self.trunk = Exported(_Trunk(network), torch.zeros(2, *size), backend)
-        if DETECTION in network.heads:
-            self.detection = deepcopy(network.heads[DETECTION])
-            heads = self.detection.roi_heads
-            channels = heads.mask_head[0][0].in_channels
+        self.trunk = Exported(_Trunk(self.network), torch.zeros(2, *size), self.backend)
+        heads = self.network.heads.items()
+        self.detectors = nn.ModuleDict({task: deepcopy(head) for task, head in heads if isinstance(head, MaskRCNNHead)})
+        for detector in self.detectors.values():
+            parts = detector.roi_heads
+            channels = parts.mask_head[0][0].in_channels
             for name in ("box", "mask"):
-                head, predictor, pool = (getattr(heads, f"{name}_{part}") for part in ("head", "predictor", "roi_pool"))
+                head, predictor, pool = (getattr(parts, f"{name}_{part}") for part in ("head", "predictor", "roi_pool"))
                 regions = torch.zeros(2, channels, *pool.output_size)
-                setattr(heads, f"{name}_head", Exported(nn.Sequential(head, predictor), regions, backend))
-                setattr(heads, f"{name}_predictor", nn.Identity())
+                setattr(parts, f"{name}_head", Exported(nn.Sequential(head, predictor), regions, self.backend))
+                setattr(parts, f"{name}_predictor", nn.Identity())
         self.size = size
 
     def _answer(self, image: torch.Tensor) -> dict:
-        output = dict(zip(_names(self.network), self.trunk(image)))
-        if DETECTION in self.network.heads:
-            pyramid = OrderedDict((str(level), output.pop(str(level))) for level in self.detection.levels)
-            output[DETECTION] = self.detection.detect(pyramid, image)
-        return output
+        outputs = iter(self.trunk(image))
+        answer = {EMBEDDING: next(outputs)}
+        for task in self.network.heads:
+            if task in self.detectors:
+                pyramid = OrderedDict((str(level), next(outputs)) for level in self.detectors[task].levels)
+                answer[task] = self.detectors[task].detect(pyramid, image)
+            else:
+                answer[task] = next(outputs)
+        return answer
 
 
 class Exported(nn.Module):
@@ -143,7 +138,7 @@ class Exported(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """The part of the network whose input is the whole image, with outputs in the order of `_names`."""
+    """The part of the network whose input is the whole image: the embedding, then head by head an answer or a pyramid."""
 
     def __init__(self, network: MultiTaskNet) -> None:
         super().__init__()
@@ -152,20 +147,13 @@ class _Trunk(nn.Module):
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.network.encoder(image)
         outputs = [self.network.embed(features)]
-        for task, head in self.network.heads.items():
-            outputs += head.pyramid(features).values() if task == DETECTION else [head(features)]
+        for head in self.network.heads.values():
+            outputs += head.pyramid(features).values() if isinstance(head, MaskRCNNHead) else [head(features)]
         return tuple(outputs)
 
 
-def _names(network: MultiTaskNet) -> list[str]:
-    names = [EMBEDDING]
-    for task, head in network.heads.items():
-        names += map(str, head.levels) if task == DETECTION else [task]
-    return names
-
-
 def run_onnxruntime(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Open a file of ONNX with one input as a function of arrays, run by onnxruntime on the CPU."""
+    """A file of ONNX with one input as a function of arrays."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -63,7 +63,7 @@ def write_dicom(folder, frames: Sequence[Frame], prediction: Mapping, labels: np
         folder: of the files.
         frames: of the slices, in order.
         prediction: content of predictions.json.
-        labels: see `write_segmentation`; None where nothing is segmented.
+        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class; None where nothing is segmented.
 
     Returns:
         Kind -> name of the files that were written.
@@ -74,9 +74,8 @@ def write_dicom(folder, frames: Sequence[Frame], prediction: Mapping, labels: np
         headers = read_headers(frames)
         if labels is not None:
             with _noting(noted, "DICOM Segmentation"):
-                names, file = list(prediction["segmentation"]), "segmentation.dcm"
-                segmentation = write_segmentation(Path(folder, file), frames, headers, labels, names, prediction["model"])
-                files["dicom_segmentation"] = file
+                segmentation = write_segmentation(Path(folder, "segmentation.dcm"), frames, headers, labels, prediction)
+                files["dicom_segmentation"] = "segmentation.dcm"
         with _noting(noted, "DICOM Structured Report"):
             write_structured_report(Path(folder, "report.dcm"), frames, headers, prediction, segmentation)
             files["dicom_report"] = "report.dcm"
@@ -95,9 +94,6 @@ def read_headers(frames: Sequence[Frame]) -> dict[str, Dataset]:
     """Headers by path: the first is read, for patient and study; of the others is known what references and geometry need.
 
     Invalid values that an object must have are emptied.
-
-    Raises:
-        UserError: in one line without patient data, if a file does not say which image it is.
     """
     _require(frames, IDENTITY)
     first, headers = read_header(frames[0].path, None), {}
@@ -123,25 +119,14 @@ def _require(frames: Sequence[Frame], keywords: Mapping[str, str]) -> None:
 
 
 def write_segmentation(
-    path, frames: Sequence[Frame], headers: Mapping[str, Dataset], labels: np.ndarray, names: Sequence[str], model: Mapping
+    path, frames: Sequence[Frame], headers: Mapping[str, Dataset], labels: np.ndarray, prediction: Mapping
 ) -> Segmentation:
     """Write a DICOM Segmentation (BINARY, a segment for each segmentation class) of a series or a multi-frame image.
 
     Every segment has a frame for every slice, empty or not, so that its frames are the grid of the scan for readers that
-    ignore frame positions. A frame of 512 x 512 pixels takes 32 KB.
-
-    Args:
-        path: of the file.
-        frames: of the slices, in order.
-        headers: of `read_headers` of them; what highdicom needs of the geometry is added.
-        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class.
-        names: of the segmentation classes.
-        model: {"name", "version", "checkpoint"}.
-
-    Raises:
-        UserError: in one line without patient data, if the source lacks what a Segmentation needs.
+    ignore frame positions. A frame of 512 x 512 pixels takes 32 KB. What highdicom needs is added to `headers`.
     """
-    first = headers[frames[0].path]
+    model, names = prediction["model"], prediction["segmentation"]
     return _save(
         path,
         Segmentation,
@@ -154,7 +139,7 @@ def write_segmentation(
         content_label="LESIONS",
         content_description=RESEARCH,
         series_description=f"Segmentation, {RESEARCH}",
-        **_series(first, model, 1),
+        **_series(headers[frames[0].path], model, 1),
     )
 
 
@@ -166,24 +151,22 @@ def write_structured_report(
     It has a group for the scan (probabilities in %, predicted class, volume of the lung in mL), for each segmentation class
     (volume in mL, share of the lung in %, its segment) and for each lesion (outlines of its boxes in pixels of the images,
     certainty in %, volume in mL; in mm the width along a row, height along a column, depth across the slices). Values that
-    are null are omitted. Comments state that it is for research only, and the warnings.
-
-    Args:
-        path: of the file.
-        frames: of the slices, in order.
-        headers: of `read_headers` of them; geometry is not needed.
-        prediction: content of predictions.json.
-        segmentation: of `write_segmentation`, if there is one.
-
-    Raises:
-        UserError: in one line without patient data, if the source lacks what a report needs.
+    are null are omitted. Comments state that it is for research only, and the warnings. Geometry is not needed.
     """
     model, first = prediction["model"], headers[frames[0].path]
     groups = [_scan_group(prediction)]
     for number, (name, found) in enumerate(prediction.get("segmentation", {}).items(), start=1):
         groups.append(_segment_group(number, name, found, model, first, segmentation))
     groups += [_lesion_group(lesion, model, frames, headers) for lesion in prediction.get("detection", [])]
-    report = sr.MeasurementReport(_observer(model), codes.LN.CTUnspecifiedBodyRegion, groups)
+    device = sr.DeviceObserverIdentifyingAttributes(
+        uid=generate_uid(entropy_srcs=list(model.values())),  # the same in all reports of the same weights
+        name=model["name"],
+        model_name=model["name"],
+        serial_number=model["checkpoint"],
+    )
+    observer = sr.ObserverContext(codes.DCM.Device, observer_identifying_attributes=device)
+    context = sr.ObservationContext(observer_device_context=observer)
+    report = sr.MeasurementReport(context, codes.LN.CTUnspecifiedBodyRegion, groups)
     for text in ("Made by AI. Research use only, not for diagnosis.", *prediction["warnings"]):
         report[0].ContentSequence.append(sr.TextContentItem(codes.DCM.Comment, text, relationship_type="CONTAINS"))
     _save(
@@ -212,7 +195,7 @@ def _save(path, kind: type[Dataset], **arguments) -> Dataset:
 
 
 def _segment(number: int, name: str, model: Mapping) -> SegmentDescription:
-    parameters = {"checkpoint": model["checkpoint"]}
+    intelligence, parameters = codes.DCM.ArtificialIntelligence, {"checkpoint": model["checkpoint"]}
     return SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
@@ -220,7 +203,7 @@ def _segment(number: int, name: str, model: Mapping) -> SegmentDescription:
         segmented_property_type=_public_code(name, SEGMENTS),
         algorithm_type="AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            model["name"], codes.DCM.ArtificialIntelligence, model["version"], parameters=parameters
+            model["name"], intelligence, model["version"], parameters=parameters
         ),
         tracking_id=name[:64],
         tracking_uid=highdicom.UID(),
@@ -229,27 +212,8 @@ def _segment(number: int, name: str, model: Mapping) -> SegmentDescription:
     )
 
 
-def _observer(model: Mapping) -> sr.ObservationContext:
-    """The software, which has the same UID in all reports of the same weights."""
-    attributes = sr.DeviceObserverIdentifyingAttributes(
-        uid=generate_uid(entropy_srcs=[model["name"], model["version"], model["checkpoint"]]),
-        name=model["name"],
-        model_name=model["name"],
-        serial_number=model["checkpoint"],
-    )
-    return sr.ObservationContext(
-        observer_device_context=sr.ObserverContext(codes.DCM.Device, observer_identifying_attributes=attributes)
-    )
-
-
 def _common(identifier: str, model: Mapping, values: Sequence[tuple]) -> dict:
-    """What all measurement groups have. Values that are not known are omitted; shares are written in %.
-
-    Args:
-        identifier: of the group.
-        model: {"name", "version", "checkpoint"}.
-        values: (name, value, unit).
-    """
+    """What all measurement groups have. `values` are (name, value, unit); unknown ones are omitted, shares written in %."""
     known = [(name, value * (100 if unit == PERCENT else 1), unit) for name, value, unit in values if value is not None]
     return {
         "tracking_identifier": sr.TrackingIdentifier(uid=highdicom.UID(), identifier=identifier),

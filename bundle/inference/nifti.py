@@ -27,14 +27,7 @@ class Volume:
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        affine: np.ndarray | None,
-        axis: int = 2,
-        dtype=np.uint8,
-        slope: float = 1.0,
-        oriented: bool = True,
-        picture_scale: int = 1,
+        self, shape: Sequence[int], affine, axis: int = 2, dtype=np.uint8, slope=1.0, oriented=True, picture_scale=1
     ) -> None:
         self.shape, self.axis, self.dtype, self.picture_scale = tuple(shape), axis, np.dtype(dtype), picture_scale
         header = nibabel.Nifti1Image(np.broadcast_to(self.dtype.type(0), self.shape), affine).header
@@ -58,7 +51,8 @@ class Volume:
         with gzip.open(io.BytesIO(self._stream())) as file:
             file.seek(len(self.header))
             for _ in range(self.shape[self.axis]):
-                yield np.frombuffer(file.read(int(np.prod(shape)) * self.dtype.itemsize), self.dtype).reshape(shape, order="F")
+                plane = np.frombuffer(file.read(int(np.prod(shape)) * self.dtype.itemsize), self.dtype)
+                yield plane.reshape(shape, order="F")
 
     def voxels(self) -> np.ndarray:
         """The stored values as one array."""

@@ -13,19 +13,22 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from bundle.errors import UserError
 from bundle.inference.novelty import UNUSUAL_SHARE
 from bundle.inference.overlay import BOX, LESIONS, STRONG
+from bundle.tasks import Task
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # Hounsfield units in 8 bits, by straight lines between these pairs of (code, HU): steps of 3 HU in soft tissue, 11 in lung,
 # 30 in bone and 41 below air. A picture of it can be shown in any window, as no single window of 8 bits could.
-COMPANDING = ((0, -1350.0), (8, -1024.0), (88, -160.0), (208, 240.0), (255, 1650.0))
+COMPANDING = ((0, -1350), (8, -1024), (88, -160), (208, 240), (255, 1650))
+CODES = np.interp(np.arange(-1350, 1651), *reversed(list(zip(*COMPANDING)))).round().astype(np.uint8)  # of each HU
 WINDOWS = (("Lung", 1500, -600), ("Soft tissue", 400, 40), ("Bone", 1800, 400))  # name, width, level in HU
 CONTRASTS = (("All", 100, 50), ("Dark parts", 50, 25), ("Bright parts", 50, 75))  # % of the range the network sees
-# JPEG quality: 600 slices of 512 x 512 stay below 60 MB; slices of at most 256 x 256 are small anyway.
-QUALITY, SMALL_QUALITY, REBUILT_QUALITY = 86, 95, 80
-LONGEST, LONGEST_REBUILT = 1024, 256  # longer sides are reduced to these, in pixels
+# The pictures of a page and those of a slice take at most this much, with the finest of these (longest side in pixels, JPEG
+# quality) that fits: slices of 256 x 256 have the first, 64 of 512 x 512 the second, 600 noisy ones of these the seventh.
+PAGE_BYTES, SLICE_BYTES = 9e6, 80e3
+FINENESS = ((1024, 95), (1024, 86), (1024, 72), (1024, 60), (384, 70), (384, 55), (384, 45), (320, 50), (256, 45), (192, 40))
+REBUILT = (256, 80)
 
 
 class Report:
@@ -37,10 +40,11 @@ class Report:
 
     Args:
         spacing: mm between rows and between columns; None where that is not known.
+        count: number of slices.
     """
 
-    def __init__(self, spacing: tuple[float, float] | None) -> None:
-        self.spacing = spacing
+    def __init__(self, spacing: tuple[float, float] | None, count: int) -> None:
+        self.spacing, self.share, self.fineness = spacing, min(PAGE_BYTES / count, SLICE_BYTES), 0
         self.pictures: list[str] = []  # JSON of each slice's pictures
         self.slices: list[dict] = []
         self.shape: tuple[int, int] | None = None
@@ -63,108 +67,121 @@ class Report:
             pixels: (rows, columns), HU or any other unit.
             hounsfield: whether they are HU.
             labels: (rows, columns), 0 or 1 + segmentation class; None where nothing is segmented.
-            reconstruction: (rows, columns) in [0, 1]; None without that task.
+            reconstruction: (rows, columns) in [0, 1]; None without one.
             boxes: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column.
             scores: (N,).
             intensity_range: values of `pixels` that are 0 and 1 of the reconstruction.
         """
         codes, ends = _companded(pixels) if hounsfield else _stretched(pixels, intensity_range)
+        longest = FINENESS[self.fineness][0]
         found = labels is not None and labels.any()
-        rebuilt = None if reconstruction is None else (reconstruction.clip(0, 1) * 255).round().astype(np.uint8)
-        pictures = {
-            "image": _picture(codes, LONGEST, "jpeg", quality=QUALITY if codes.size > 256**2 else SMALL_QUALITY),
-            "labels": _picture(labels, LONGEST, "png", Image.Resampling.NEAREST) if found else None,
-            "rebuilt": None if rebuilt is None else _picture(rebuilt, LONGEST_REBUILT, "jpeg", quality=REBUILT_QUALITY),
-        }
-        self.pictures.append(json.dumps(pictures))
+        pictures = {"labels": _picture(labels, longest, Image.Resampling.NEAREST, format="png") if found else None}
+        if reconstruction is not None:
+            rebuilt = (reconstruction.clip(0, 1) * 255).round().astype(np.uint8)
+            pictures["rebuilt"] = _picture(rebuilt, REBUILT[0], format="jpeg", quality=REBUILT[1])
+        left = self.share - sum(len(picture or "") for picture in pictures.values())
+        self.pictures.append(json.dumps({"image": self._compressed(codes, left), **pictures}))
         drawn = [{"box": [round(float(v), 1) for v in box], "score": float(score)} for box, score in zip(boxes, scores)]
         network = list(map(float, intensity_range)) if hounsfield else [0.0, 100.0]
-        self.slices.append({"index": index, "codes": ends, "network": network, "drawn": drawn})
+        self.slices.append({"index": index, "codes": ends, "network": network, "boxes": drawn})
         self.shape = pixels.shape
 
-    def write(self, path, prediction: Mapping, lines: Mapping[str, str] | None = None) -> None:
+    def _compressed(self, codes: np.ndarray, allowed: float) -> str:
+        """The finest picture that is allowed; no later one is finer, so that neighbours look alike."""
+        while True:
+            longest, quality = FINENESS[self.fineness]
+            picture = _picture(codes, longest, format="jpeg", quality=quality)
+            if len(picture) <= allowed or self.fineness == len(FINENESS) - 1:
+                return picture
+            self.fineness += 1
+
+    def write(self, path, prediction: Mapping, tasks: Sequence[Task]) -> None:
         """Write the page.
 
         Args:
             path: of the HTML file.
-            prediction: content of the scan's predictions.json, its slices in the order in which they were added.
-            lines: title -> text, further results.
-
-        Raises:
-            UserError: if the slices are not those that were added.
+            prediction: content of predictions.json, its slices in the order in which they were added.
+            tasks: that were answered: each has a card on the page.
         """
-        added, told = [row["index"] for row in self.slices], [row["index"] for row in prediction["slices"]]
-        if added != told or not added:
-            raise UserError(f"{path}: found slices {told} in the prediction, expected those added, at least one: {added}")
         environment = jinja2.Environment(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
         environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-        colors = dict(zip(prediction.get("segmentation", {}), itertools.cycle(LESIONS)))
-        viewer = self._viewer(prediction, colors)
+        cards = [_card(task, prediction[task.name]) for task in tasks]
+        viewer = self._viewer(prediction, cards)
         # What a picture says is base64: its JSON needs no escaping.
-        looks = {"colors": colors, "box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE}
-        stream = template.stream(p=prediction, lines=lines or {}, viewer=viewer, pictures=self.pictures, **looks)
+        looks = {"box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE, "first": _where_to_look(viewer["slices"])}
+        stream = template.stream(p=prediction, cards=cards, viewer=viewer, pictures=self.pictures, **looks)
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             stream.dump(file)
 
-    def _viewer(self, prediction: Mapping, colors: Mapping[str, str]) -> dict:
+    def _viewer(self, prediction: Mapping, cards: Sequence[Mapping]) -> dict:
         """What the script of the page needs to know, beside the pictures."""
-        lesions = prediction.get("detection", [])
+        lesions = [lesion for card in cards for lesion in card["lesions"]]
         lesion_of = {(box["slice"], *box["box"]): lesion["id"] for lesion in lesions for box in lesion["boxes"]}
         keys = ("position_mm", "probabilities", "lesion_pixels", "lesion_mm2", "reconstruction_error", "novelty")
-        slices = []
-        for row, told in zip(self.slices, prediction["slices"]):
-            row = dict(row, boxes=[])
-            for drawn, stored in zip(row.pop("drawn"), told.get("boxes", []), strict=True):
-                row["boxes"].append({**drawn, "lesion": lesion_of.get((told["index"], *stored["box"]))})
-            slices.append({**row, **{key: told.get(key) for key in keys}})
-        hounsfield = prediction["hounsfield"]
+        slices, rows = [], prediction["slices"]
+        for added, row in zip(self.slices, rows, strict=True):
+            numbers = [lesion_of.get((row["index"], *stored["box"])) for stored in row.get("boxes", [])]
+            boxes = [{**box, "lesion": number} for box, number in zip(added["boxes"], numbers, strict=True)]
+            slices.append({**added, "boxes": boxes, **{key: row.get(key) for key in keys}})
+        hounsfield, bars = prediction["hounsfield"], next((card["bars"] for card in cards if card["bars"]), {})
+        predicted = max(bars, key=bars.get, default=None)
         return {
             "rows": self.shape[0],
             "columns": self.shape[1],
             "spacing": self.spacing,
             "unit": "HU" if hounsfield else "%",
             "windows": [{"name": n, "width": w, "level": c} for n, w, c in (WINDOWS if hounsfield else CONTRASTS)],
-            "colors": dict(colors),
+            "colors": dict(zip(rows[0].get("lesion_pixels", {}), itertools.cycle(LESIONS))),
             "boxColor": BOX,
-            "predicted": prediction.get("classification", {}).get("predicted"),
+            "boxes": "boxes" in rows[0],
+            "rebuilt": '"rebuilt"' in self.pictures[0],
+            "predicted": predicted if predicted in (rows[0].get("probabilities") or ()) else None,
             "threshold": (prediction.get("novelty") or {}).get("threshold"),
             "lung": (prediction.get("lung") or {}).get("slices"),
-            "start": _first_shown(slices),
             "slices": slices,
         }
 
 
-def _first_shown(slices: Sequence[Mapping]) -> int:
-    """Position of the slice with most lesion; without any, of the surest box; without any, the middle."""
-    lesion = [sum((row["lesion_pixels"] or {}).values()) for row in slices]
-    score = [max((box["score"] for box in row["boxes"]), default=0.0) for row in slices]
-    for values in (lesion, score):
-        if max(values) > 0:
-            return int(np.argmax(values))
-    return len(slices) // 2
+def _card(task: Task, entry) -> dict:
+    bars, lesions, facts = task.probabilities(entry), task.lesions(entry), task.report(entry)
+    return {"title": task.name.replace("_", " ").capitalize(), "bars": bars, "lesions": lesions, "facts": facts}
 
 
-def _companded(pixels: np.ndarray) -> tuple[np.ndarray, list[list[float]]]:
-    codes, values = zip(*COMPANDING)
-    return np.interp(pixels, values, codes).round().astype(np.uint8), [list(pair) for pair in COMPANDING]
+def _where_to_look(slices: Sequence[Mapping]) -> list[tuple[int, str]]:
+    """Positions of the slices to look at first, the most important one first, and why; without a finding, the middle one."""
+    area = [sum((row["lesion_mm2"] or row["lesion_pixels"] or {}).values()) for row in slices]
+    best = [max(row["boxes"], key=lambda box: box["score"], default=None) for row in slices]
+    score = [box["score"] if box else 0.0 for box in best]
+    places, (largest, surest) = [], map(int, (np.argmax(area), np.argmax(score)))
+    if area[largest]:
+        size = f"{area[largest] / 100:.1f} cm²" if slices[largest]["lesion_mm2"] else f"{area[largest]} pixels"
+        places.append((largest, f"largest lesion area, {size}"))
+    if best[surest]:
+        lesion = best[surest]["lesion"]
+        places.append((surest, f"surest box, {'' if lesion is None else f'lesion {lesion}, '}score {score[surest]:.2f}"))
+    return places or [(len(slices) // 2, "no lesion found; the middle of the scan")]
 
 
-def _stretched(pixels: np.ndarray, intensity_range: tuple[float, float]) -> tuple[np.ndarray, list[list[float]]]:
+def _companded(pixels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    return CODES[(np.rint(pixels).clip(-1350, 1650) + 1350).astype(np.int16)], list(COMPANDING)
+
+
+def _stretched(pixels: np.ndarray, intensity_range: tuple[float, float]) -> tuple[np.ndarray, list[tuple[int, float]]]:
     """Codes from the lowest to the highest value, and what those are in % of the range that the network sees."""
     low, high = float(pixels.min()), float(pixels.max())
     codes = ((pixels - low) / max(high - low, 1e-6) * 255).round().astype(np.uint8)
     zero, one = intensity_range
     ends = [(value - zero) / max(one - zero, 1e-6) * 100 for value in (low, max(high, low + 1e-6))]
-    return codes, [[0, round(ends[0], 3)], [255, round(ends[1], 3)]]
+    return codes, [(0, round(ends[0], 3)), (255, round(ends[1], 3))]
 
 
-def _picture(codes: np.ndarray, longest: int, kind: str, resample=Image.Resampling.BILINEAR, **options) -> str:
+def _picture(codes: np.ndarray, longest: int, resample=Image.Resampling.BILINEAR, **options) -> str:
     """uint8 (rows, columns) as the URL of a grey picture whose longer side is at most `longest` pixels."""
     image, buffer = Image.fromarray(np.ascontiguousarray(codes)), io.BytesIO()
     if (scale := longest / max(image.size)) < 1:
         image = image.resize([max(round(side * scale), 1) for side in image.size], resample)
-    image.save(buffer, format=kind, **options)
-    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    image.save(buffer, **options)
+    return f"data:image/{options['format']};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -66,18 +66,17 @@ def write_result(result: Result, folder: Path) -> None:
         labels = result.volumes["mask"].voxels() if "mask" in result.volumes else None
         files |= write_dicom(folder, scan.frames, prediction, labels)
     if DETECTION in prediction and scan.affine is not None:
-        write_markups(folder / "markups.mrk.json", prediction)
+        write_markups(folder / "markups.mrk.json", prediction[DETECTION], scan.affine, scan.axis)
         files["markups"] = "markups.mrk.json"
     prediction["files"] = files
     report = _draw_slices(result, folder / files["overlays"])
-    lines = {title: text for task in result.tasks for title, text in task.report(result.entries[task.name]).items()}
-    report.write(folder / files["report"], prediction, lines)
+    report.write(folder / files["report"], prediction, result.tasks)
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
 
 
 def _draw_slices(result: Result, folder: Path) -> Report:
     """Draw the overlay of every slice and collect the pictures of the report."""
-    scan, report = result.scan, Report(result.scan.spacing)
+    scan, report = result.scan, Report(result.scan.spacing, len(result.scan))
     folder.mkdir()
     masks, rebuilt = (
         result.volumes[kind].planes() if kind in result.volumes else repeat(None) for kind in ("mask", "reconstruction")

@@ -4,14 +4,7 @@ It runs in an environment of its own, with pydicom 2: see docs/monailabel.md.
 """
 
 from bundle.monailabel.faces import FACES, make_faces
-from bundle.monailabel.infer import (
-    ClassificationInferer,
-    LesionDetector,
-    LoadVolumed,
-    SegmentationInferer,
-    TakeAnswerd,
-    VolumeScan,
-)
+from bundle.monailabel.infer import ClassificationInferer, LesionDetector, LoadVolumed, SegmentationInferer, TakeAnswerd
 from bundle.monailabel.train import LoadVolumeSliced, VolumeDataset, publish
 
 __all__ = [
@@ -23,7 +16,6 @@ __all__ = [
     "SegmentationInferer",
     "TakeAnswerd",
     "VolumeDataset",
-    "VolumeScan",
     "make_faces",
     "publish",
 ]

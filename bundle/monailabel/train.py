@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from monai.data import CacheDataset
 
-from bundle.data.volumes import open_scan
 from bundle.data.transforms import LoadSliced
+from bundle.data.volumes import open_scan
 from bundle.errors import UserError
 from bundle.files import replacing
+from bundle.monailabel.faces import MODEL
 from bundle.names import EMPTY_MASK, GROUP, IMAGE, MASK, SOURCE
 
 
@@ -43,24 +45,19 @@ def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
     image, label = open_scan(volume["image"]), open_scan(volume["label"])
     if image.shape != label.shape:
         raise UserError(f"{label.path}: found a label of size {label.shape}, expected {image.shape} as in {image.path}")
-    if (
-        image.positions
-        and label.positions
-        and not np.allclose(image.positions, label.positions, rtol=0, atol=image.thickness[0] / 2)
-    ):
+    at, expected = label.positions, image.positions
+    if at and expected and not np.allclose(at, expected, rtol=0, atol=image.thickness[0] / 2):
         raise UserError(
-            f"{label.path}: found slices from {label.positions[0]:.1f} to {label.positions[-1]:.1f} mm, expected "
-            f"{image.positions[0]:.1f} to {image.positions[-1]:.1f} mm as in {image.path}; write the label on the image's grid"
+            f"{label.path}: found slices from {at[0]:.1f} to {at[-1]:.1f} mm, expected {expected[0]:.1f} to "
+            f"{expected[-1]:.1f} mm as in {image.path}; write the label on the image's grid"
         )
-    has_lesion = [bool((label.read(index) > 0).any()) for index in range(len(label))]
-    records = []
+    has_lesion, records = np.array([(label.read(index) > 0).any() for index in range(len(label))]), []
     for wanted in (True, False):
-        indices = [index for index, lesion in enumerate(has_lesion) if lesion == wanted]
-        count = min(len(indices), limit // 2)
-        for index in [indices[k] for k in np.linspace(0, len(indices) - 1, count).round().astype(int)]:
+        indices = np.flatnonzero(has_lesion == wanted)
+        for place in np.linspace(0, len(indices) - 1, min(len(indices), limit // 2)).round().astype(int):
+            index = int(indices[place])
             mask = VolumeSlice(label.path, index) if wanted else EMPTY_MASK
-            place = VolumeSlice(image.path, index)
-            records.append({IMAGE: place, MASK: mask, GROUP: image.path, SOURCE: "monailabel"})
+            records.append({IMAGE: VolumeSlice(image.path, index), MASK: mask, GROUP: image.path, SOURCE: "monailabel"})
     return records
 
 
@@ -96,12 +93,7 @@ class LoadVolumeSliced(LoadSliced):
         self.load = lambda place: self.open(place.path).read(place.index)
 
 
-def publish(weights, model) -> None:
-    """Copy a weights file over the model that is served.
-
-    Args:
-        weights: path of the new weights.
-        model: path of the model.
-    """
-    with replacing(model) as temporary:  # not *.pt, which MONAI Label would offer as a model
+def publish(weights, face) -> None:
+    """Copy a file of weights over the model of a face, which is served."""
+    with replacing(Path(face, MODEL)) as temporary:  # not *.pt, which MONAI Label would offer as a model
         shutil.copyfile(weights, temporary)

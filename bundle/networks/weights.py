@@ -162,7 +162,7 @@ def _check_equal(checkpoint, name: str, value, said) -> None:
 def add_heads(weights: Mapping[str, torch.Tensor], checkpoint) -> dict[str, torch.Tensor]:
     """Weights with those heads of an earlier checkpoint that they lack, to go on from.
 
-    The description names a head as one of its tasks if it answers here as it did there.
+    The description names a head as one of its tasks if it answers here as it did there, and the sources of both.
     """
     before, now = read_weights(checkpoint), describe(weights)
     then = describe(before) or {**now, "tasks": sorted(_heads(before))}
@@ -174,7 +174,8 @@ def add_heads(weights: Mapping[str, torch.Tensor], checkpoint) -> dict[str, torc
     heads = {key: value for key, value in before.items() if key.startswith("heads.")}
     temperature = (now if CLASSIFICATION in now["tasks"] else then)["temperature"]
     tasks = check_tasks({*now["tasks"], *kept})
-    return redescribe({**heads, **weights}, tasks=tasks, temperature=temperature)
+    sources = sorted({*now["sources"], *then["sources"]})
+    return redescribe({**heads, **weights}, tasks=tasks, temperature=temperature, sources=sources)
 
 
 def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]:

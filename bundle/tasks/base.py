@@ -190,7 +190,7 @@ class Task:
         return []
 
     def report(self, entry) -> dict[str, str]:
-        """Lines of report.html, title -> text, beside what the page itself draws."""
+        """Lines of the task's card in report.html, title -> text, beside its probabilities and lesions."""
         return {}
 
     def scan_columns(self, entry) -> dict:

@@ -127,13 +127,20 @@ class Classification(Task):
         return {"probabilities": {name: round(p, 6) for name, p in zip(self.classes, answer.tolist())}}
 
     def entry(self, result) -> dict:
-        """predicted, probabilities (means over the slices with lung), and slices, how many were counted."""
+        """predicted, probabilities (means over the slices with lung), slices (how many), agreeing (how many say the same)."""
         rows = counted([[row["probabilities"][name] for name in self.classes] for row in result.slices], result.bearing)
         mean = dict(zip(self.classes, np.mean(rows, axis=0, dtype=float).round(6).tolist()))
-        return {"predicted": max(mean, key=mean.get), "probabilities": mean, "slices": len(rows)}
+        predicted = max(mean, key=mean.get)
+        agreeing = int((np.argmax(rows, axis=1) == self.classes.index(predicted)).sum())
+        return {"predicted": predicted, "probabilities": mean, "slices": len(rows), "agreeing": agreeing}
 
     def probabilities(self, entry: Mapping) -> dict[str, float]:
         return entry["probabilities"]
+
+    def report(self, entry: Mapping) -> dict[str, str]:
+        facts = {"slices that agree": f"{entry['agreeing']} of {entry['slices']}"} if entry["slices"] > 1 else {}
+        unsure = entry["probabilities"][entry["predicted"]] < 0.5
+        return facts | ({"certainty": "low: the other classes together are likelier"} if unsure else {})
 
     def scan_columns(self, entry: Mapping) -> dict:
         probabilities = {f"probability {name}": value for name, value in entry["probabilities"].items()}

@@ -161,6 +161,9 @@ class Detection(Task):
     def lesions(self, entry: Sequence[Mapping]) -> list[dict]:
         return list(entry)
 
+    def report(self, entry: Sequence[Mapping]) -> dict[str, str]:
+        return {} if entry else {"lesions": "no box reaches the score threshold"}
+
     def scan_columns(self, entry: Sequence[Mapping]) -> dict:
         return {"lesions": len(entry), "highest score": max((lesion["score"] for lesion in entry), default=None)}
 

@@ -63,6 +63,9 @@ class Reconstruction(Task):
     def entry(self, result) -> dict:
         return {"mean_error": round(float(np.mean([row["reconstruction_error"] for row in result.slices])), 6)}
 
+    def report(self, entry: Mapping) -> dict[str, str]:
+        return {"mean |input − rebuilt|, 0 to 1": f"{entry['mean_error']:.4f}"}
+
     def scan_columns(self, entry: Mapping) -> dict:
         return {"reconstruction_error": entry["mean_error"]}
 

@@ -52,6 +52,8 @@ class Segmentation(Task):
         lesion_threshold: float = 0.5,
         **_,
     ) -> None:
+        if not 0 <= lesion_threshold < 1:
+            raise UserError(f"lesion_threshold: found {lesion_threshold}, expected a number from 0 and below 1")
         self.classes, self.threshold = list(segmentation_classes), lesion_threshold
         if len(set(map(file_part, self.classes))) < len(self.classes):
             found = ", ".join(self.classes)
@@ -156,6 +158,12 @@ class Segmentation(Task):
         sizes = {name: f"{pixels} px" for name, pixels in row["lesion_pixels"].items()}
         sizes |= {name: f"{area / 100:.1f} cm²" for name, area in (row["lesion_mm2"] or {}).items()}
         return [f"{name} {sizes[name]}" if pixels else f"no {name}" for name, pixels in row["lesion_pixels"].items()]
+
+    def report(self, entry: Mapping) -> dict[str, str]:
+        sizes = {name: f"{found['pixels']} pixels" for name, found in entry.items()}
+        sizes |= {name: f"{found['volume_ml']:.1f} mL" for name, found in entry.items() if found["volume_ml"] is not None}
+        shares = {name: found["share_of_lung"] for name, found in entry.items() if found["share_of_lung"] is not None}
+        return sizes | {name: f"{sizes[name]} · {100 * share:.1f} % of lung" for name, share in shares.items()}
 
     def scan_columns(self, entry: Mapping) -> dict:
         keys = ("volume_ml", "share_of_lung", "pixels")

@@ -67,7 +67,7 @@ def test_answers_are_those_of_torch(backend, arguments, shape):
     check_equal(exported(image), expected)
     if DETECTION in expected:
         assert sum(len(detection["boxes"]) for detection in expected[DETECTION]) > 0, "otherwise nothing was compared"
-        exported.detection.roi_heads.score_thresh = 2.0
+        exported.detectors[DETECTION].roi_heads.score_thresh = 2.0
         assert [len(detection["boxes"]) for detection in exported(image)[DETECTION]] == [0] * len(image)
 
 

@@ -60,7 +60,8 @@ def read_scan(folder):
 
 
 def write_segmentation(path, frames, labels, names=("lesion", "ground glass")):
-    return dicom.write_segmentation(path, frames, read_headers(frames), labels, names, MODEL)
+    prediction = {"model": MODEL, "segmentation": dict.fromkeys(names)}
+    return dicom.write_segmentation(path, frames, read_headers(frames), labels, prediction)
 
 
 def write_structured_report(path, frames, prediction, segmentation=None):
@@ -71,6 +72,16 @@ def make_labels(shape, values=(0, 1, 2)):
     labels = np.random.default_rng(1).choice(values, shape).astype(np.uint8)
     labels[..., 2] = 0  # a slice without lesion
     return labels
+
+
+@pytest.fixture
+def scan(write_series):
+    return read_scan(write_series())
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "object.dcm"
 
 
 def voxels_on(affine, image: sitk.Image) -> np.ndarray:
@@ -97,50 +108,32 @@ def by_source(path, scan) -> np.ndarray:
     return highdicom.seg.segread(path).get_pixels_by_source_instance(uids, combine_segments=True).transpose(2, 1, 0)
 
 
+@pytest.mark.parametrize("values", [(0, 1, 2), (0, 1), (0,)])
 @pytest.mark.parametrize("orientation", [PLAIN, OBLIQUE])
-def test_masks_come_back_on_their_voxels(write_series, tmp_path, orientation):
+def test_masks_come_back_on_their_voxels(write_series, path, orientation, values):
     scan = read_scan(write_series(orientation))
-    labels = make_labels(scan.shape)
+    labels, names = make_labels(scan.shape, values), ["lesion", "ground glass"][: max(values[-1], 1)]
     assert scan.shape == (COLUMNS, ROWS, SLICES)
-    stored = np.memmap(tmp_path / "labels", np.uint8, "w+", shape=labels.shape, order="F")
-    stored[:] = labels
-    path = tmp_path / "segmentation.dcm"
-    write_segmentation(path, scan.frames, stored)
+    write_segmentation(path, scan.frames, labels, names)
+    segmentation = highdicom.seg.segread(path)
+    assert (segmentation.NumberOfFrames, segmentation.number_of_segments) == (SLICES * len(names), len(names))
     np.testing.assert_array_equal(by_source(path, scan), labels)
-    volume = highdicom.seg.segread(path).get_volume(combine_segments=True)
+    volume = segmentation.get_volume(combine_segments=True)
     to_voxel = np.linalg.inv(scan.affine) @ np.diag([-1, -1, 1, 1]) @ volume.affine  # of (slice, row, column)
     found = np.argwhere(volume.array)
     voxels = found @ to_voxel[:3, :3].T + to_voxel[:3, 3]
     np.testing.assert_allclose(voxels, voxels.round(), atol=1e-3)
     np.testing.assert_array_equal(labels[tuple(voxels.round().astype(int).T)], volume.array[tuple(found.T)])
     assert len(found) == np.count_nonzero(labels)
+    if len(names) == 1:
+        np.testing.assert_array_equal(voxels_on(scan.affine, sitk.ReadImage(str(path))), np.argwhere(labels))
     assert_no_errors(path)
 
 
-@pytest.mark.parametrize("orientation", [PLAIN, OBLIQUE])
-def test_simpleitk_reads_the_mask_in_its_place(write_series, tmp_path, orientation):
-    scan = read_scan(write_series(orientation))
-    labels = make_labels(scan.shape, (0, 1))
-    path = tmp_path / "segmentation.dcm"
-    write_segmentation(path, scan.frames, labels, ["lesion"])
-    np.testing.assert_array_equal(voxels_on(scan.affine, sitk.ReadImage(str(path))), np.argwhere(labels))
-
-
-def test_an_empty_mask_has_a_frame_for_every_slice(write_series, tmp_path):
-    scan = read_scan(write_series())
-    path = tmp_path / "segmentation.dcm"
-    write_segmentation(path, scan.frames, np.zeros(scan.shape, np.uint8), ["lesion"])
-    segmentation = highdicom.seg.segread(path)
-    assert segmentation.NumberOfFrames == SLICES and segmentation.number_of_segments == 1
-    assert not by_source(path, scan).any()
-    assert_no_errors(path)
-
-
-def test_unequal_gaps_keep_every_slice_in_its_place(write_series, tmp_path):
+def test_unequal_gaps_keep_every_slice_in_its_place(write_series, path):
     heights = [0, 2, 4, 9, 11, 12.5, 30, 32]
     scan = read_scan(write_series(heights=heights, SpacingBetweenSlices=-2, SliceThickness=None))
     labels = make_labels(scan.shape)
-    path = tmp_path / "segmentation.dcm"
     write_segmentation(path, scan.frames, labels)
     np.testing.assert_array_equal(by_source(path, scan), labels)
     frames = pydicom.dcmread(path).PerFrameFunctionalGroupsSequence
@@ -150,9 +143,7 @@ def test_unequal_gaps_keep_every_slice_in_its_place(write_series, tmp_path):
     assert_no_errors(path)
 
 
-def test_segments_say_what_they_are(write_series, tmp_path):
-    scan = read_scan(write_series())
-    path = tmp_path / "segmentation.dcm"
+def test_segments_say_what_they_are(scan, path):
     write_segmentation(path, scan.frames, make_labels(scan.shape), ["GGO: ground-glass", "Consolidation", "other"])
     segmentation = highdicom.seg.segread(path)
     first, second, third = (segmentation.get_segment_description(number) for number in (1, 2, 3))
@@ -313,9 +304,7 @@ def test_measurements_are_those_of_the_prediction(write_series, tmp_path):
     assert_no_errors(path)
 
 
-def test_the_report_is_unverified_and_for_research(write_series, tmp_path):
-    scan = read_scan(write_series())
-    path = tmp_path / "report.dcm"
+def test_the_report_is_unverified_and_for_research(scan, path):
     write_structured_report(path, scan.frames, PREDICTION)
     report, source = highdicom.sr.srread(path), pydicom.dcmread(scan.sources[0][0])
     assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
@@ -333,9 +322,8 @@ def test_the_report_is_unverified_and_for_research(write_series, tmp_path):
     assert_no_errors(path)
 
 
-def test_regions_in_a_multiframe_image_name_their_frame(multiframe, tmp_path):
+def test_regions_in_a_multiframe_image_name_their_frame(multiframe, path):
     scan, image = multiframe
-    path = tmp_path / "report.dcm"
     write_structured_report(path, scan.frames, PREDICTION)
     group = highdicom.sr.srread(path).content.get_volumetric_roi_measurement_groups()[0]
     found = [region.ContentSequence[0].ReferencedSOPSequence[0] for region in group.roi]
@@ -397,10 +385,9 @@ def test_patient_data_that_lack_or_are_not_valid(write_series, tmp_path, value):
     assert_no_errors(seg_path)
 
 
-def test_names_of_any_script(write_series, tmp_path):
+def test_names_of_any_script(write_series, path):
     name = "Люкceмбypг"
     scan = read_scan(write_series(SpecificCharacterSet="ISO_IR 144", PatientName=name, StudyDescription=name))
-    path = tmp_path / "report.dcm"
     write_structured_report(path, scan.frames, PREDICTION)
     report = pydicom.dcmread(path)
     assert (str(report.PatientName), report.StudyDescription) == (name, name)
@@ -438,16 +425,14 @@ def test_what_the_objects_need_is_a_warning_and_the_other_one_is_written(write_s
     assert len(files) == {"Segmentation": 1, "object": 0}[lacking[0]] - len(lacking[1:])
 
 
-def test_slices_of_several_studies_are_not_one_object(write_series, tmp_path):
+def test_slices_of_several_studies_are_not_one_object(write_series, path):
     first, second = (read_scan(write_series(folder=folder)) for folder in ("a", "b"))
-    path = tmp_path / "segmentation.dcm"
     with pytest.raises(UserError, match=r"cannot be carried over \(ValueError in image.py, line \d+\)"):
         write_segmentation(path, [*first.frames, *second.frames], make_labels((COLUMNS, ROWS, 2 * SLICES)))
     assert not path.exists()
 
 
-def test_a_bug_of_ours_is_no_fault_of_the_series(write_series, tmp_path, monkeypatch):
-    scan = read_scan(write_series())
+def test_a_bug_of_ours_is_no_fault_of_the_series(scan, tmp_path, monkeypatch):
     monkeypatch.setattr(dicom, "_public_code", lambda *_: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         write_dicom(tmp_path, scan.frames, {**PREDICTION, "warnings": []}, make_labels(scan.shape))

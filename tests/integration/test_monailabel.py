@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from bundle.networks.weights import describe
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/monailabel.sh"
 AFFINE = np.array([[-5.0, 0, 0, 160], [0, -6, 0, 150], [0, 0, 6, -30], [0, 0, 0, 1]])
@@ -212,7 +214,8 @@ def test_a_label_trains_the_segmentation_head_and_nothing_else(server, environme
     after = torch.load(model(environment), weights_only=True)
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    changed.discard("_extra_state")  # the description, which names the new source
+    changed.discard("_extra_state")  # the description, which names the new source beside the old ones
+    assert set(describe(after)["sources"]) == {*describe(before)["sources"], "monailabel"}
     assert changed and all(name.startswith("heads.segmentation.") for name in changed)
     trained = server.mask("body", tmp_path / "b.nii.gz")
     assert (trained.get_fdata() != mask.get_fdata()).any()

@@ -185,10 +185,17 @@ def test_window_by_dragging_and_by_sliders(page):
 def test_a_click_on_a_lesion_shows_it(page):
     page.press(Keys.HOME)
     page.wait_for(0)
-    page.one("#lesions button").click()
+    page.one(".lesions button").click()
     page.wait_for(4)
-    assert "chosen" in page.one("#lesions tbody tr").get_attribute("class")
+    assert "chosen" in page.one(".lesions tbody tr").get_attribute("class")
     assert colored(page.picture(), (255, 255, 255)) > 100 and not colored(page.picture(), CYAN)
+
+
+def test_a_click_on_where_to_look_first_goes_there(page):
+    page.press(Keys.HOME)
+    page.wait_for(0)
+    page.one(".look").click()
+    page.wait_for(4)
 
 
 def test_reconstruction_and_its_error_stand_beside_the_input(page):
@@ -249,7 +256,7 @@ def test_a_picture_has_contrasts_and_no_slider(browser, tmp_path):
 
 def test_a_scan_with_the_name_of_a_script_does_nothing(browser, tmp_path):
     probabilities = {EVIL: 0.75, "</script><!--": 0.25}
-    classification = {"predicted": EVIL, "probabilities": probabilities, "slices": 2}
+    classification = {"predicted": EVIL, "probabilities": probabilities, "slices": 2, "agreeing": 1}
     rows = {"position_mm": None, "probabilities": probabilities, "novelty": None, "boxes": []}
     slices = [{"index": k, **rows, "reconstruction_error": None} for k in range(2)]
     make_page(tmp_path / "x.html", 2, tasks=("classification",), scan=EVIL, classification=classification, slices=slices)

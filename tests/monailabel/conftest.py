@@ -57,7 +57,7 @@ def write_volume():
 def ask():
     """Function that does with a face what MONAI Label does: prepare a volume, load the network, answer."""
 
-    def ask(face, path, changes=None, dropout=0.0):
+    def ask(face, path, changes=None, dropout=0.0, sureness=1):
         parser = ConfigParser()
         parser.read_config(face / "configs/inference.json")
         parser["device"], parser["bundle_root"] = "cpu", str(face)
@@ -66,6 +66,7 @@ def ask():
             parser[id] = value
         network = parser.get_parsed_content("network_def")
         network.load_state_dict(torch.load(face / "models/model.pt", weights_only=True))
+        network.heads["segmentation"].output[0].weight.data *= sureness  # a fresh network says 0.5 everywhere
         network.train(dropout > 0)
         volume = parser.get_parsed_content("preprocessing")({"image": str(path)})["image"]
         if "detector" in parser:

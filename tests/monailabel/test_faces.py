@@ -28,6 +28,7 @@ def test_the_faces_are_the_bundle_as_it_is_now(faces, source):
             assert made[knob] == source[knob], (name, knob)
         assert made["slice_preprocessing"] == source["preprocessing"]
         renamed = json.dumps(source["postprocessing"]).replace("@preprocessing", "@slice_preprocessing")
+        assert made["evaluator"]["inferer"] == "@slice_inferer" and made["slice_inferer"] == source["inferer"]
         assert made["slice_postprocessing"] == json.loads(renamed)
         parser = ConfigParser({**made, "bundle_root": str(face)})
         network = parser.get_parsed_content("network_def")
@@ -64,7 +65,7 @@ def test_what_monai_label_reads_first_from_the_metadata(faces):
 
 def test_a_face_keeps_nothing_that_it_does_not_use(faces):
     for face in faces.values():
-        assert not {"worklist", "evaluator", "dataset_dir", "run"} & config(face).keys()
+        assert not {"worklist", "dataset_dir", "input", "run", "network"} & config(face).keys()
     train = config(faces["segmentation"], "train")
     assert not {"datalist", "records", "dataset_dir", "stages", "training"} & train.keys()
     assert train["tasks"] == {"segmentation": 1.0}
@@ -84,7 +85,7 @@ def test_dropout_that_monai_label_sets_reaches_the_decoder_and_the_inferer(faces
 def test_weights_that_were_trained_on_are_kept_until_others_are_named(checkpoint, tmp_path):
     face = make_faces(tmp_path, checkpoint)[0]
     trained = torch.load(checkpoint, weights_only=True)
-    trained["encoder.features.0.bias"] += 1
+    trained["heads.segmentation.output.0.bias"] += 1
     torch.save(trained, face / "models/model.pt")
     make_faces(tmp_path)
     kept = torch.load(face / "models/model.pt", weights_only=True)
@@ -105,7 +106,7 @@ def test_a_config_of_another_network_is_refused_in_one_line(checkpoint, tmp_path
 
 
 def test_a_config_that_is_not_there_is_named(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="nowhere.json: no such config, expected an overlay"):
+    with pytest.raises(UserError, match="nowhere.json: cannot be read .*, expected JSON or YAML"):
         make_faces(tmp_path, checkpoint, ["nowhere.json"])
 
 

@@ -1,11 +1,13 @@
 import nibabel
 import numpy as np
 import pytest
+import torch
 from some_tasks import some_tasks
 
 from bundle.data.batch import balanced_weights, collate
 from bundle.monailabel import LoadVolumeSliced, VolumeDataset, publish
 from bundle.monailabel.train import slices_of
+from bundle.networks.weights import add_heads, describe, redescribe
 
 
 @pytest.fixture
@@ -63,7 +65,15 @@ def test_without_volumes_set_aside_others_stand_in_and_without_any_it_says_so(vo
 
 def test_weights_are_published_whole(tmp_path):
     (tmp_path / "new.pt").write_bytes(b"new")
-    (tmp_path / "model.pt").write_bytes(b"old")
-    publish(tmp_path / "new.pt", tmp_path / "model.pt")
-    assert (tmp_path / "model.pt").read_bytes() == b"new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "new.pt"]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/model.pt").write_bytes(b"old")
+    publish(tmp_path / "new.pt", tmp_path)
+    assert (tmp_path / "models/model.pt").read_bytes() == b"new"
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["model.pt"]
+
+
+def test_the_sources_of_the_weights_it_started_from_stay_named(checkpoint, tmp_path):
+    fresh = torch.load(checkpoint, weights_only=True)
+    torch.save(redescribe(fresh, sources=["covid_ct", "iqoth_nccd"]), tmp_path / "model.pt")
+    trained = add_heads(redescribe(fresh, sources=["monailabel"]), tmp_path / "model.pt")
+    assert describe(trained)["sources"] == ["covid_ct", "iqoth_nccd", "monailabel"]
