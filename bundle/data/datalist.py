@@ -172,14 +172,14 @@ def _box_complaints(boxes, size: tuple[int, int] | None):
         return
     for box in boxes:
         if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
-            yield f"{BOXES}: found {box!r}, expected four finite numbers [x1, y1, x2, y2]"
+            yield f"{BOXES}: found {box!r}, expected four finite numbers [x1, y1, x2, y2] with decimal points"
+        elif max(map(abs, box)) < 2:
+            yield f"{BOXES}: found {box}, expected pixels, not shares of the image; multiply x by its width and y by its height"
         elif box[2] <= box[0] or box[3] <= box[1]:
-            yield f"{BOXES}: found {box}, expected x1 < x2 and y1 < y2"
+            yield f"{BOXES}: found {box}, expected x1 < x2 and y1 < y2, not [x, y, width, height]"
         elif min(box) < 0 or size and (box[2] > size[0] or box[3] > size[1]):
             limits = f"0 to {size[0]} and y from 0 to {size[1]}" if size else "0 and y from 0"
             yield f"{BOXES}: found {box} outside the image, expected x from {limits}"
-        elif max(box) <= 1:
-            yield f"{BOXES}: found {box} inside the first pixel, expected pixels, not shares of the image"
 
 
 def _is_finite(value) -> bool:

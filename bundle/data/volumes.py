@@ -211,7 +211,7 @@ class PictureScan(Scan):
             super().__init__(name, path, picture.size[:: -1 if turned else 1], None)
 
     def _plane(self, index: int) -> np.ndarray:
-        with Image.open(self.path) as picture:
+        with open(self.path, "rb") as file, Image.open(file) as picture:  # by its path, Pillow maps a turned TIFF wrongly
             deep = picture.mode.startswith(("I", "F"))
             white_is_zero = deep and picture.format == "TIFF" and picture.tag_v2.get(262) == 0
             upright = ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture
@@ -420,7 +420,7 @@ READERS: dict[tuple[str, ...], Callable[[str, str], Scan]] = {PICTURES: PictureS
 class SliceSize(NamedTuple):
     """(columns, rows) of a slice: `stored` on the grid of its file, as boxes are; `turned` to LPS, as it is read.
 
-    `mode` is Pillow's of a picture, None of another file.
+    `mode` is Pillow's of a picture, and says if it is a JPEG; None of another file.
     """
 
     stored: tuple[int, int]
@@ -442,7 +442,7 @@ def slice_size(path) -> SliceSize:
     mode = None
     if scan.kind == "picture":
         with Image.open(path) as picture:
-            mode = picture.mode
+            mode = picture.mode + " compressed by JPEG" * (picture.format == "JPEG")
     return SliceSize(stored, (columns, rows), mode)
 
 

@@ -325,7 +325,9 @@ def test_a_slice_of_nothing_but_nan_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["white is zero 8", "white is zero 16", "RGB 16 tif", "RGB 16 png", "MPO", "WebP", "GIF", "EXIF"]
+    "kind",
+    ["white is zero 8", "white is zero 16", "RGB 16 tif", "RGB 16 png", "MPO", "WebP", "GIF", "NaN tif", "EXIF 9 jpg"]
+    + [f"EXIF {number} {suffix}" for number in (3, 6, 7) for suffix in ("jpg", "png", "tif", "webp")],
 )
 def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, kind):
     grey = np.add.outer(np.arange(20) * 4, np.arange(30) * 4).astype(np.uint8)  # brighter to the right and down
@@ -343,10 +345,17 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, kind):
         path = tmp_path / "x.jpg"
         grey_picture.convert("RGB").save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (30, 20))], quality=95)
         assert Image.open(path).n_frames == 2
-    elif kind == "EXIF":
-        path, exif = tmp_path / "x.jpg", Image.Exif()
-        exif[0x0112] = 6  # to be turned by 90 degrees
-        grey_picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    elif kind == "NaN tif":
+        path = tmp_path / "x.tif"
+        Image.fromarray(np.where(grey == 0, np.nan, grey).astype(np.float32)).save(path)
+    elif kind.startswith("EXIF"):
+        _, number, suffix = kind.split()
+        path, exif = tmp_path / f"x.{suffix}", Image.Exif()
+        exif[0x0112] = int(number)
+        turn = {"3": Image.Transpose.ROTATE_180, "6": Image.Transpose.ROTATE_90, "7": Image.Transpose.TRANSVERSE}.get(number)
+        content = exif if turn is not None else b"Exif\0\0damaged"
+        options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
+        (grey_picture.transpose(turn) if turn is not None else grey_picture).save(path, exif=content, **options)
     else:
         path = tmp_path / f"x.{kind.lower()}"
         grey_picture.save(path, **({"lossless": True} if kind == "WebP" else {}))

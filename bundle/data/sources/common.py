@@ -16,16 +16,12 @@ from scipy import ndimage
 from bundle.data.datalist import GREY_MODES
 from bundle.errors import UserError
 
-# What a layout yields: the split, or None where it knows none, and a record of absolute paths, whose class is a name.
+# What a layout yields: the split, or None where it knows none, and a record of absolute paths, whose class is a name. It may
+# hold the size (columns, rows) that its boxes are meant for, and a complaint instead of what cannot be read.
 Records = Iterator[tuple[str | None, dict]]
-SPLIT_NAMES = {
-    "train": "training",
-    "training": "training",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
+SIZE, COMPLAINT = "size", "complaint"
+SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation", "test": "test"}
+SPLIT_NAMES |= {"training": "training", "validation": "validation"}
 # Connected parts of a mask below this many pixels are dust of the annotation, not lesions to be found.
 MIN_LESION_PIXELS = 20
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
@@ -34,12 +30,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[str, dict[str, str]]]:
     """("file: line n", row) for the rows of a table that has at least the required columns.
 
-    Cells may be separated by commas, semicolons or tabs. Empty rows, empty columns without a name and repetitions of the header
-    are skipped, as spreadsheets and joined files have them.
-
-    Raises:
-        UserError: in one line, if there is no such file, it is no UTF-8 table, lacks a column or has it twice, or a row has more
-            or fewer cells than columns.
+    Cells may be separated by commas, semicolons or tabs. Empty rows, empty columns without a name, repetitions of the header
+    and Excel's line "sep=;" are skipped, as spreadsheets and joined files have them.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a table with the columns {', '.join(required)}")
@@ -50,6 +42,8 @@ def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[str, dic
         lines = [(f"{path}: line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected a comma-separated table in UTF-8") from None
+    if lines and lines[0][1][:1] == ["sep="]:
+        lines = lines[1:]
     columns = _without_empty_end(lines[0][1]) if lines else []
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
         raise UserError(f"{path}: found the column {twice[0]!r} twice, expected each once")
@@ -62,7 +56,8 @@ def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[str, dic
         if not any(cells) or cells == columns:
             continue
         if len(cells) != len(columns):
-            raise UserError(f"{place}: found {len(cells)} cells, expected {len(columns)}; quote a cell that holds commas")
+            expected = f"{len(columns)} cells separated by {separator!r}; quote a cell that holds one"
+            raise UserError(f"{place}: found {len(cells)} cells, expected {expected}")
         rows.append((place, dict(zip(columns, cells))))
     return rows
 
@@ -72,33 +67,21 @@ def _without_empty_end(cells: list[str]) -> list[str]:
 
 
 def look_up(names: dict, row: dict, column: str, place: str):
-    """`names[row[column]]`.
-
-    Raises:
-        UserError: in one line, if the cell is not one of the names.
-    """
+    """`names[row[column]]`; a UserError names the choices if the cell is none of them."""
     if row[column] not in names:
         raise UserError(f"{place}: {column}: found {row[column]!r}, expected one of {', '.join(names)}")
     return names[row[column]]
 
 
 def pictures(folder: Path) -> list[Path]:
-    """PNG and JPEG files of a folder, by name.
-
-    Raises:
-        UserError: if there is no such folder.
-    """
+    """PNG and JPEG files of a folder, by name."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, expected one of pictures")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """uint8 (rows, columns) of a picture.
-
-    Raises:
-        UserError: if there is no such file, or it cannot be read.
-    """
+    """uint8 (rows, columns) of a picture; a UserError if it cannot be read."""
     with _opened(path) as picture:
         return np.asarray(picture.convert("L"))
 
@@ -106,21 +89,32 @@ def read_grey(path: Path) -> np.ndarray:
 def read_labels(path: Path) -> tuple[np.ndarray, bool]:
     """Labels (rows, columns) of a mask's picture, and whether they are other than the grey values that a viewer shows.
 
-    A palette's index is the label, whatever its colour; of colours the strongest channel is; where the colour is the same
-    everywhere, the lesion is what is not transparent.
+    A palette's index is the label unless its first colour is brighter than another one that is used. Of colours the strongest
+    channel is the label; where the colour is the same everywhere, the lesion is what is not transparent. JPEG smears
+    labels: what is brighter than half is 1.
 
     Raises:
-        UserError: if there is no such file, or it cannot be read.
+        UserError: if there is no such file, it cannot be read, or all its corners are marked, as in an inverted mask.
     """
     with _opened(path) as picture:
-        if picture.mode in GREY_MODES:
-            return np.asarray(picture), False
-        if picture.mode == "P" and "transparency" not in picture.info:
-            return np.asarray(picture), True
-        pixels = np.asarray(picture.convert("RGBA"))
-    colour, opaque = pixels[..., :3].max(-1), pixels[..., 3] > 0
-    by_alpha = np.ptp(colour) == 0 and opaque.any() and not opaque.all()
-    return (opaque if by_alpha else colour * opaque).astype(np.uint8), True
+        labels, lossy, grey = np.asarray(picture), picture.format == "JPEG", picture.mode in GREY_MODES
+        rgba = None if grey else np.asarray(picture.convert("RGBA"))
+        by_index = picture.mode == "P" and _background_first(labels, rgba)
+    if not grey and not by_index:
+        colour, opaque = rgba[..., :3].max(-1), rgba[..., 3] > 0
+        by_alpha = np.ptp(colour) == 0 and opaque.any() and not opaque.all()
+        labels = (opaque if by_alpha else colour * opaque).astype(np.uint8)
+    labels = labels > 127 if lossy else labels
+    if labels[[0, 0, -1, -1], [0, -1, 0, -1]].all():
+        raise UserError(f"{path}: found a mask that marks all corners, expected 0 outside of lesions; invert it")
+    return labels, lossy or not grey
+
+
+def _background_first(indices: np.ndarray, rgba: np.ndarray) -> bool:
+    """Whether the first colour of a palette without transparency is not brighter than another one that is used."""
+    bright, background = rgba[..., :3].max(-1), indices == 0
+    inverted = background.any() and not background.all() and bright[background].max() > bright[~background].min()
+    return not inverted and bool((rgba[..., 3] > 0).all())
 
 
 @contextmanager
@@ -128,7 +122,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a picture")
     try:
-        with Image.open(path) as picture:
+        with open(path, "rb") as file, Image.open(file) as picture:  # see PictureScan
             yield picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises each for damaged files
         raise UserError(f"{path}: cannot be read ({error})") from None

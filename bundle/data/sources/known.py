@@ -19,40 +19,30 @@ SMALL_LESION = 0.005
 
 
 class Known(NamedTuple):
-    """A public data set.
+    """A public data set: the name that its records carry, and the columns that only its table has together.
 
     Args:
-        source: name that its records carry.
-        mark: columns that only its table has together.
         fields: row -> columns of docs/data.md that the row has under other names.
-        implied: row -> fields that its annotations imply for other tasks .
+        implied: row -> fields that its annotations imply for other tasks.
         unused: why it is left out, if it is.
     """
 
     source: str
-    mark: frozenset[str]
+    mark: str
     fields: Callable[[Mapping], dict] = lambda row: {}
     implied: Callable[[Mapping], dict] = lambda row: {}
     unused: str = ""
 
 
-def _medseg_fields(row: Mapping) -> dict:
-    return {MASK: row["mask_multiclass"]}
-
-
 def _medseg_official(row: Mapping) -> dict:
     """Inf-Net's split: every slice is a group, and the validation slices of the other split stay so."""
     split = "val" if (row["official_split"], row[SPLIT]) == ("train", "val") else row["official_split"]
-    return {**_medseg_fields(row), SPLIT: split, GROUP: Path(row["file"]).stem}
+    return {MASK: row["mask_multiclass"], SPLIT: split, GROUP: Path(row["file"]).stem}
 
 
 def _patient_of_volume(row: Mapping) -> dict:
     """The two tables of the volumes name patients differently. Volumes may be of one: radiopaedia_10_85902_1 and _3."""
     return {GROUP: "_".join(row["volume"].split("_")[:2])}
-
-
-def _mask_of_tumours(row: Mapping) -> dict:
-    return {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}
 
 
 def _covid_volume(row: Mapping) -> dict:
@@ -64,26 +54,34 @@ def _healthy_chest(row: Mapping) -> dict:
     return {"normal": {MASK: EMPTY_MASK, BOXES: []}, "benign": {MASK: EMPTY_MASK}}.get(row["label"], {})
 
 
+def _ct_0(row: Mapping) -> dict:
+    return {MASK: EMPTY_MASK} if row["label"] == OTHER else {}
+
+
+def _lesion_of_covid(row: Mapping) -> dict:
+    return {CLASS: COVID, BOXES: []}
+
+
 def _tumour_patient(row: Mapping) -> dict:
     """Scanned before COVID-19; whether a slice shows the cancer is not known."""
     return {MASK: EMPTY_MASK, CLASS: [OTHER, CANCER]}
 
 
 KNOWN = (
-    Known("covid_ct", frozenset({"coloured_mark"})),
-    Known("iqoth_nccd", frozenset({"label", "group_id", "orig_file"}), implied=_healthy_chest),
-    Known("medseg_covid19", frozenset({"mask_multiclass", "official_split"}), _medseg_fields, lambda row: {CLASS: COVID, BOXES: []}),
-    Known("lung_tumor_slices", frozenset({"mask", "tumour_px"}), _mask_of_tumours, _tumour_patient),
-    Known("luna16_nodules", frozenset({"max_diameter_mm", "crop_kind"}), implied=_tumour_patient),
-    Known("mosmed_slices", frozenset({"label", "severity", "source_file"}), implied=lambda row: {MASK: EMPTY_MASK} if row["label"] == OTHER else {}),
-    Known("sars_cov2_ct", frozenset({"label", "block", "orig_file"}), lambda row: {GROUP: row["block"]}),
-    Known("covid_volumes", frozenset({"volume", "lesion_frac", "label_source"}), _patient_of_volume, _covid_volume),
-    Known("covid_volumes", frozenset({"volume", "orig_file"}), _patient_of_volume),
-    Known("lung_pet_ct_dx", frozenset({"sop_uid", "series_uid", "n_boxes"}), unused="a DICOM series, for inference only"),
+    Known("covid_ct", "coloured_mark"),
+    Known("iqoth_nccd", "label group_id orig_file", implied=_healthy_chest),
+    Known("medseg_covid19", "mask_multiclass official_split", lambda row: {MASK: row["mask_multiclass"]}, _lesion_of_covid),
+    Known("lung_tumor_slices", "mask tumour_px", lambda row: {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}, _tumour_patient),
+    Known("luna16_nodules", "max_diameter_mm crop_kind", implied=_tumour_patient),
+    Known("mosmed_slices", "label severity source_file", implied=_ct_0),
+    Known("sars_cov2_ct", "label block orig_file", lambda row: {GROUP: row["block"]}),
+    Known("covid_volumes", "volume lesion_frac label_source", _patient_of_volume, _covid_volume),
+    Known("covid_volumes", "volume orig_file", _patient_of_volume),
+    Known("lung_pet_ct_dx", "sop_uid series_uid n_boxes", unused="a DICOM series, for inference only"),
 )
-OFFICIAL = Known("medseg_covid19", frozenset({"official_split"}), _medseg_official, KNOWN[2].implied)
+OFFICIAL = Known("medseg_covid19", "official_split", _medseg_official, _lesion_of_covid)
 
 
 def recognise(columns: Sequence[str]) -> Known | None:
     """The public data set whose table has these columns; None for a table of one's own."""
-    return next((known for known in KNOWN if known.mark <= set(columns)), None)
+    return next((known for known in KNOWN if set(known.mark.split()) <= set(columns)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bundle.data.datalist import SPLITS, annotated_tasks, record_complaints, validate
 from bundle.data.sources import known, published, tables, volumes
+from bundle.data.sources.common import COMPLAINT, SIZE, Records
 from bundle.data.sources.known import IMPLIED
 from bundle.data.volumes import slice_size
 from bundle.errors import UserError
@@ -129,9 +130,6 @@ def merge(
             counts it under "implied", source -> field -> slices.
         categories: of COCO files.
 
-    Returns:
-        The datalist.
-
     Raises:
         UserError: in one line, if no folder can be read; of a single one, why.
     """
@@ -144,8 +142,7 @@ def merge(
         options = {"categories": categories} if SOURCES[layout].read is tables.coco else {}
         try:
             read = tqdm(SOURCES[layout].read(path, export, **options), desc=path.name, unit="slice", disable=None)
-            found = (_finished(split, record, layout, path, output, classes) for split, record in read)
-            found = _usable(found, path, output, len(classes))
+            found = _usable(read, layout, path, output, classes)
             _refuse_strangers(layout, path, found, sources)
         except UserError as error:
             if len(layouts) == 1:
@@ -156,7 +153,8 @@ def merge(
             sources.setdefault(one.record[SOURCE], []).append(one)
         logger.info(f"{path}: read as {', '.join(sorted({one.record[SOURCE] for one in found}))} ({layout})")
     if not sources:
-        raise UserError(f"{', '.join(arguments)}: found no data set that can be read, expected one or more; see the lines above")
+        found = ", ".join(arguments)
+        raise UserError(f"{found}: found no data set that can be read, expected one or more; see the lines above")
     datalist = {"name": "chest CT", "classes": list(classes), **{split: [] for split in SPLITS}}
     counts: dict[str, Counter] = {}
     for source, found in sources.items():
@@ -173,70 +171,84 @@ def merge(
     return datalist
 
 
+def _usable(read: Records, layout: str, path: Path, output: Path, classes: Sequence[str]) -> list[_Found]:
+    """The slices of a folder or table that can be used; a warning names each of the others, or says how many boxes changed.
+
+    Raises:
+        UserError: if there is none, too many cannot be used, or a group lies in two splits.
+    """
+    good, bad, boxes, split_of = [], [], Counter(), {}
+    images: set[str] = set()
+    for split, record in read:
+        try:
+            one = _finished(split, record, layout, path, output, classes)
+            boxes.update(_check(one, record.get(SIZE), output, len(classes), images))
+        except UserError as error:
+            text = str(error)
+            bad.append(text if text.startswith(str(path)) else f"{path}: {record[IMAGE]}: {text}")
+            continue
+        good.append(one)
+        images.add(one.record[IMAGE])
+    number = len(good) + len(bad)
+    if not number:
+        raise UserError(f"{path}: found no record, expected one of the layouts of docs/data.md")
+    if bad and (not good or len(bad) > max(1, BAD_SHARE * number)):
+        share = f" ({len(bad)} of {number} slices cannot be used, {len(bad) / number:.0%})" if number > 1 else ""
+        raise UserError(bad[0] + share)
+    for complaint in bad:
+        logger.warning(f"{complaint}; this slice is left out")
+    for change, count in boxes.items():
+        logger.warning(f"{path}: {count} boxes {change}")
+    for record, split, *_ in good:
+        if split and (first := split_of.setdefault(record[GROUP], split)) != split:
+            found = f"found {record[GROUP]!r} in {split} and in {first}, expected it in one split"
+            raise UserError(f"{path}: {record[IMAGE]}: {GROUP}: {found}")
+    return good
+
+
 def _finished(split: str | None, record: dict, layout: str, path: Path, output: Path, classes: Sequence[str]) -> _Found:
     """The record with its source, paths from `output`, a class number for a name, and a group that no other source has."""
+    if COMPLAINT in record:
+        raise UserError(record[COMPLAINT])
     source = record.get(SOURCE) or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
     finished = {**record, GROUP: f"{source}/{record[GROUP]}", SOURCE: source}
+    finished.pop(SIZE, None)
     implied = finished.pop(IMPLIED, {})
     for key in (IMAGE, MASK, INSTANCES):
         if record.get(key, EMPTY_MASK) != EMPTY_MASK:
             finished[key] = os.path.relpath(record[key], output)
     for part in (finished, implied):
         if CLASS in part:
-            part[CLASS] = _class_number(part[CLASS], classes, record[IMAGE])
+            part[CLASS] = _class_number(part[CLASS], classes)
     return _Found(finished, split, implied, layout, path)
 
 
-def _usable(found: Iterable[_Found], path: Path, output: Path, num_classes: int) -> list[_Found]:
-    """The slices of a folder or table that can be used; a warning names each of the others, or says how many boxes changed.
-
-    Raises:
-        UserError: if there is none, too many cannot be used, or a group lies in two splits.
-    """
-    good, bad, boxes = [], [], Counter()
-    for one in found:
-        complaint = next(record_complaints(one.record, num_classes, output, headers=True), None)
-        if complaint and BOXES in one.record:
-            boxes.update(_repair_boxes(one.record, output))
-            complaint = next(record_complaints(one.record, num_classes, output, headers=True), None)
-        if complaint:
-            bad.append(f"{one.record[IMAGE]}: {complaint}")
-        else:
-            good.append(one)
-    number = len(good) + len(bad)
-    if not number:
-        raise UserError(f"{path}: found no record, expected one of the layouts of docs/data.md")
-    if bad and (not good or len(bad) > max(1, BAD_SHARE * number)):
-        share = f" ({len(bad)} of {number} slices cannot be used, {len(bad) / number:.0%})" if number > 1 else ""
-        raise UserError(f"{path}: {bad[0]}{share}")
-    for complaint in bad:
-        logger.warning(f"{path}: {complaint}; this slice is left out")
-    for change, count in boxes.items():
-        logger.warning(f"{path}: {count} boxes {change}")
-    split_of: dict[str, str] = {}
-    for record, split, *_ in good:
-        if split and split_of.setdefault(record[GROUP], split) != split:
-            first = split_of[record[GROUP]]
-            raise UserError(
-                f"{path}: {record[IMAGE]}: {GROUP}: found {record[GROUP]!r} in {split} and in {first}, expected it in one split"
-            )
-    return good
+def _check(one: _Found, size: tuple[int, int] | None, output: Path, num_classes: int, images: set[str]) -> list[str]:
+    """Repair the boxes of a record, returning what was done to each, and refuse it for what is wrong with it then."""
+    record, repaired = one.record, []
+    complaint = next(record_complaints(record, num_classes, output, headers=True), None)
+    if complaint and BOXES in record and (repaired := _repair_boxes(record, output)):
+        complaint = next(record_complaints(record, num_classes, output, headers=True), None)
+    if not complaint and record[IMAGE] in images:
+        complaint = f"{IMAGE}: found in an earlier row as well, expected one row with all annotations of an image"
+    if not complaint and size and record.get(BOXES) and (stored := slice_size(output / record[IMAGE]).stored) != tuple(size):
+        complaint = f"{BOXES}: found boxes for (columns, rows) = {tuple(size)}, expected {stored} as the image has; scale them"
+    if complaint:
+        raise UserError(complaint)
+    return repaired
 
 
-def _class_number(found, classes: Sequence[str], image: str):
-    """Number of a class from its name (letter case, - and _ do not matter) or an alias; a number as it is.
-
-    A list of classes becomes one of numbers.
-    """
+def _class_number(found, classes: Sequence[str]):
+    """Number of a class from its name (letter case, - and _ do not matter) or an alias; a number as it is; a list of them."""
     if isinstance(found, list):
-        return [_class_number(item, classes, image) for item in found]
+        return [_class_number(item, classes) for item in found]
     if not isinstance(found, str):
         return found
     plain = [_plain_name(name) for name in classes]
     name = next((name for name in (_plain_name(found), ALIASES.get(_plain_name(found))) if name in plain), None)
     if name is None:
         expected = f"a number from 0 to {len(classes) - 1} or one of {', '.join(classes)}; name others with --classes"
-        raise UserError(f"{image}: {CLASS}: found {found!r}, expected {expected}")
+        raise UserError(f"{CLASS}: found {found!r}, expected {expected}")
     return plain.index(name)
 
 
@@ -254,16 +266,14 @@ def _repair_boxes(record: dict, output: Path) -> list[str]:
         boxes = np.asarray(record[BOXES], float).reshape(-1, 4)
     except (UserError, TypeError, ValueError):
         return []
-    limits = np.array([columns, rows] * 2)
-    clipped = np.clip(boxes, 0, limits)
+    clipped = np.clip(boxes, 0, [columns, rows] * 2)
     near, wide = (np.abs(boxes - clipped) <= OUTSIDE).all(1), (clipped[:, 2:] > clipped[:, :2]).all(1)
     if not near.all() or not wide.any() or INSTANCES in record and not wide.all():
         return []
     record[BOXES] = clipped[wide].tolist()
     outside = int(((boxes != clipped).any(1) & wide).sum())
-    return [f"that reach out of the image by at most {OUTSIDE} pixel clipped"] * outside + ["of no width left out"] * int(
-        (~wide).sum()
-    )
+    done = [f"that reach out of the image by at most {OUTSIDE} pixel clipped"] * outside
+    return done + ["of no width left out"] * int((~wide).sum())
 
 
 def _refuse_strangers(layout: str, path: Path, found: Sequence[_Found], sources: Mapping[str, Sequence[_Found]]) -> None:
@@ -310,7 +320,7 @@ def _with_splits(found: Sequence[_Found], seed: int) -> list[tuple[str, _Found]]
 def table(datalist: dict) -> str:
     """Markdown table of a datalist: slices, groups, annotations by task, boxes and classes of each source and split.
 
-    "3 + 2" of a task are 3 slices annotated and 2 whose annotation is implied; a class that is known in part is one of several.
+    "3 + 2" of a task are 3 slices annotated and 2 whose annotation is implied; a class known in part is one of several.
     """
     classes = datalist["classes"]
     lines = [

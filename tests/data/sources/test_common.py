@@ -53,7 +53,7 @@ def test_rows_tell_their_line(tmp_path):
         ("", "found the columns none, expected a, b, separated by commas"),
         ("a|b\n1|2\n", r"found the columns a\|b, expected a, b, separated by commas"),
         ("a,b,a\n1,2,3\n", "found the column 'a' twice, expected each once"),
-        ("a,b\n1,2\n1,2,3\n", "line 3: found 3 cells, expected 2; quote a cell that holds commas"),
+        ("a,b\n1,2\n1,2,3\n", "line 3: found 3 cells, expected 2 cells separated by ','; quote a cell that holds one"),
         ("a,b\n1\n", "line 2: found 1 cells, expected 2"),
         ("a,b\nLänge,2\n".encode("latin-1"), "expected a comma-separated table in UTF-8"),
     ],

@@ -38,7 +38,7 @@ def test_layouts_are_told_apart(tmp_path, layout, files):
 
 
 def test_a_data_set_in_two_layouts_is_taken_in_one(tmp_path, picture, merged, caplog):
-    picture(tmp_path / "a/1.png", np.ones((8, 12)))
+    picture(tmp_path / "a/1.png", np.eye(8, 12))
     head = "file,mask,mask_multiclass,group_id,split,official_split"
     (tmp_path / "a/labels.csv").write_text(f"{head}\n1.png,,1.png,1,train,train\n")
     for part in ("Imgs", "GT"):
