@@ -1,4 +1,4 @@
-"""Names that the whole project shares: the four tasks and every dictionary key. This module imports nothing of ours."""
+"""Names that the whole project shares: the list of tasks and every dictionary key."""
 
 from bundle.errors import UserError
 
@@ -6,6 +6,7 @@ CLASSIFICATION = "classification"
 SEGMENTATION = "segmentation"
 RECONSTRUCTION = "reconstruction"
 DETECTION = "detection"
+# Each is a class in a file of bundle/tasks: Classification in classification.py, and so on.
 TASKS = (CLASSIFICATION, SEGMENTATION, RECONSTRUCTION, DETECTION)
 
 # A further answer of the network in evaluation mode: its deepest features, summed up.
@@ -34,9 +35,7 @@ EMPTY_MASK = "empty"
 
 
 def check_tasks(tasks) -> tuple[str, ...]:
-    """Return the task names of `tasks` (an iterable of names or a mapping name -> weight) in canonical order.
-
-    Dotted paths of tasks outside the package come last.
+    """The names in `tasks`, in the order of `TASKS`; dotted paths of tasks outside the package come last.
 
     Raises:
         UserError: if there is no task, or a name is not one of `TASKS`.
@@ -45,5 +44,5 @@ def check_tasks(tasks) -> tuple[str, ...]:
     unknown = [name for name in names if name not in TASKS and "." not in name]
     if unknown or not names:
         found = ", ".join(map(repr, unknown)) or "no task"
-        raise UserError(f"tasks: found {found}, expected one or more of {', '.join(TASKS)}")
+        raise UserError(f"tasks: found {found}, expected one or more of {', '.join(TASKS)}, or dotted paths of others")
     return (*(task for task in TASKS if task in names), *(name for name in dict.fromkeys(names) if name not in TASKS))

@@ -4,6 +4,8 @@ from bundle.networks import MultiTaskNet
 from bundle.tasks import TASKS, Task, build_network, make_tasks
 
 CLASSES = ["other", "COVID-19", "lung cancer"]
+HEAD = {"fpn_channels": 8, "box_features": 16, "mask_channels": [8], "score_threshold": 0.0, "detections_per_image": 5}
+TINY = {"backbone": "test_efficientnet", "image_size": 64, "decoder_channels": [16, 8, 8, 8, 8], "detection": HEAD}
 
 
 def some_tasks(*names, **options) -> list[Task]:
@@ -12,6 +14,6 @@ def some_tasks(*names, **options) -> list[Task]:
     return make_tasks(tasks, **{"classes": CLASSES, **options})
 
 
-def some_network(tasks=tuple(TASKS), backbone="test_efficientnet", **options) -> MultiTaskNet:
-    """A network with fresh weights: see `MultiTaskNet` for the options."""
-    return build_network({"tasks": tasks, "backbone": backbone, **options})
+def some_network(tasks=tuple(TASKS), **options) -> MultiTaskNet:
+    """A tiny network with fresh weights: see `bundle.tasks.read_model` for the options."""
+    return build_network({"tasks": tasks, **TINY, **options})

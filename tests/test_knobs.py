@@ -155,7 +155,7 @@ TRAIN = {
             "optimizer": lambda w: sum(len(group["params"]) for group in w["optimizer"].param_groups),
         },
     ],
-    "segmentation_loss": ["dice", {"loss": lambda w: type(of_task(w["loss"], "segmentation").criterion.loss)}],
+    "segmentation_loss": ["dice", {"loss": lambda w: [*map(type, of_task(w["loss"], "segmentation").criterion.losses)]}],
     "label_smoothing": [0.3, {"loss": lambda w: of_task(w["loss"], "classification").label_smoothing}],
     "backbone": ["vgg13", {"encoder": lambda w: sizes(w["network"].encoder)}],
     "pretrained": ["none.pth", {"encoder": lambda w: w.outcome("network")}],

@@ -14,8 +14,8 @@ from bundle.data.batch import prepare_batch
 from bundle.errors import UserError
 from bundle.files import write_checkpoint
 from bundle.networks import MultiTaskNet
-from bundle.networks.weights import add_heads
 from bundle.names import CLASSIFICATION
+from bundle.tasks import add_heads
 from bundle.tasks.classification import calibration_error, known_classes
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from bundle.config import merge_overlays
 from bundle.errors import UserError, exit_in_one_line
 from bundle.files import ROOT
 from bundle.names import CLASSIFICATION, DETECTION, SEGMENTATION
-from bundle.networks import load_weights, read_model, shipped_checkpoint
-from bundle.tasks import build_network
+from bundle.networks import load_weights, shipped_checkpoint
+from bundle.tasks import build_network, read_model
 
 # MONAI Label reads what a bundle does from its name. The values are keys of configs/monailabel/faces.json.
 FACES = {f"chest_ct_{task}": task for task in (SEGMENTATION, CLASSIFICATION, DETECTION)}

@@ -1,11 +1,10 @@
 """The multi-task network: one encoder, a head for each task; and its checkpoints."""
 
 from bundle.networks.encoders import Encoder
-from bundle.networks.ensemble import EnsembleNet
-from bundle.networks.multitask import MultiTaskNet, freeze_encoder
+from bundle.networks.multitask import EnsembleNet, MultiTaskNet, freeze_encoder
 from bundle.networks.novelty import Novelty, read_novelty
 from bundle.networks.views import TaskView, TensorView
-from bundle.networks.weights import load_weights, read_model, read_weights, shipped_checkpoint
+from bundle.networks.weights import load_weights, read_weights, shipped_checkpoint
 
 __all__ = [
     "Encoder",
@@ -16,7 +15,6 @@ __all__ = [
     "TensorView",
     "freeze_encoder",
     "load_weights",
-    "read_model",
     "read_novelty",
     "read_weights",
     "shipped_checkpoint",

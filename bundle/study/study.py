@@ -35,8 +35,7 @@ from bundle.training.curriculum import run_workflow
 from bundle.training.run_folder import environment
 from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
 from bundle.networks import EnsembleNet
-from bundle.networks.weights import trained_tasks
-from bundle.tasks import open_network
+from bundle.tasks import open_network, trained_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +237,7 @@ class Study:
         entries = {"split": split, "bootstrap": draws, "evaluation_dir": str(evaluation)}
         if len(configs) > 1:
             tasks = {task: 1.0 for folder in folders for task in trained_tasks(Path(folder) / "model.pt")}
-            entries["model"] = f"${{**bundle.networks.read_model(@checkpoint, {{}}), 'tasks': {tasks}}}"
+            entries["model"] = f"${{**bundle.tasks.read_model(@checkpoint, {{}}), 'tasks': {tasks}}}"
             entries["imports"] = [*configs[0]["imports"], "$import bundle.study"]
             entries["network"] = f"$bundle.study.open_ensemble({folders}).to(@device)"
             entries["run"] = ["$@evaluator.run()"]

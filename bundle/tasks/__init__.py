@@ -1,40 +1,51 @@
-"""The tasks, one file each.
+"""The tasks, one file each, and the networks that answer them.
 
 A task says what it reads from a record and how that becomes part of a batch; makes its head; computes its loss; measures its
 answers, case by case and over cases; draws them; and joins the answers of several views or networks. `Task` in base.py lists
-all of it, with defaults. The rest of the package names no task.
-
-To add one, write a subclass of `Task` in a file here, and add it to `TASKS` and its name to `bundle.names.TASKS`; name its
-answer in configs/metadata.json. A task outside the package needs none of this: name it in `tasks` of the configuration by its
-dotted path, such as "my_package.severity.Severity".
+all of it, with defaults; docs/tasks.md says how to add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pydoc import ErrorDuringImport, locate
 
-from bundle.errors import UserError
-from bundle.networks import MultiTaskNet, load_weights, read_model
-from bundle.tasks.base import Figures, Task
-from bundle.tasks.classification import Classification
-from bundle.tasks.detection import Detection
-from bundle.tasks.reconstruction import Reconstruction
-from bundle.tasks.segmentation import Segmentation
+import torch
 
-TASKS = {task.name: task for task in (Classification, Segmentation, Reconstruction, Detection)}
+from bundle import names
+from bundle.errors import UserError
+from bundle.networks import MultiTaskNet, load_weights, read_weights
+from bundle.networks.multitask import NETWORK
+from bundle.networks.weights import describe, heads_in, redescribe
+from bundle.tasks.base import Figures, Task
+
+logger = logging.getLogger(__name__)
+
+TASKS: dict[str, type[Task]] = {name: getattr(import_module(f"bundle.tasks.{name}"), name.title()) for name in names.TASKS}
+# Whatever describes a network, with the defaults of fresh weights.
+DEFAULTS = {**NETWORK, **{name: default for task in TASKS.values() for name, default in task.described.items()}}
+FREE = {name for task in TASKS.values() for name in task.free}
+# The network of a file without description is, if nobody says otherwise, the light one of version 0.1.0.
+UNDESCRIBED = {
+    "backbone": "regnety_002",
+    "decoder_channels": [128, 64, 32, 16],
+    "detection": {"fpn_channels": 64, "box_features": 256, "mask_channels": [64, 64], "detections_per_image": 20},
+}
 
 __all__ = [
+    "DEFAULTS",
     "TASKS",
-    "Classification",
-    "Detection",
     "Figures",
-    "Reconstruction",
-    "Segmentation",
     "Task",
+    "add_heads",
     "build_network",
     "make_tasks",
     "open_network",
+    "read_model",
+    "trained_tasks",
 ]
 
 
@@ -44,24 +55,20 @@ def make_tasks(
     """Make the tasks of a configuration, those of `TASKS` first and in its order.
 
     Args:
-        tasks: names of tasks, or name -> weight in the loss. A task outside the package is named by its dotted path.
+        tasks: names or dotted paths of tasks, or a mapping of them to their weights in the loss.
         draws: name -> share of the samples that are drawn for the task, in any unit; 1 for a task that is not named.
         **options: knobs and entries of a checkpoint's description, of which each task takes what it names.
 
     Raises:
         UserError: if there is no task, or a name in `tasks` or `draws` is unknown.
     """
-    names = list(tasks)
-    found = {name: TASKS[name] if name in TASKS else _outside(name) for name in names}
-    if not names:
-        raise UserError(f"tasks: found no task, expected one or more of {', '.join(TASKS)}")
-    if unknown := (draws or {}).keys() - TASKS.keys() - found.keys():
-        raise UserError(f"draws: found {', '.join(sorted(unknown))}, expected names of tasks: {', '.join({**TASKS, **found})}")
-    made = []
-    for name in [*(name for name in TASKS if name in found), *(name for name in names if name not in TASKS)]:
-        task = found[name](**options)
-        if isinstance(tasks, Mapping):
-            task.weight = float(tasks[name])
+    kinds = {name: TASKS.get(name) or _outside(name) for name in names.check_tasks(tasks)}
+    made, options = [], _complete(options)
+    if unknown := (draws or {}).keys() - TASKS.keys() - kinds.keys():
+        raise UserError(f"draws: found {', '.join(sorted(unknown))}, expected names of tasks: {', '.join({**TASKS, **kinds})}")
+    for name, kind in kinds.items():
+        task = kind(**options)
+        task.weight = float(tasks[name]) if isinstance(tasks, Mapping) else 1.0
         task.share = (draws or {}).get(name, 1.0)
         made.append(task)
     return made
@@ -69,25 +76,112 @@ def make_tasks(
 
 def _outside(path: str) -> type[Task]:
     try:
-        found = locate(path) if "." in path else None
+        found = locate(path)
     except ErrorDuringImport as error:
         raise UserError(f"tasks: found {path!r}, which cannot be imported ({error.value})") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise UserError(
-            f"tasks: found {path!r}, expected one or more of {', '.join(TASKS)}, or the dotted path of a subclass of "
-            "bundle.tasks.Task"
-        )
+        raise UserError(f"tasks: found {path!r}, expected the dotted path of a subclass of bundle.tasks.Task")
     return found
 
 
-def build_network(model: Mapping, **changes) -> MultiTaskNet:
-    """Build the network of a description, see `bundle.networks.read_model`, with changes to it."""
-    model = {**model, **changes}
-    return MultiTaskNet(make_tasks(**model), **{name: value for name, value in model.items() if name != "tasks"})
+def _complete(*parts: Mapping) -> dict:
+    """`DEFAULTS` with what the parts say instead, the last one first; a mapping as an entry is completed itself."""
+    whole = dict(DEFAULTS)
+    for name, value in (item for part in parts for item in part.items()):
+        whole[name] = {**whole[name], **(value or {})} if isinstance(DEFAULTS.get(name), Mapping) else value
+    return whole
+
+
+def build_network(model: Mapping, pretrained: bool | str = False, **changes) -> MultiTaskNet:
+    """Build the network of a description, see `read_model`, with changes to it; `pretrained` as in `Encoder`."""
+    model = _complete(model, changes)
+    return MultiTaskNet(make_tasks(**model), {name: model[name] for name in DEFAULTS}, pretrained)
 
 
 def open_network(checkpoint, **knobs) -> MultiTaskNet:
-    """The network of a checkpoint with its weights, in evaluation mode; `knobs` as in `bundle.networks.read_model`."""
+    """The network of a checkpoint with its weights, in evaluation mode; `knobs` as in `read_model`."""
     network = build_network(read_model(checkpoint, knobs)).eval()
     load_weights(network, checkpoint, strict=True)
     return network
+
+
+def trained_tasks(checkpoint) -> tuple[str, ...]:
+    """Tasks that a checkpoint answers."""
+    weights = read_weights(checkpoint)
+    return names.check_tasks((describe(weights) or {"tasks": heads_in(weights)})["tasks"])
+
+
+def read_model(checkpoint, knobs: Mapping, training: bool = False) -> dict:
+    """What describes a network: as its checkpoint says, else `DEFAULTS`, with what a user set.
+
+    Args:
+        checkpoint: path of weights; None for fresh ones.
+        knobs: name of an entry -> value, or None where the user left it to the checkpoint.
+        training: the weights are trained further. Only the encoder must agree with the checkpoint.
+
+    Returns:
+        The entries of `DEFAULTS`, and "tasks", name -> weight.
+
+    Raises:
+        UserError: if a knob contradicts the checkpoint, or of `read_weights` and `describe`.
+    """
+    knobs = {name: json.loads(json.dumps(value)) for name, value in knobs.items() if value is not None}
+    weights = read_weights(checkpoint) if checkpoint else {}
+    said = describe(weights)
+    if said:
+        _check_agreement(checkpoint, said, knobs, training)
+    elif checkpoint:
+        said = {**UNDESCRIBED, "tasks": heads_in(weights) or list(TASKS)}
+        assumed = _complete(said, knobs)
+        shown = ("classes", "segmentation_classes", "backbone", "image_size", "window")
+        values = ", ".join(f"{name} {assumed[name]!r}" for name in shown)
+        logger.warning(f"{checkpoint}: does not describe its network; assumed {values}; set what it was trained with")
+    model = _complete({"tasks": list(TASKS)}, said or {}, knobs)
+    if not isinstance(model["tasks"], Mapping):
+        model["tasks"] = dict.fromkeys(names.check_tasks(model["tasks"]), 1.0)
+    if training:
+        model["temperature"] = None
+    return {name: model[name] for name in ("tasks", *DEFAULTS)}
+
+
+def _check_agreement(checkpoint, said: Mapping, knobs: Mapping, training: bool) -> None:
+    """Refuse knobs that contradict the description of a checkpoint."""
+    for name, value in knobs.items():
+        if name == "tasks":
+            missing = [task for task in names.check_tasks(value) if task not in said[name]]
+            if missing and not training:
+                raise UserError(
+                    f"tasks: found {', '.join(missing)}, expected some of those that {checkpoint} was trained for: "
+                    f"{', '.join(said[name])}"
+                )
+        elif name == "backbone" or not training:
+            for key, found, expected in _differences(name, value, said[name]):
+                raise UserError(
+                    f"{key}: found {found!r}, expected {expected!r}, as {checkpoint} was trained with; leave {key} out"
+                )
+
+
+def _differences(name: str, value, said) -> Iterator[tuple]:
+    """(name, value, said) of an entry, or of its own entries, where two descriptions differ and weights depend on it."""
+    if isinstance(value, Mapping) and isinstance(said, Mapping):
+        for key in value.keys() & said.keys():
+            yield from _differences(f"{name}::{key}", value[key], said[key])
+    elif name not in FREE and value != said:
+        yield name, value, said
+
+
+def add_heads(weights: Mapping[str, torch.Tensor], checkpoint) -> dict[str, torch.Tensor]:
+    """Weights with those heads of an earlier checkpoint that they lack, to go on from.
+
+    The description names a head as one of its tasks if it answers here as it did there, and the sources of both.
+    """
+    before, now = read_weights(checkpoint), describe(weights)
+    then = describe(before) or {**now, "tasks": heads_in(before)}
+    tasks, changes = list(now["tasks"]), {"sources": sorted({*now["sources"], *then["sources"]})}
+    for task in (task for task in then["tasks"] if task not in now["tasks"]):
+        uses = TASKS[task].described if task in TASKS else ()
+        if not any(difference for name in uses for difference in _differences(name, then[name], now[name])):
+            tasks.append(task)
+            changes |= {name: then[name] for name in uses}
+    heads = {key: value for key, value in before.items() if key.startswith("heads.")}
+    return redescribe({**heads, **weights}, tasks=names.check_tasks(tasks), **changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,9 +26,12 @@ class Task:
         **options: knobs of training and entries of a checkpoint's description, of which a task takes what it names.
 
     Attributes:
-        name: of the task: in `heads.NAME` of a state_dict, in metrics.json and in predictions.json.
+        name: in `heads.NAME` of a state_dict, in metrics.json and in predictions.json.
         field: of a record that makes it count for the task; None where every slice does.
-        path: what names it in a configuration and in a checkpoint: its name, or for one outside the package its dotted path.
+        path: its name in a configuration and in a checkpoint; of a task outside the package the dotted path.
+        described: of a task in the package, entries of a checkpoint's description that the head depends on, with defaults.
+        free: those of them that no weight depends on; `ENTRY::KEY` for a key of an entry.
+        outputs: the one of them that names the channels of the output layer, if any does.
         weight: of the loss.
         share: of the samples that are drawn for the task, in any unit.
         headline: figures whose mean is the task's part in the validation score.
@@ -39,6 +42,9 @@ class Task:
 
     name: str
     field: str | None = None
+    described: Mapping[str, object] = {}
+    free: Collection[str] = ()
+    outputs: str | None = None
     weight = share = 1.0
     headline: Sequence[str] = ()
     columns: Mapping[str, str] = {}
@@ -55,7 +61,7 @@ class Task:
     # --- data ---
 
     def complaints(self, value) -> Iterator[str]:
-        """What is wrong with the value of `field`, if that is not one of the datalist's own, each as "found …, expected …"."""
+        """What is wrong with a `field` that is none of the datalist's own, each as "found …, expected …"."""
         return iter(())
 
     def is_annotated(self, record: Mapping) -> bool:
@@ -63,10 +69,7 @@ class Task:
         return self.field is None or self.field in record
 
     def strata(self, records: Sequence[Mapping]) -> list[tuple | None]:
-        """(outer, inner) stratum of each record: outer ones have equal shares of the draws, and in each the inner ones.
-
-        None: the record has no share.
-        """
+        """(outer, inner) stratum of each record, None for no share: outer ones have equal shares, in each the inner ones."""
         return [(record.get(SOURCE), None) for record in records]
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
@@ -76,12 +79,7 @@ class Task:
     # --- network and training ---
 
     def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> nn.Module:
-        """Make the head, a module from the encoder's feature maps, finest first, to the answer.
-
-        Args:
-            channels, strides: of the feature maps.
-            in_channels: of the image.
-        """
+        """Make the head, from the encoder's feature maps, finest first, to the answer. `in_channels`: of the image."""
         raise NotImplementedError(f"{type(self).__name__} has no head")
 
     def loss(self, answer, batch: Mapping, rows: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -91,13 +89,7 @@ class Task:
     # --- evaluation ---
 
     def cases(self, answer, batch: Mapping, thorough: bool) -> list[dict]:
-        """What is measured of each sample; {} for one that has no part in the figures.
-
-        Args:
-            answer: of the head.
-            batch: of `bundle.data.batch.collate`.
-            thorough: measure what is slow, too.
-        """
+        """What is measured of each sample, if `thorough` what is slow, too; {} for one that has no part in the figures."""
         raise NotImplementedError(f"{type(self).__name__} has no cases")
 
     def comparable(self, cases: Sequence[dict], sources: Sequence[str]) -> Sequence[dict]:
@@ -125,7 +117,7 @@ class Task:
         return None
 
     def judge(self, case: Mapping) -> tuple[float, str]:
-        """How good an answer is, the worst lowest, and what is written above its picture: its first number, if not told."""
+        """How good an answer is, the worst lowest, and the text above its picture: by default its first number."""
         name, value = next(iter(case.items()))
         return float(value), f"{name} {value:.2f}"
 
@@ -145,7 +137,7 @@ class Task:
 
     def join_members(self, answers: Sequence):
         """One answer from those of several networks."""
-        return torch.stack(list(answers)).mean(0)
+        return self.join_views(answers)
 
     # --- scans ---
 
@@ -154,21 +146,16 @@ class Task:
         return answer
 
     def to_slice(self, answer, sample: Mapping):
-        """The activated answer on the grid of the stored slice, where that is more than to undo the preprocessing (`dense`).
+        """The activated answer on the grid of the stored slice, where undoing the preprocessing (`dense`) is not enough.
 
-        Args:
-            answer: of `activate`.
-            sample: "image", preprocessed, and "slice", as read.
+        `sample` has "image", preprocessed, and "slice", as read.
         """
         return answer
 
     def row(self, answer, view, result) -> dict:
         """Entries of a slice in predictions.json; voxels go to `result.store`. By default the numbers of the answer.
 
-        Args:
-            answer: of `to_slice`.
-            view: a `bundle.inference.results.SliceView`.
-            result: the `bundle.inference.Result` so far.
+        `answer` comes from `to_slice`; `view` is a `bundle.inference.results.SliceView`, `result` the `Result` so far.
         """
         return {self.name: np.round(np.asarray(answer, dtype=float), 6).tolist()}
 

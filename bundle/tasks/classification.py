@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import RocCurveDisplay, confusion_matrix
+from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay, confusion_matrix
 
 from bundle.names import CLASS, CLASSIFICATION, SOURCE
 from bundle.networks.heads import ClassificationHead
 from bundle.tasks.base import Figures, Task, counted
 
 CONFIDENCE_BINS = 10
-CLASSES = ("other", "COVID-19", "lung cancer")
 
 
 class Classification(Task):
@@ -32,10 +31,13 @@ class Classification(Task):
     """
 
     name, field = CLASSIFICATION, CLASS
+    described = {"classes": ["other", "COVID-19", "lung cancer"], "dropout": 0.2, "temperature": None}
+    free = ("dropout", "temperature")
+    outputs = "classes"
     headline = ("auroc", "balanced_accuracy")
     columns = {"accuracy": "accuracy", "AUROC": "auroc"}
 
-    def __init__(self, classes: Sequence[str] = CLASSES, dropout: float = 0.2, label_smoothing: float = 0.0, **_) -> None:
+    def __init__(self, classes: Sequence[str], dropout: float, label_smoothing: float = 0.0, **_) -> None:
         self.classes, self.dropout, self.label_smoothing = list(classes), dropout, label_smoothing
 
     def strata(self, records: Sequence[Mapping]) -> list[tuple | None]:
@@ -75,11 +77,8 @@ class Classification(Task):
         return -((1 - self.label_smoothing) * likelihood + self.label_smoothing * log_probability.mean(1)).mean()
 
     def cases(self, answer: torch.Tensor, batch: Mapping, thorough: bool) -> list[dict]:
-        probabilities, candidates = answer.float().softmax(1).cpu().numpy(), batch[CLASS].cpu().numpy()
-        return [
-            {"label": int(row.argmax()), "probabilities": p} if row.sum() == 1 else {}
-            for row, p in zip(candidates, probabilities)
-        ]
+        pairs = zip(batch[CLASS].cpu().numpy(), answer.float().softmax(1).cpu().numpy())
+        return [{"label": int(row.argmax()), "probabilities": p} if row.sum() == 1 else {} for row, p in pairs]
 
     def figures(self, cases: Sequence[dict]) -> Figures:
         return classification_figures(cases)
@@ -98,7 +97,9 @@ class Classification(Task):
         probabilities = np.stack([case["probabilities"] for case in cases])
         figure = Figure(figsize=(15, 4.5), layout="constrained")
         left, right, last = figure.subplots(1, 3)
-        _draw_confusion(left, np.array(report["confusion_matrix"]["counts"]), self.classes)
+        counts = np.array(report["confusion_matrix"]["counts"])
+        ConfusionMatrixDisplay(counts, display_labels=self.classes).plot(ax=left, cmap="Blues", colorbar=False)
+        left.set(title="confusion matrix", xlabel="predicted", ylabel="annotated")
         for index, name in enumerate(self.classes):
             if 0 < (labels == index).sum() < len(labels):
                 RocCurveDisplay.from_predictions(labels == index, probabilities[:, index], name=name, ax=right)
@@ -114,11 +115,9 @@ class Classification(Task):
         return float(probabilities[right]), text
 
     def join_views(self, answers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Logarithm of the mean probabilities, so that their softmax gives these."""
+        """Logarithm of the mean probabilities, also of deep ensembles (Lakshminarayanan et al., arXiv 1612.01474)."""
         answers = torch.stack(list(answers))
         return answers.log_softmax(2).logsumexp(0) - math.log(len(answers))
-
-    join_members = join_views  # deep ensembles: Lakshminarayanan et al., arXiv 1612.01474
 
     def activate(self, answer: torch.Tensor) -> torch.Tensor:
         return answer.softmax(0)
@@ -151,7 +150,7 @@ class Classification(Task):
 
 
 def known_classes(batch: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the samples of a batch that have exactly one class: which they are, bool (B,), and their classes, int64."""
+    """Which samples of a batch have exactly one class, bool (B,), and their classes, int64."""
     rows = batch[CLASS].sum(1) == 1
     return rows, batch[CLASS][rows].int().argmax(1)
 
@@ -159,10 +158,9 @@ def known_classes(batch: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
 def classification_figures(cases: Sequence[dict]) -> Figures:
     """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels), calibration error and AUROC.
 
-    The predicted class is the most probable of all classes. AUROC ranks the classes that occur: with two, the higher one
-    by its share of their joint probability, with more, the mean of one class against the rest. With one class it
-    is left out, and balanced accuracy is the recall of that class. A draw that has lost a class has accuracy and calibration
-    error alone: the others would be those of another question.
+    AUROC ranks the classes that occur: of two, the higher one by its share of their joint probability; of more, the mean of
+    one class against the rest; of one, it is left out. A draw that has lost a class has accuracy and calibration error alone:
+    the others would be those of another question.
     """
     labels = np.array([case["label"] for case in cases])
     probabilities = np.stack([case["probabilities"] for case in cases])
@@ -192,13 +190,7 @@ def classification_figures(cases: Sequence[dict]) -> Figures:
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over bins of confidence (arXiv 1706.04599).
-
-    Args:
-        confidence: highest probability of each case.
-        correct: whether its class is the annotated one.
-        weights: how often each case counts.
-    """
+    """Expected calibration error: mean distance of confidence and accuracy over bins of confidence (arXiv 1706.04599)."""
     bins = np.minimum((confidence * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     return float(np.abs(np.bincount(bins, weights * (correct - confidence))).sum() / weights.sum())
 
@@ -215,16 +207,6 @@ def confusion(cases: Sequence[dict], num_classes: int) -> list[list[int]]:
     labels = [case["label"] for case in cases]
     predicted = [int(case["probabilities"].argmax()) for case in cases]
     return confusion_matrix(labels, predicted, labels=range(num_classes)).tolist()
-
-
-def _draw_confusion(axis, counts: np.ndarray, names: Sequence[str]) -> None:
-    axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        dark = count > 0.5 * counts[row].sum()
-        axis.text(column, row, count, ha="center", va="center", color="white" if dark else "black")
-    axis.set(title="confusion matrix", xlabel="predicted", ylabel="annotated")
-    axis.set_xticks(range(len(names)), names)
-    axis.set_yticks(range(len(names)), names)
 
 
 def _draw_reliability(axis, confidence: np.ndarray, correct: np.ndarray, error: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ FOUND_SCORE = 0.5  # of detections that are counted as such in per_case.csv and 
 SAME_LESION = 0.3  # IoU above which detections of several views or networks are one lesion
 FALSE_POSITIVE_RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 RECALLS = np.linspace(0, 1, 101)
+HEAD = {name: argument.default for name, argument in list(signature(MaskRCNNHead).parameters.items())[2:]}
 
 
 class Detection(Task):
@@ -35,34 +37,33 @@ class Detection(Task):
     A case holds the detections matched once to the annotated boxes, and masks to masks where there are instances.
 
     Args:
-        detection: further arguments of `MaskRCNNHead`.
+        detection: arguments of `MaskRCNNHead`.
         score_threshold: lowest score of a detection in a prediction, from 0 to 1.
         link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
 
     Raises:
-        UserError: for a threshold out of range.
+        UserError: for an unknown argument, or a threshold out of range.
     """
 
     name, field = DETECTION, BOXES
     outlined = True
+    described = {"detection": HEAD}
+    free = ("detection::score_threshold", "detection::nms_threshold", "detection::detections_per_image")
     headline = ("ap10", "ap50")  # AP@0.5 alone is noisy while a detector still learns
     columns = {"AP@0.1": "ap10", "AP@0.5": "ap50"}
 
-    def __init__(
-        self, detection: Mapping | None = None, score_threshold: float = 0.5, link_iou: float = 0.2, **_
-    ) -> None:
+    def __init__(self, detection: Mapping, score_threshold: float = 0.5, link_iou: float = 0.2, **_) -> None:
+        if unknown := [name for name in detection if name not in HEAD]:
+            raise UserError(f"detection: found {', '.join(unknown)}, expected some of {', '.join(HEAD)}")
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score_threshold: found {score_threshold}, expected a number from 0 to 1")
-        self.options, self.score_threshold, self.link_iou = dict(detection or {}), score_threshold, link_iou
+        self.options, self.score_threshold, self.link_iou = detection, score_threshold, link_iou
 
     def strata(self, records: Sequence[Mapping]) -> list[tuple]:
         return [(bool(record[BOXES]), record.get(SOURCE)) for record in records]
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
-        """detection: for each sample None or {"boxes" (N, 4) x1 y1 x2 y2 in pixels, "labels" (N,) ones, "masks" (N, S, S)}.
-
-        The masks are there where instances are annotated.
-        """
+        """detection: for each sample None or what `MaskRCNNHead` takes as its target."""
         return {DETECTION: [_target(sample) for sample in samples]}
 
     def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> MaskRCNNHead:
@@ -132,9 +133,7 @@ class Detection(Task):
     def to_slice(self, answer: Mapping[str, torch.Tensor], sample: Mapping) -> dict[str, torch.Tensor]:
         """Boxes in pixels of the stored slice, x = column as stored, clipped to its edges; weak and vanished ones go.
 
-        Returns:
-            {"boxes" (N, 4) x1 y1 x2 y2, "scores" (N,), "areas" (N,)}, areas of the instance masks (more than 0.5) in pixels of
-            the stored slice.
+        {"boxes" (N, 4) x1 y1 x2 y2, "scores" (N,), "areas" (N,) of the instance masks (above 0.5) in those pixels}.
         """
         boxes, scores, masks = (answer[name] for name in ("boxes", "scores", "masks"))
         image, stored = sample[IMAGE], sample[SLICE]
@@ -175,8 +174,7 @@ class Detection(Task):
 def fuse(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Fuse the detections of several views of an image (weighted boxes fusion: Solovyev et al., arXiv 1910.13302).
 
-    Boxes and masks of detections that overlap are averaged, weighted by the scores; the score is the mean over the views, 0
-    where one has no such detection.
+    Boxes and masks of overlapping detections are averaged by score; their score is the mean over all views.
     """
     both = {key: torch.cat([found[key] for found in detections]) for key in detections[0]}
     strongest = ops.nms(both["boxes"], both["scores"], SAME_LESION)
@@ -234,19 +232,8 @@ def _case(detection: Mapping, target: Mapping | None) -> dict:
 
 
 def _match(iou, pred: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> dict:
-    def as_class(items):
-        return np.zeros(len(items), dtype=int)
-
-    return matching_batch(
-        iou,
-        COCO.get_iou_thresholds(),
-        [pred],
-        [as_class(pred)],
-        [scores],
-        [truth],
-        [as_class(truth)],
-        max_detections=100,
-    )[0]
+    found, annotated = ([np.zeros(len(items), dtype=int)] for items in (pred, truth))  # all of one class
+    return matching_batch(iou, COCO.get_iou_thresholds(), [pred], found, [scores], [truth], annotated, max_detections=100)[0]
 
 
 def _mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -259,8 +246,8 @@ def _mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def detection_figures(cases: Sequence[dict]) -> Figures:
     """AP at IoU 0.1, 0.5 and 0.5:0.95, mask AP, and sensitivity at given false positives per image (FROC, IoU 0.1).
 
-    Left out where there is no annotated lesion. The detections were matched by MONAI; from its matches its COCOMetric
-    computes the same AP but for its rounding, some fifty times slower than the bootstrap can wait for.
+    Left out where there is no annotated lesion. MONAI's COCOMetric computes the same AP from the same matches, some fifty
+    times slower than the bootstrap can wait for.
     """
     boxes = _Matches([case["match"] for case in cases])
     masks = _Matches([case.get("mask_match", {}) for case in cases])
@@ -278,11 +265,7 @@ def detection_figures(cases: Sequence[dict]) -> Figures:
 
 
 class _Matches:
-    """Detections of many images in the order of their scores, from high to low, and which of them are hits.
-
-    Args:
-        matches: for each image what `monai.apps.detection.metrics.matching.matching_batch` returns; {} for no image.
-    """
+    """Detections of many images, by descending score, and which of them are hits; {} stands for an image without matches."""
 
     def __init__(self, matches: Sequence[dict]) -> None:
         found = [(image, match[0]) for image, match in enumerate(matches) if match]

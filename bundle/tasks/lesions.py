@@ -16,14 +16,12 @@ from bundle.errors import UserError
 def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) -> list[dict]:
     """Link the boxes of neighbouring slices to lesions.
 
-    Between a slice and the next, boxes are paired so that the sum of their IoU is highest (Hungarian method); pairs below
-    `min_iou` are no pairs. A lesion ends with the first slice in which it has no box.
+    Between a slice and the next, boxes are paired so that the sum of their IoU is highest (Hungarian method), each at least
+    `min_iou`. A lesion ends with the first slice in which it has no box.
 
     Args:
         slices: for every slice of the scan, in order, its boxes {"box": [x1, y1, x2, y2] in pixels of the stored slice,
             x = the first of the two in-plane axes; "score"; "area" of the instance mask, in those pixels}.
-        scan: gives shape and geometry.
-        min_iou: lowest IoU of linked boxes, above 0.
 
     Returns:
         Lesions, highest score first: {"id" from 1; "slices" [first, last]; "box", hull of its boxes; "center_mm" [x, y, z]

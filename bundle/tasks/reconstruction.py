@@ -10,24 +10,20 @@ from monai.metrics import SSIMMetric
 from torch.nn import functional
 
 from bundle.names import RECONSTRUCTION, TARGET
-from bundle.networks.heads import DenseHead
+from bundle.networks.heads import DECODER, DenseHead
 from bundle.tasks.base import Task
 
 
 class Reconstruction(Task):
-    """The clean slice, by a U-Net decoder with a linear output; the loss is the mean squared error.
-
-    Args:
-        decoder_channels: of the decoder, deepest first: see `DenseHead`.
-        skips: skip connections of the decoder.
-    """
+    """The clean slice, by a U-Net decoder with a linear output (see `DenseHead`); the loss is the mean squared error."""
 
     name = RECONSTRUCTION
     dense = True
+    described = {"decoder_channels": DECODER, "skips": True}
     headline = ("ssim",)
     columns = {"SSIM": "ssim"}
 
-    def __init__(self, decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), skips: bool = True, **_) -> None:
+    def __init__(self, decoder_channels: Sequence[int], skips: bool, **_) -> None:
         self.decoder_channels, self.skips = decoder_channels, skips
 
     def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> DenseHead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from bundle.data.batch import plain
 from bundle.errors import UserError
 from bundle.lungs import lung_region
 from bundle.names import EMPTY_MASK, MASK, SEGMENTATION, SOURCE, TARGET
-from bundle.networks.heads import DenseHead
+from bundle.networks.heads import DECODER, DenseHead
 from bundle.tasks.base import Figures, Task, mean_figures
 from bundle.tasks.lesions import volume_ml
 
@@ -29,8 +30,7 @@ class Segmentation(Task):
 
     Args:
         segmentation_classes: names of the lesion classes.
-        decoder_channels: of the decoder, deepest first: see `DenseHead`.
-        decoder_dropout: of the decoder.
+        decoder_channels, decoder_dropout: see `DenseHead`.
         segmentation_loss: a key of `SEGMENTATION_LOSSES`.
         lesion_threshold: probability above which a pixel is lesion in a prediction.
 
@@ -40,13 +40,15 @@ class Segmentation(Task):
 
     name, field = SEGMENTATION, MASK
     outlined = dense = True
+    described = {"segmentation_classes": ["lesion"], "decoder_channels": DECODER}
+    outputs = "segmentation_classes"
     headline = ("dice",)
     columns = {"Dice": "dice", "IoU": "iou"}
 
     def __init__(
         self,
-        segmentation_classes: Sequence[str] = ("lesion",),
-        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        segmentation_classes: Sequence[str],
+        decoder_channels: Sequence[int],
         decoder_dropout: float = 0.0,
         segmentation_loss: str = "generalized_dice",
         lesion_threshold: float = 0.5,
@@ -130,8 +132,7 @@ class Segmentation(Task):
     def row(self, answer: torch.Tensor, view, result) -> dict:
         """Mask and probabilities, and the area of each lesion class.
 
-        The probabilities were brought to the grid of the slice by linear interpolation and are only now cut at the threshold,
-        which keeps outlines smoother than enlarging a mask of the network's size.
+        The probabilities are cut at the threshold on the grid of the slice: enlarging a mask would give rougher outlines.
         """
         labels, one, spacing = to_labels(answer, self.threshold), len(self.classes) == 1, result.scan.spacing
         view.lesions = labels > 0
@@ -196,17 +197,6 @@ def file_part(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-class _WithFocal(nn.Module):
-    """A Dice loss and the focal loss of the same softmax; MONAI's DiceFocalLoss gives its focal part a sigmoid."""
-
-    def __init__(self, dice: type[nn.Module]) -> None:
-        super().__init__()
-        self.dice, self.focal = dice(softmax=True), FocalLoss(use_softmax=True)
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self.dice(logits, target) + self.focal(logits, target)
-
-
 class _Tversky(nn.Module):
     """Tversky loss (Salehi et al., arXiv 1706.05721): a missed lesion pixel weighs 0.7, a false one 0.3.
 
@@ -222,38 +212,38 @@ class _Tversky(nn.Module):
         return (self.complement(probability[:, :1], target[:, :1]) + self.lesion(probability[:, 1:], target[:, 1:])) / 2
 
 
-# Losses of logits and target (B, 2, H, W), complement and lesion.
+DICE, GENERALIZED_DICE = partial(DiceLoss, softmax=True), partial(GeneralizedDiceLoss, softmax=True)
+FOCAL = partial(FocalLoss, use_softmax=True)  # MONAI's DiceFocalLoss gives its focal part a sigmoid
+# By name, losses of logits and target (B, 2, H, W), complement and lesion, that are added.
 SEGMENTATION_LOSSES = {
-    "generalized_dice": lambda: GeneralizedDiceLoss(softmax=True),
-    "generalized_dice_focal": lambda: _WithFocal(GeneralizedDiceLoss),
-    "dice": lambda: DiceLoss(softmax=True),
-    "dice_ce": lambda: DiceCELoss(softmax=True),
-    "dice_focal": lambda: _WithFocal(DiceLoss),
-    "tversky": _Tversky,
+    "generalized_dice": (GENERALIZED_DICE,),
+    "generalized_dice_focal": (GENERALIZED_DICE, FOCAL),
+    "dice": (DICE,),
+    "dice_ce": (partial(DiceCELoss, softmax=True),),
+    "dice_focal": (DICE, FOCAL),
+    "tversky": (_Tversky,),
 }
 
 
 class LesionAndComplementLoss(nn.Module):
-    """A Dice-like loss of MONAI on the lesion and its complement, as two channels of a softmax.
+    """A Dice-like loss of `SEGMENTATION_LOSSES` on the lesion and its complement, as two channels of a softmax.
 
     On one sigmoid channel and an empty mask the Generalized Dice loss and its gradient are exactly zero, so slices without
     lesion would never punish false positives. The softmax of (-z/2, z/2) is (1 - sigmoid(z), sigmoid(z)): the same
     probability, with the complement present in every slice.
 
-    Args:
-        name: a key of `SEGMENTATION_LOSSES`.
-
     Raises:
         UserError: if the name is unknown.
     """
 
-    def __init__(self, name: str = "generalized_dice") -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         if name not in SEGMENTATION_LOSSES:
             raise UserError(f"segmentation_loss: found {name!r}, expected one of {', '.join(SEGMENTATION_LOSSES)}")
-        self.loss = SEGMENTATION_LOSSES[name]()
+        self.losses = nn.ModuleList(make() for make in SEGMENTATION_LOSSES[name])
 
     def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args: logits (B, C, H, W) and mask in {0, 1} of the same shape; every channel is a lesion class of its own."""
         logits, mask = logits.flatten(0, 1)[:, None], mask.flatten(0, 1)[:, None]
-        return self.loss(torch.cat([-logits / 2, logits / 2], 1), torch.cat([1 - mask, mask], 1))
+        both, target = torch.cat([-logits / 2, logits / 2], 1), torch.cat([1 - mask, mask], 1)
+        return sum(loss(both, target) for loss in self.losses)

@@ -21,8 +21,8 @@ from bundle.errors import UserError
 from bundle.files import list_file, log_artifacts, write_checkpoint, write_json
 from bundle.names import IMAGE, RECORD, SOURCE
 from bundle.networks import load_weights, read_weights
-from bundle.networks.weights import add_heads, describe, redescribe
-from bundle.tasks import Task
+from bundle.networks.weights import describe, redescribe
+from bundle.tasks import Task, add_heads
 from bundle.training.history import plot_curves
 from bundle.training.run_folder import close_run
 

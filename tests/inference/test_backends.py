@@ -16,7 +16,7 @@ TINY = {
     "tasks": TASKS,
     "image_size": 64,
     "decoder_channels": (16, 8, 8, 8, 8),
-    "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "detections_per_image": 5, "score_threshold": 0},
+    "detection": {"fpn_channels": 8, "box_features": 16, "mask_channels": (8,), "score_threshold": 0},
 }
 OTHER = {"backbone": "regnety_002", "in_channels": 3, "segmentation_classes": ["a", "b"], "skips": False}
 OTHER["decoder_channels"] = (16, 8)  # the rest by sub-pixel convolution

@@ -63,7 +63,7 @@ def predict(source, output_dir, network=None, **knobs):
     knobs = {"tasks": dict.fromkeys(TASKS, 1.0), "image_size": 64, "batch_size": 4, "flips": False, **knobs}
     config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", **knobs}
     workflow = ConfigWorkflow(str(ROOT / "configs/inference.json"), logging_file=False, **config)
-    workflow.parser["model"] = "$bundle.networks.read_model(None, @network_knobs)"
+    workflow.parser["model"] = "$bundle.tasks.read_model(None, @network_knobs)"
     workflow.parser["run"] = workflow.parser["run"][1:]  # no weights to load
     workflow.parser["network"] = "$@stand_in.to(@device)"
     workflow.parser["stand_in"] = network or Bright()

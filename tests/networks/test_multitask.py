@@ -1,111 +1,67 @@
-from itertools import chain, combinations
-
 import pytest
 import torch
-
-import bundle
 from some_tasks import some_network
 
+import bundle
 from bundle.errors import UserError
+from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 from bundle.networks import freeze_encoder
 from bundle.networks.multitask import FORMAT, decode
-from bundle.names import CLASSIFICATION, DETECTION, EMBEDDING, RECONSTRUCTION, SEGMENTATION, TASKS
 
-TINY = {
-    "backbone": "test_efficientnet",
-    "image_size": 64,
-    "decoder_channels": (16, 8, 8, 8, 8),
-    "detection": {
-        "fpn_channels": 8,
-        "box_features": 16,
-        "mask_channels": (8,),
-        "score_threshold": 0.0,
-        "detections_per_image": 5,
-    },
-}
-SUBSETS = list(chain.from_iterable(combinations(TASKS, count) for count in range(1, 5)))
-BACKBONES = ["vgg13", "vgg13_bn", "resnet50", "densenet121", "efficientnet_b0", "regnety_002", "mobilenetv3_small_100"]
-
-SHAPES = {CLASSIFICATION: (2, 3), SEGMENTATION: (2, 1, 64, 64), RECONSTRUCTION: (2, 1, 64, 64)}
-# [arguments, input shape, expected shapes without detection]
-CASES = [[{**TINY, "tasks": tasks}, (2, 1, 64, 64), SHAPES] for tasks in SUBSETS]
-CASES += [
-    [{**TINY, "tasks": TASKS, "backbone": name}, (2, 1, 64, 64), SHAPES]
-    for name in BACKBONES
-]
-CASES += [
-    [
-        {**TINY, "tasks": TASKS, "in_channels": 3, "classes": list("abcde"), "segmentation_classes": ["a", "b"], "skips": False},
-        (2, 3, 64, 64),
-        {CLASSIFICATION: (2, 5), SEGMENTATION: (2, 2, 64, 64), RECONSTRUCTION: (2, 3, 64, 64)},
-    ],
-    [
-        {**TINY, "tasks": dict.fromkeys(TASKS, 0.5), "decoder_channels": (16, 8)},
-        (2, 1, 64, 128),
-        {CLASSIFICATION: (2, 3), SEGMENTATION: (2, 1, 64, 128), RECONSTRUCTION: (2, 1, 64, 128)},
-    ],
-]
+SINGLE = "test_efficientnet_ln"  # without batch normalisation: an image does not touch the answer for another one
+OTHER = {"in_channels": 3, "classes": list("abcde"), "segmentation_classes": ["a", "b"], "skips": False}
+# [arguments, input shape, classes, channels of the segmentation]
+CASES = [[{"tasks": tasks}, (2, 1, 64, 64), 3, 1] for tasks in (*([task] for task in TASKS), TASKS[:2], TASKS[2:])]
+CASES += [[{"backbone": backbone}, (2, 1, 64, 64), 3, 1] for backbone in ("vgg13", "vgg13_bn", "efficientnet_lite0")]
+CASES += [[OTHER, (2, 3, 64, 64), 5, 2], [{"decoder_channels": (16, 8)}, (2, 1, 64, 128), 3, 1]]
 
 
-def targets(boxes=((10.0, 12.0, 30.0, 28.0),), count=2):
-    return [{"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.ones(len(boxes), dtype=torch.int64)}] * count
+def targets(count=2):
+    boxes = torch.tensor([[10.0, 12, 30, 28]])
+    return [{"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}] * count
 
 
-def case_name(value):
-    if isinstance(value, dict) and "tasks" in value:
-        return f"{value['backbone']}-{'+'.join(task[:3] for task in value['tasks'])}"
-    return ""
-
-
-@pytest.mark.parametrize(("arguments", "shape", "expected"), CASES, ids=case_name)
-def test_every_task_is_answered_in_one_pass(arguments, shape, expected):
-    network, image = some_network(**arguments), torch.rand(shape)
+@pytest.mark.parametrize(("arguments", "shape", "classes", "channels"), CASES)
+def test_every_task_is_answered_in_one_pass(arguments, shape, classes, channels):
+    network, image, tasks = some_network(**arguments), torch.rand(shape), set(arguments.get("tasks", TASKS))
+    assert {name.split(".")[1] for name in network.state_dict() if name.startswith("heads.")} == tasks
     trained = network.train()(image, {DETECTION: targets()})
     with torch.no_grad():
         answered = network.eval()(image)
-    assert set(trained) == set(network.heads) == set(arguments["tasks"])
-    assert set(answered) == {*trained, EMBEDDING}
+    assert trained.keys() == tasks and answered.keys() == {*tasks, EMBEDDING}
     assert tuple(answered[EMBEDDING].shape) == (shape[0], 4 * network.encoder.channels[-1])
+    expected = {CLASSIFICATION: (2, classes), SEGMENTATION: (2, channels, *shape[2:]), RECONSTRUCTION: shape}
     for output in (trained, answered):
-        dense = {task: tuple(output[task].shape) for task in trained if task != DETECTION}
-        assert dense == {task: expected[task] for task in dense}
-    if DETECTION in arguments["tasks"]:
+        assert all(tuple(output[task].shape) == expected[task] for task in tasks - {DETECTION})
+    if DETECTION in tasks:
         assert sum(trained[DETECTION].values()).isfinite()
-        for found in answered[DETECTION]:
-            assert tuple(found["masks"].shape) == (len(found["boxes"]), 1, *shape[2:])
         assert len(answered[DETECTION]) == shape[0]
+        assert all(tuple(found["masks"].shape) == (len(found["boxes"]), 1, *shape[2:]) for found in answered[DETECTION])
 
 
 def test_the_embedding_is_the_mean_of_the_deepest_features_in_each_quarter():
-    network, image = some_network(**TINY, tasks=(CLASSIFICATION,)).eval(), torch.rand(2, 1, 64, 128)
+    network, image = some_network([CLASSIFICATION]).eval(), torch.rand(2, 1, 64, 128)
     deepest = network.encoder(image)[-1]
     quarters = [deepest[:, :, i : i + 1, j : j + 2].mean((2, 3)) for i in (0, 1) for j in (0, 2)]
     torch.testing.assert_close(network(image)[EMBEDDING], torch.stack(quarters, 2).flatten(1))
 
 
-@pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
-def test_a_task_that_is_absent_has_no_parameters(tasks):
-    names = {name.split(".")[1] for name in some_network(**TINY, tasks=tasks).state_dict() if name.startswith("heads.")}
-    assert names == set(tasks)
-
-
 def test_a_state_dict_describes_the_network_and_changes_hands_by_torch_alone(tmp_path):
-    arguments = {**TINY, "tasks": TASKS, "classes": ["healthy", "ill"], "window": (-1000, 300), "cropping": "body"}
-    network = some_network(**arguments, sources=["a"], temperature=1.5)
+    own = {"classes": ["healthy", "ill"], "window": (-1000, 300), "cropping": "body"}
+    network = some_network(**own, sources=["a"], temperature=1.5)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     said = decode(saved["_extra_state"])
     assert said == network.description and (said["format"], said["version"]) == (FORMAT, bundle.__version__)
-    assert {name: said[name] for name in ("tasks", "classes", "window", "cropping", "image_size")} == {
-        "tasks": list(TASKS), "classes": ["healthy", "ill"], "window": [-1000, 300], "cropping": "body", "image_size": 64
-    }
+    expected = {"tasks": list(TASKS), **own, "window": [-1000, 300], "image_size": 64}
+    assert {name: said[name] for name in expected} == expected
     assert said["detection"]["fpn_channels"] == 8 and said["detection"]["anchor_sizes"][0] == [4, 7], "defaults too"
-    other = some_network(**arguments)
+    other = some_network(**own)
     other.load_state_dict({name: value / 1.0 for name, value in saved.items()})  # federated learning makes numbers of bytes
     assert other.description == said
-    with pytest.raises(UserError, match=r"classes: found weights for \['healthy', 'ill'\], expected weights for \['ill', 'healthy"):
-        some_network(**{**arguments, "classes": ["ill", "healthy"]}).load_state_dict(saved)
-    some_network(**arguments).load_state_dict({name: saved[name] for name in saved if name != "_extra_state"})
+    with pytest.raises(UserError, match=r"classes: found weights for \['healthy', 'ill'\], expected weights for \['ill', "):
+        some_network(**{**own, "classes": ["ill", "healthy"]}).load_state_dict(saved)
+    some_network(**own).load_state_dict({name: saved[name] for name in saved if name != "_extra_state"})
 
 
 def scalar(output, task):
@@ -117,55 +73,45 @@ def reached(module):
 
 
 @pytest.mark.parametrize("backbone", ["vgg13", "efficientnet_lite0"])
-@pytest.mark.parametrize("task", TASKS)
-def test_the_loss_of_a_task_reaches_the_encoder_and_its_own_head_alone(task, backbone):
+def test_the_loss_of_a_task_reaches_the_encoder_and_its_own_head_alone(backbone):
     torch.manual_seed(0)
-    arguments = {**TINY, "backbone": backbone}
-    network = some_network(**arguments, tasks=TASKS, dropout=0.0)
-    scalar(network(torch.rand(2, 1, 64, 64), {DETECTION: targets()}), task).backward()
-    assert {name for name, head in network.heads.items() if reached(head)} == {task}
-    first = next(network.encoder.parameters())
-    assert first.grad is not None and first.grad.any(), "the gradient reaches the first convolution"
+    network = some_network(backbone=backbone, dropout=0.0)
+    for task in TASKS:
+        network.zero_grad()
+        scalar(network(torch.rand(2, 1, 64, 64), {DETECTION: targets()}), task).backward()
+        assert {name for name, head in network.heads.items() if reached(head)} == {task}
+        first = next(network.encoder.parameters())
+        assert first.grad is not None and first.grad.any(), "the gradient reaches the first convolution"
 
 
 def test_images_that_are_not_annotated_leave_a_head_and_its_gradient_alone():
     torch.manual_seed(0)
-    network, image = some_network(**{**TINY, "backbone": "test_efficientnet_ln"}, tasks=TASKS), torch.rand(3, 1, 64, 64, requires_grad=True)
-    annotated = {
-        CLASSIFICATION: torch.tensor([False, False, False]),
-        SEGMENTATION: torch.tensor([True, False, True]),
-        RECONSTRUCTION: torch.ones(3, dtype=torch.bool),
-        DETECTION: torch.tensor([False, True, False]),
-    }
-    output = network(image, {DETECTION: [None, *targets(count=1), None]}, annotated)
+    network, image = some_network(backbone=SINGLE), torch.rand(3, 1, 64, 64, requires_grad=True)
+    rows = {CLASSIFICATION: [0, 0, 0], SEGMENTATION: [1, 0, 1], RECONSTRUCTION: [1, 1, 1], DETECTION: [0, 1, 0]}
+    annotated = {task: torch.tensor(which, dtype=torch.bool) for task, which in rows.items()}
+    output = network(image, {DETECTION: [None, *targets(1), None]}, annotated)
     assert output.keys() == {SEGMENTATION, RECONSTRUCTION, DETECTION}
     assert output[SEGMENTATION][[0, 2]].any() and not output[SEGMENTATION][1].any()
-    (gradient,) = torch.autograd.grad(scalar(output, SEGMENTATION), image, retain_graph=True)
-    assert gradient.flatten(1).any(1).tolist() == [True, False, True]
-    (gradient,) = torch.autograd.grad(scalar(output, DETECTION), image)
-    assert gradient.flatten(1).any(1).tolist() == [False, True, False]
-    alone = some_network(**{**TINY, "backbone": "test_efficientnet_ln"}, tasks=TASKS)
+    for task in (SEGMENTATION, DETECTION):
+        (gradient,) = torch.autograd.grad(scalar(output, task), image, retain_graph=True)
+        assert gradient.flatten(1).any(1).int().tolist() == rows[task]
+    alone = some_network(backbone=SINGLE)
     alone.load_state_dict(network.state_dict())
-    torch.testing.assert_close(alone(image[[0, 2]], {DETECTION: [None, None]})[SEGMENTATION], output[SEGMENTATION][[0, 2]])
-
-
-def test_a_batch_without_boxes_gives_the_detection_head_no_gradient():
-    network = some_network(**TINY, tasks=TASKS)
-    output = network(torch.rand(2, 1, 64, 64), {DETECTION: [None, None]})
-    assert output[DETECTION] == {}
-    scalar(output, CLASSIFICATION).backward()
-    assert not reached(network.heads[DETECTION])
+    nothing = alone(image[[0, 2]], {DETECTION: [None, None]})
+    torch.testing.assert_close(nothing[SEGMENTATION], output[SEGMENTATION][[0, 2]])
+    assert nothing[DETECTION] == {}
+    scalar(nothing, CLASSIFICATION).backward()
+    assert not reached(alone.heads[DETECTION]), "a batch without boxes gives the detection no gradient"
 
 
 def test_evaluation_answers_the_annotated_images_as_it_answers_all():
     torch.manual_seed(0)
-    network, image = some_network(**TINY, tasks=TASKS).eval(), torch.rand(3, 1, 64, 64)
+    network, image = some_network().eval(), torch.rand(3, 1, 64, 64)
     some = {task: torch.tensor([False, True, True]) for task in TASKS}
     with torch.no_grad():
         whole, part = network(image), network(image, annotated=some)
     torch.testing.assert_close(part[SEGMENTATION][1:], whole[SEGMENTATION][1:])
-    assert not part[SEGMENTATION][0].any()
-    assert part[DETECTION][0] is None
+    assert not part[SEGMENTATION][0].any() and part[DETECTION][0] is None
     for a, b in zip(part[DETECTION][1:], whole[DETECTION][1:]):
         torch.testing.assert_close(a["boxes"], b["boxes"])
 
@@ -178,7 +124,6 @@ WRONG_CASES = [
     [{"image_size": 0}, r"image: found 0 x 0 pixels, expected multiples of 32; use 32 x 32"],
     [{"backbone": "vgg31"}, "backbone: found 'vgg31', expected .*near matches: .*vgg13"],
     [{"decoder_channels": []}, "decoder_channels: found 0"],
-    [{"decoder_channels": [8] * 6}, "decoder_channels: found 6"],
     [{"decoder_channels": [8, 0]}, "decoder_channels: found 2 .*each above 0"],
     [{"detection": {"fpn_chanels": 8}}, "detection: found fpn_chanels, expected some of fpn_channels, box_features, "],
     [{"detection": {"anchor_sizes": [[4]]}}, "detection.anchor_sizes: found 1 levels, expected 4"],
@@ -187,8 +132,8 @@ WRONG_CASES = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_CASES)
 def test_wrong_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        some_network(**{**TINY, "tasks": TASKS, **arguments})
+    with pytest.raises(UserError, match=message):
+        some_network(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -201,19 +146,17 @@ def test_wrong_arguments_are_refused(arguments, message):
     ],
 )
 def test_an_image_that_does_not_fit_is_refused_with_the_size_to_use(shape, message):
-    with pytest.raises(ValueError, match=message):
-        some_network(**TINY, tasks=TASKS)(torch.rand(shape))
+    with pytest.raises(UserError, match=message):
+        some_network()(torch.rand(shape))
 
 
 def test_a_frozen_encoder_keeps_its_weights_and_its_statistics():
-    network = freeze_encoder(some_network(TASKS, **TINY))
+    network = freeze_encoder(some_network())
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
-    network.train()
-    segmentation = torch.tensor([True] * 2), {task: torch.zeros(2, dtype=torch.bool) for task in network.heads}
-    annotated = {**segmentation[1], "segmentation": segmentation[0]}
-    output = network(torch.rand(2, 1, 64, 64), targets={DETECTION: [None, None]}, annotated=annotated)
-    output["segmentation"].square().sum().backward()
+    annotated = {task: torch.full((2,), task == SEGMENTATION) for task in TASKS}
+    output = network.train()(torch.rand(2, 1, 64, 64), targets={DETECTION: [None, None]}, annotated=annotated)
+    output[SEGMENTATION].square().sum().backward()
     optimizer.step()
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("heads.segmentation.") for name in changed)

@@ -38,28 +38,32 @@ def test_overlapping_boxes_of_neighbouring_slices_are_one_lesion():
     assert first["center_mm"] is first["size_mm"] is first["volume_ml"] is None
 
 
-def test_a_missing_slice_ends_a_lesion():
-    assert len(link_boxes([[box(10, 10, 20, 20)], [], [box(10, 10, 20, 20)]], scan(), 0.2)) == 2
-
-
-def test_boxes_below_the_iou_are_not_linked():
-    slices = [[box(0, 0, 10, 10)], [box(5, 0, 15, 10)]]  # IoU 1/3
-    assert [len(link_boxes(slices, scan(), iou)) for iou in (0.33, 0.34)] == [1, 2]
-
-
-def test_boxes_without_area_are_linked_to_nothing():
-    assert len(link_boxes([[box(64, 10, 64, 20)], [box(64, 10, 64, 20)]], scan(), 0.2)) == 2
-
-
-def test_boxes_are_paired_for_the_highest_sum_of_iou():
+THIRD = [[box(0, 0, 10, 10)], [box(5, 0, 15, 10)]]  # boxes of IoU 1/3
+# [slices, lowest IoU, hulls of the lesions]
+LINKS = {
+    "a missing slice ends a lesion": [[[box(1, 1, 9, 9)], [], [box(1, 1, 9, 9)]], 0.2, [[1, 1, 9, 9]] * 2],
+    "above the IoU": [THIRD, 0.33, [[0, 0, 15, 10]]],
+    "below the IoU": [THIRD, 0.34, [[0, 0, 10, 10], [5, 0, 15, 10]]],
+    "boxes without area": [[[box(64, 10, 64, 20)], [box(64, 10, 64, 20)]], 0.2, [[64, 10, 64, 20]] * 2],
     # Greedily, the wide box would take its best match and leave its neighbour without any.
-    slices = [[box(0, 0, 10, 10), box(4, 0, 14, 10)], [box(3, 0, 13, 10), box(8, 0, 18, 10)]]
-    assert [found["box"] for found in link_boxes(slices, scan(), 0.2)] == [[0, 0, 13, 10], [4, 0, 18, 10]]
+    "paired for the highest sum of IoU": [
+        [[box(0, 0, 10, 10), box(4, 0, 14, 10)], [box(3, 0, 13, 10), box(8, 0, 18, 10)]],
+        0.2,
+        [[0, 0, 13, 10], [4, 0, 18, 10]],
+    ],
+    "two boxes of a slice never share a lesion": [
+        [[box(0, 0, 10, 10)], [box(0, 0, 10, 10, 0.7), box(1, 0, 11, 10, 0.6)]],
+        0.2,
+        [[0, 0, 10, 10], [1, 0, 11, 10]],
+    ],
+    "no box": [[[]], 0.2, []],
+    "no slice": [[], 0.2, []],
+}
 
 
-def test_two_boxes_of_a_slice_never_share_a_lesion():
-    slices = [[box(0, 0, 10, 10)], [box(0, 0, 10, 10, 0.7), box(1, 0, 11, 10, 0.6)]]
-    assert sorted(len(found["boxes"]) for found in link_boxes(slices, scan(), 0.2)) == [1, 2]
+@pytest.mark.parametrize(("slices", "iou", "hulls"), LINKS.values(), ids=LINKS)
+def test_which_boxes_are_one_lesion(slices, iou, hulls):
+    assert [found["box"] for found in link_boxes(slices, scan(), iou)] == hulls
 
 
 def test_measures_in_mm_and_ml():
@@ -102,10 +106,9 @@ def test_unequal_distances_of_slices_count():
     assert lesion["volume_ml"] == pytest.approx(0.1 * (2 + 5))
 
 
-def test_a_single_slice_and_no_box():
+def test_a_single_slice():
     (lesion,) = link_boxes([[box(1, 2, 3, 4)]], scan(DIAGONAL, shape=(64, 64, 1)), 0.2)
     assert lesion["slices"] == [0, 0] and lesion["size_mm"] == [4, 6, 4]
-    assert link_boxes([[]], scan(DIAGONAL), 0.2) == [] and link_boxes([], scan(), 0.2) == []
 
 
 @pytest.mark.parametrize("iou", [0, -0.1, 1.5])

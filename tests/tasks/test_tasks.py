@@ -5,7 +5,7 @@ from some_tasks import CLASSES, some_tasks
 
 from bundle import names
 from bundle.errors import UserError
-from bundle.tasks import TASKS, Classification, Task, make_tasks
+from bundle.tasks import TASKS, Task, make_tasks
 
 
 class Severity(Task):
@@ -21,14 +21,17 @@ def test_tasks_come_in_the_order_of_the_list_and_those_from_outside_last():
         ("severity", 0.5, 1.0),
     ]
     assert made[0].classes == CLASSES and made[0].label_smoothing == 0.1 and type(made[2]) is Severity
-    assert tuple(TASKS) == names.TASKS
+
+
+def test_every_name_has_its_task_with_the_field_that_annotates_it():
+    assert {task.name: task.field for task in TASKS.values()} == {name: names.ANNOTATION.get(name) for name in names.TASKS}
 
 
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
         ([], "tasks: found no task, expected one or more of classification, segmentation, reconstruction, detection"),
-        (["segmentaton"], "tasks: found 'segmentaton', expected one or more of .*, or the dotted path of a subclass"),
+        (["segmentaton"], "tasks: found 'segmentaton', expected one or more of .*, or dotted paths of others"),
         ({"Detection": 1.0}, "tasks: found 'Detection', expected"),
         (["no_package.Task"], "tasks: found 'no_package.Task', expected"),
         (["bundle.tasks.make_tasks"], "tasks: found 'bundle.tasks.make_tasks', expected"),
@@ -50,4 +53,3 @@ def test_what_a_task_does_not_provide_is_said():
     for call in (lambda: task.head([8], [2], 1), lambda: task.loss(None, {}, None), lambda: task.cases(None, {}, False)):
         with pytest.raises(NotImplementedError, match="Severity has no"):
             call()
-    assert Classification.name in names.TASKS

@@ -8,7 +8,7 @@ import torch
 from test_trainer import FAST, equal, refusal, weights
 
 from bundle.files import list_files, stop_listing, write_json
-from bundle.networks.weights import trained_tasks
+from bundle.tasks import trained_tasks
 
 STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stage_joint"]
 

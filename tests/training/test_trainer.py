@@ -9,7 +9,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from bundle.names import TASKS
-from bundle.networks.weights import trained_tasks
+from bundle.tasks import trained_tasks
 from bundle.training.trainer import RunRecorder
 
 ROOT = Path(__file__).parents[2]
