@@ -36,17 +36,16 @@ class MaskRCNNHead(nn.Module):
         channels, strides: of the encoder's feature maps, finest first; those of stride 4 to 32 are used.
         fpn_channels: channels of the feature pyramid network.
         box_features: units of the box head.
-        mask_channels: channels of the mask head's convolutions.
-        anchor_sizes: sides of the anchors in pixels for each level. The default grows by about 1.6 from 4 to 112 px: every
-            square lesion of 4 to 128 px overlaps an anchor with the same centre by an IoU of at least 0.5. Off the grid of
-            the anchors it is less; the best anchor of a lesion is a positive all the same.
+        mask_channels: of the mask head's convolutions.
+        anchor_sizes: sides of the anchors in pixels for each level. The default grows by about 1.6: every square lesion of 4
+            to 128 px overlaps an anchor with the same centre by an IoU of at least 0.5.
         aspect_ratios: height over width of the anchors.
         score_threshold: detections below it are dropped.
         nms_threshold: IoU above which the weaker of two detections is dropped.
         detections_per_image: the most that are kept.
 
     Raises:
-        UserError: if the encoder has no such level, or another number of levels than `anchor_sizes`.
+        UserError: if `anchor_sizes` has another number of levels than the encoder.
     """
 
     computes_losses = True  # so that it takes image and targets, too
@@ -112,12 +111,8 @@ class MaskRCNNHead(nn.Module):
                 pixels, x = column, "labels" (N,) ones, and where annotated "masks" (N, H, W) uint8}.
 
         Returns:
-            In training a dictionary of the five losses of Mask R-CNN ({} if no image is annotated; no "loss_mask" if none
-            has masks). Otherwise, for each image, {"boxes" (N, 4), "labels" (N,), "scores" (N,) descending, "masks"
-            (N, 1, H, W) probabilities}.
-
-        Raises:
-            UserError: in training without targets.
+            In training the losses of Mask R-CNN: {} if no image is annotated, no "loss_mask" if none has masks. Otherwise, for
+            each image, {"boxes" (N, 4), "labels" (N,), "scores" (N,) descending, "masks" (N, 1, H, W) probabilities}.
         """
         if not self.training:
             return self.detect(self.pyramid(features), image)

@@ -33,11 +33,8 @@ class MultiTaskNet(nn.Module):
 
     Args:
         tasks: `bundle.tasks.Task` that make the heads.
-        description: values of `NETWORK` and of what `described` of the tasks names.
+        description: values of `NETWORK` and of `described` of the tasks; the attribute adds `FORMAT`, version and tasks.
         pretrained: see `Encoder`.
-
-    Attributes:
-        description: the argument, with `FORMAT`, the version of the package and the tasks.
 
     Raises:
         UserError: of `Encoder` and of the tasks, or for an image size that the encoder's stride does not divide.
@@ -61,11 +58,7 @@ class MultiTaskNet(nn.Module):
         return encode(self.description)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take over from a state_dict what its weights were made of; what the network is stays.
-
-        Raises:
-            UserError: if the names of its outputs are others.
-        """
+        """Take over from a state_dict what its weights were made of; refuse other names of the outputs."""
         found = decode(state)
         for name in (task.outputs for task in self.tasks.values() if task.outputs):
             if found[name] != self.description[name]:
@@ -123,11 +116,7 @@ class MultiTaskNet(nn.Module):
 
 
 class EnsembleNet(nn.Module):
-    """Mean of the answers of several networks, each task by those that have it (`Task.join_members`); for evaluation alone.
-
-    Raises:
-        UserError: if there is no member.
-    """
+    """Mean of the answers of several networks, each task by those that have it (`Task.join_members`); for evaluation alone."""
 
     def __init__(self, members: Sequence[MultiTaskNet]) -> None:
         super().__init__()
@@ -144,12 +133,8 @@ class EnsembleNet(nn.Module):
 
 
 def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
-    """Keep the encoder of a network as it is in training, batch statistics included; the network is changed and returned.
-
-    Raises:
-        UserError: if `network` is not a `MultiTaskNet`; network_def of inference.json is a view of one.
-    """
-    if not isinstance(network, MultiTaskNet):
+    """Keep the encoder of a network as it is in training, batch statistics included; the network is changed and returned."""
+    if not isinstance(network, MultiTaskNet):  # network_def of inference.json is a view of one
         raise UserError(
             f"network: found a {type(network).__name__} to freeze, expected the network of train.json; "
             "frozen_encoder is for training alone, leave it out"

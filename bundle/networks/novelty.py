@@ -14,10 +14,8 @@ from bundle.files import file_hash
 class Novelty:
     """Mahalanobis distance of a slice's embedding from those of the training slices (arXiv 1807.03888, with one class).
 
-    Args:
-        mean, scale: mean and standard deviation (F,) of the embeddings of the training slices.
-        precision: (F, F), inverse of the shrunk covariance of the standardised embeddings.
-        threshold: distance beyond which a slice is unusual.
+    `mean` and `scale` (F,) are those of the training slices' embeddings, `precision` (F, F) is the inverse of the shrunk
+    covariance of the standardised embeddings; a slice beyond `threshold` is unusual.
     """
 
     def __init__(self, mean: torch.Tensor, scale: torch.Tensor, precision: torch.Tensor, threshold: float = np.inf) -> None:
@@ -30,11 +28,7 @@ class Novelty:
 
 
 def read_novelty(path, checkpoint) -> Novelty | None:
-    """Read the reference that `run reference` made for a checkpoint; None if none lies beside the checkpoint.
-
-    Raises:
-        UserError: if there is no such file in another place, or it cannot be read, or belongs to other weights.
-    """
+    """Read the reference that `run reference` made for a checkpoint; None if none lies beside the checkpoint."""
     if not Path(path).is_file():
         if Path(path) != Path(checkpoint).with_name("reference.pt"):
             raise UserError(f"reference: found no file {path}, expected one made by run reference")

@@ -22,11 +22,7 @@ def shipped_checkpoint(bundle_root) -> str:
 
 
 def read_weights(path) -> Mapping[str, torch.Tensor]:
-    """State_dict of a network from a file of it, or of a dictionary with one under "network".
-
-    Raises:
-        UserError: if there is no such file, or it cannot be read.
-    """
+    """State_dict of a network from a file of it, or of a dictionary with one under "network"."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train first, or name another one")
     try:
@@ -41,11 +37,7 @@ def read_weights(path) -> Mapping[str, torch.Tensor]:
 
 
 def describe(weights: Mapping[str, torch.Tensor]) -> dict | None:
-    """What a state_dict says of its network, see `MultiTaskNet`; None if it says nothing.
-
-    Raises:
-        UserError: if a later version of this package wrote it, or this version lacks its network.
-    """
+    """What a state_dict says of its network, see `MultiTaskNet`; None if it says nothing."""
     if DESCRIPTION not in weights:
         return None
     said = decode(weights[DESCRIPTION])

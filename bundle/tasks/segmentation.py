@@ -198,13 +198,11 @@ def file_part(name: str) -> str:
 
 
 class _Tversky(nn.Module):
-    """Tversky loss (Salehi et al., arXiv 1706.05721): a missed lesion pixel weighs 0.7, a false one 0.3.
-
-    A pixel missed in the lesion is a false one of the complement, whose weights are therefore exchanged.
-    """
+    """Tversky loss (Salehi et al., arXiv 1706.05721): a missed lesion pixel weighs 0.7, a false one 0.3."""
 
     def __init__(self) -> None:
         super().__init__()
+        # A pixel missed in the lesion is a false one of the complement, whose weights are therefore exchanged.
         self.complement, self.lesion = TverskyLoss(alpha=0.7, beta=0.3), TverskyLoss(alpha=0.3, beta=0.7)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -231,9 +229,6 @@ class LesionAndComplementLoss(nn.Module):
     On one sigmoid channel and an empty mask the Generalized Dice loss and its gradient are exactly zero, so slices without
     lesion would never punish false positives. The softmax of (-z/2, z/2) is (1 - sigmoid(z), sigmoid(z)): the same
     probability, with the complement present in every slice.
-
-    Raises:
-        UserError: if the name is unknown.
     """
 
     def __init__(self, name: str) -> None:
