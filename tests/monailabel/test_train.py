@@ -7,7 +7,8 @@ from some_tasks import some_tasks
 from bundle.data.batch import balanced_weights, collate
 from bundle.monailabel import LoadVolumeSliced, VolumeDataset, publish
 from bundle.monailabel.train import slices_of
-from bundle.networks.weights import add_heads, describe, redescribe
+from bundle.networks.weights import describe, redescribe
+from bundle.tasks import add_heads
 
 
 @pytest.fixture
