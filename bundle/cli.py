@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import runpy
 import sys
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     info = commands.add_parser("info", help="print what a checkpoint says of itself")
     info.add_argument("checkpoint", nargs="?", default=ROOT / "models/model.pt", help="default: the shipped weights")
     info.add_argument("--json", action="store_true", help="as JSON")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     rest = list(sys.argv[1:] if arguments is None else arguments)
     knobs = _take_knobs(rest) if rest and rest[0] in RUNS else []
     known = parser.parse_args(rest)
@@ -81,10 +84,10 @@ def _add_run(commands, command: str) -> None:
     else:
         parser.add_argument("id", metavar="ID", nargs="?", default=default, help=f"what to run; default: {default}")
     parser.add_argument("-o", "--output_dir", metavar="OUT", required=True, help="folder of the results")
-    help = f"changes to configs/{files[-1]}.json: a file, or the name of one of the package, such as preset_cpu; may be repeated"
+    help = f"changes to {files[-1]}.json: a file, or the name of one of the package, such as preset_cpu; may be repeated"
     parser.add_argument("--config", metavar="FILE", action="append", default=[], help=help)
     parser.add_argument("--verbose", action="store_true", help="show everything that MONAI and other libraries report")
-    text = f"Any knob of configs/{files[-1]}.json may follow as --knob VALUE. docs/configuration.md lists all; the main ones are:"
+    text = f"Any knob of {files[-1]}.json may follow as --knob VALUE. docs/configuration.md lists all; the main ones:"
     group = parser.add_argument_group("knobs", text)
     schemas = json.loads(Path(__file__).with_name("knobs.json").read_text(encoding="utf-8"))["$defs"]
     config = json.loads((CONFIGS / f"{files[-1]}.json").read_text(encoding="utf-8"))
@@ -154,7 +157,7 @@ def _add_prepare(commands) -> None:
     layouts = "a data set's folder, a folder of such folders, or a CSV file; docs/data.md describes the layouts"
     parser = commands.add_parser("prepare", help="make one datalist from public data sets or your own tables")
     parser.add_argument("sources", nargs="+", metavar="[LAYOUT=]PATH", help=layouts)
-    parser.add_argument("-o", "--output", required=True, help="folder of datalist.json and exported files; use it as dataset_dir")
+    parser.add_argument("-o", "--output", required=True, help="folder of datalist.json, for --dataset_dir")
     parser.add_argument("--classes", nargs="+", default=["other", "COVID-19", "lung cancer"], help="names of class 0, 1, 2 …")
     parser.add_argument("--seed", type=int, default=0, help="of the split of layouts that come without one")
     parser.add_argument("--implied", action="store_true", help="add what annotations imply for other tasks (training split)")
@@ -175,7 +178,8 @@ def _info(known: argparse.Namespace) -> None:
     if (description := describe(weights)) is None:
         raise UserError(f"{known.checkpoint}: found no description, expected a checkpoint of version 0.2.0 or later")
     parameters = sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
-    about = {"checkpoint": str(known.checkpoint), "hash": file_hash(known.checkpoint)[:12], "parameters": parameters, **description}
+    about = {"checkpoint": str(known.checkpoint), "hash": file_hash(known.checkpoint)[:12], "parameters": parameters}
+    about |= description
     if known.json:
         print(json.dumps(about, indent=1))
     else:

@@ -1,7 +1,6 @@
-"""The configuration that is being run, and its check against the schema of the knobs before any work begins.
+"""The configuration that is being run, and its check against bundle/knobs.json, the schema of the knobs, before work begins.
 
-An id is MONAI's word for the name of anything in a configuration. A knob is a top-level id that a user sets; bundle/knobs.json
-describes every knob of every workflow.
+An id is MONAI's word for the name of anything in a configuration; a knob is a top-level id that a user sets.
 """
 
 from __future__ import annotations
@@ -28,27 +27,16 @@ from bundle.errors import UserError
 SCHEMA = json.loads(Path(__file__).with_name("knobs.json").read_text(encoding="utf-8"))
 WORKFLOWS = ("train", "evaluate", "inference")  # the config files; evaluate.json lies over train.json
 RUN_IDS = {"train": ("run", "training"), "evaluate": ("run", "calibrate", "reference", "grad_cam"), "inference": ("run",)}
-# Ids that MONAI itself reads, or adds when an experiment is tracked.
+# MONAI itself reads these ids, or adds them when an experiment is tracked.
 READ_BY_MONAI = {ConfigParser.meta_key, "imports", "initialize", "run", "finalize", "run_name", "save_execute_config"}
-TYPES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "True or False",
-    "string": "a text",
-    "array": "a list",
-    "object": "names with values",
-    "null": "None",
-}
+TYPES = {"integer": "a whole number", "number": "a number", "boolean": "True or False", "string": "a text"}
+TYPES |= {"array": "a list", "object": "names with values", "null": "None"}
 
 
 def running_workflow() -> ConfigWorkflow:
-    """The workflow whose expression is being evaluated.
+    """Find the workflow whose expression is being evaluated, for the id `workflow` of a config.
 
-    MONAI gives an expression no handle on the workflow that evaluates it, so it is looked up among the callers, once: a config
-    keeps it under the id `workflow`, and whoever needs it gets it as an argument.
-
-    Raises:
-        RuntimeError: if no `monai.bundle.ConfigWorkflow` is among the callers.
+    MONAI gives an expression no handle on it, so it is looked up among the callers.
     """
     frame = inspect.currentframe()
     while frame := frame.f_back:
@@ -59,10 +47,7 @@ def running_workflow() -> ConfigWorkflow:
 
 
 def overlay(base: Mapping, *changes: Mapping) -> dict:
-    """A configuration with entries (ids, nested ones too, to values) changed or added, later ones over earlier ones.
-
-    As in a list of configuration files, `+id` adds to the mapping or the list of that id.
-    """
+    """Change or add entries of a configuration, ids (nested ones too) -> values; `+id` adds to a mapping or a list."""
     parser = ConfigParser(deepcopy(dict(base)))
     for id, value in chain.from_iterable(entries.items() for entries in changes):
         merge_kv(parser, id, deepcopy(value))
@@ -70,7 +55,7 @@ def overlay(base: Mapping, *changes: Mapping) -> dict:
 
 
 def raw_config(workflow: ConfigWorkflow) -> dict:
-    """Return the configuration of a workflow as it is written, overlays and command line merged in, as JSON holds it."""
+    """Return the configuration of a workflow as JSON, overlays and command line merged in, expressions as they are written."""
     return _as_json(workflow.parser.get())
 
 
@@ -83,11 +68,10 @@ def _as_json(config: Mapping) -> dict:
 
 
 def merge_overlays(file, overlays: Sequence) -> dict:
-    """A config file with overlays merged in, as MONAI's runner does it.
+    """Merge overlays into a config file as MONAI's runner does it.
 
     Raises:
-        UserError: naming the overlay, if it cannot be read, or changes a part of something that the file does not have, as
-            those do that tell how a network is trained where the file is inference.json.
+        UserError: naming an overlay that cannot be read, or that changes a part of something that the file does not have.
     """
     parser = ConfigParser(ConfigParser.load_config_file(file))
     for overlay in overlays:
@@ -109,16 +93,10 @@ def merge_overlays(file, overlays: Sequence) -> dict:
 
 
 def check_running(running: ConfigWorkflow, workflow: str) -> None:
-    """`check_config` on the running configuration; made for the id `initialize` of a config, so that no work has begun.
-
-    Where the phantom data are used because no other were named, a line says so.
-
-    Args:
-        running: of `running_workflow`.
-        workflow: one of `WORKFLOWS`.
+    """Call `check_config` on the running configuration, for the id `initialize` of a config; announce the use of phantom data.
 
     Raises:
-        UserError: if there is no id of this name to run, or of `check_config`.
+        UserError: if the id to run does not exist, or of `check_config`.
     """
     config = running.parser.get()
     if running.run_id not in config:
@@ -139,13 +117,8 @@ def _announce_phantom(knob: str) -> None:
 def check_config(config: Mapping, workflow: str, also: Iterable[str] = ()) -> None:
     """Refuse a knob with a value that makes no sense, and a top-level id that means nothing, which MONAI would ignore.
 
-    An id is known if it is a knob or a component of the workflow in bundle/knobs.json, or if something refers to it as @id.
-    Expressions pass unchecked.
-
-    Args:
-        config: the raw configuration, overlays and command line merged in.
-        workflow: one of `WORKFLOWS`.
-        also: further ids that are known, such as the one to run.
+    An id is known if it is a knob or a component of the workflow in bundle/knobs.json, if something refers to it as @id, or
+    if it is in `also`. Expressions pass unchecked.
 
     Raises:
         UserError: naming the id, what was found and what was expected.
@@ -166,7 +139,7 @@ def check_config(config: Mapping, workflow: str, also: Iterable[str] = ()) -> No
 
 
 def knobs(workflow: str) -> dict[str, dict]:
-    """Schema of every knob of a workflow by id; evaluation has those of training too."""
+    """Schemas of the knobs of a workflow; evaluation has those of training too."""
     inherited = knobs("train") if workflow == "evaluate" else {}
     return {**inherited, **SCHEMA["$defs"][workflow]["properties"]}
 
@@ -177,7 +150,7 @@ def components(workflow: str) -> list[str]:
 
 
 def leaves(config, id: str = "") -> Iterator[tuple[str, object]]:
-    """(id, value) of everything in a configuration that is neither a dictionary nor a list, and of the empty ones."""
+    """Yield (id, value) of everything in a configuration that is neither a dictionary nor a list, and of empty ones."""
     if not isinstance(config, (dict, list)) or not config:
         yield id, config
         return
@@ -200,7 +173,6 @@ def _check_ids(ids: Iterable[str], workflow: str, known: set[str], place: str) -
 
 
 def _describe(error: ValidationError) -> str:
-    """One line on what does not fit the schema."""
     id, found, expected = "::".join(map(str, error.absolute_path)), repr(error.instance), _expected(error.schema)
     if error.validator == "additionalProperties":
         allowed = error.schema["properties"]
@@ -211,7 +183,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _expected(schema: Mapping) -> str:
-    """The values that a schema allows, in words."""
+    """Describe the values that a schema allows."""
     if "expected" in schema:
         return schema["expected"]
     if "enum" in schema:

@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong with a file or a knob. This module imports nothing of ours."""
+"""What a user sees when something is wrong with a file or a knob."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake of the user, shown in one line: which file, record or knob, what was found, what was expected.
-
-    Every other exception is a mistake of this package and keeps its traceback.
-    """
+    """A mistake of the user, shown in one line; every other exception is a bug and keeps its traceback."""
 
 
+# A process of a DataLoader sends its traceback as text.
 IN_WORKER = re.compile(rf"^{__name__}\.{UserError.__name__}: (.*)", re.MULTILINE)
 
 
 def one_line_errors() -> None:
-    """From now on, end the process with one line where a `UserError` ends it.
-
-    MONAI's runner and its configs bury it in a long traceback otherwise, and engines log it on the way.
-    """
+    """From now on, end the process with one line where a `UserError` ends it, in place of MONAI's long traceback."""
     before = sys.excepthook
 
     def show(kind, error, trace):
@@ -41,10 +36,7 @@ def one_line_errors() -> None:
 
 @contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """End the process with one line and status 1 where the block raises a `UserError`.
-
-    For commands of this package itself; `one_line_errors` is for those that MONAI runs.
-    """
+    """End the process with one line and status 1 where the block raises a `UserError`."""
     try:
         yield
     except Exception as error:
@@ -63,22 +55,17 @@ def _join_threads(seconds: float = 2.0) -> None:
 
 
 def user_message(error: BaseException | None) -> str | None:
-    """Message of the `UserError` that caused an exception; None if there is none.
-
-    A process of a DataLoader sends its traceback as text, in which the message is looked up.
-    """
-    chain = []
+    """Message of the `UserError` that caused an exception; None if there is none."""
+    message = None
     while error is not None:
-        chain.append(error)
-        error = error.__cause__
-    for error in reversed(chain):
         if in_worker := IN_WORKER.search(str(error)):
-            return in_worker[1]
-        if isinstance(error, UserError):
-            return str(error)
-    return None
+            message = in_worker[1]
+        elif isinstance(error, UserError):
+            message = str(error)
+        error = error.__cause__
+    return message
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what an engine logs while a `UserError` passes through it, which is shown in the end."""
+    """False for what an engine logs while a `UserError` passes through it."""
     return record.levelno < logging.ERROR or user_message(sys.exc_info()[1]) is None

@@ -1,8 +1,4 @@
-"""Files that are there as a whole or not at all: written under another name beside their place, then renamed.
-
-A folder that is listed (`list_files`) has a manifest of them, so that what this package has written can be told from what a
-user has put there.
-"""
+"""Files that are there as a whole or not at all, and manifests of what this package has written into a folder."""
 
 from __future__ import annotations
 
@@ -30,12 +26,7 @@ _listing: set[str] = set()  # absolute folders whose files are being listed
 
 @contextmanager
 def replacing(path) -> Iterator[Path]:
-    """Write to a temporary file beside `path`, which is renamed to `path` when the block ends and removed where it fails.
-
-    Whatever kills the process, the file of that name is the old one or the new one. Its folder is made if missing.
-
-    Yields:
-        path of the temporary file; its name is its own, so that two processes never share one.
+    """Yield the path of a temporary file, which is renamed to `path` when the block ends and removed if it fails.
 
     Raises:
         UserError: if the file cannot be written: a full disk, a folder that is read-only, a name that is too long.
@@ -61,12 +52,10 @@ def _unwritable(path, error: OSError) -> UserError:
 
 @contextmanager
 def locked(folder) -> Iterator[None]:
-    """Keep a folder for this process while the block runs; it is made if missing.
-
-    The lock is of the file .lock in it, which stays; it ends with the process, however that ends.
+    """Keep a folder for this process while the block runs, by a lock on the file .lock in it; it is made if missing.
 
     Raises:
-        UserError: if another process has it, which is named, or if nothing can be written there.
+        UserError: naming the other process that has it, or if nothing can be written there.
     """
     folder = Path(folder)
     lock, holder = FileLock(folder / ".lock"), folder / ".lock.holder"
@@ -90,16 +79,12 @@ def locked(folder) -> Iterator[None]:
 
 
 def list_files(folder) -> None:
-    """List every file that this process writes below a folder in the folder's `manifest.txt`, until `stop_listing`.
-
-    One relative path a line, added before the file is there. Other processes may list files of the same folder.
-    """
+    """List every file that this process writes below a folder in its `manifest.txt`, before it is written."""
     list_file(Path(folder, MANIFEST))  # in those of the folders above
     _listing.add(os.path.abspath(folder))
 
 
 def stop_listing(folder) -> None:
-    """End `list_files`."""
     _listing.discard(os.path.abspath(folder))
 
 
@@ -113,13 +98,13 @@ def list_file(path) -> None:
 
 
 def listed_files(folder) -> list[str]:
-    """Read the manifest of a folder: paths relative to it; empty if there is none."""
+    """Read the manifest of a folder: relative paths."""
     manifest = Path(folder, MANIFEST)
     return manifest.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if manifest.exists() else []
 
 
 def remove_listed_files(folder) -> None:
-    """Remove the files of a folder's manifest, the folders below it that are empty then, and the manifest."""
+    """Remove the files of a folder's manifest, folders that are empty then, and the manifest."""
     places = {Path(folder, name) for name in listed_files(folder) if os.pardir not in Path(name).parts}
     for path in places:
         with suppress(OSError):  # it is gone, or a folder by now
@@ -132,26 +117,17 @@ def remove_listed_files(folder) -> None:
 
 
 def write_text(text: str, path) -> None:
-    """Write a text in UTF-8; bytes of a file's name that are none stand as escapes."""
+    """Write a text in UTF-8; bytes of a file's name that are not UTF-8 become escapes."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(content, path) -> None:
-    """Write JSON, indented by one."""
     write_text(json.dumps(content, indent=1) + "\n", path)
 
 
 def write_table(rows: Iterable[Mapping], path, columns: Sequence[str] = ()) -> None:
-    """Write rows as CSV in UTF-8; columns that only some rows have are empty in the others.
-
-    Bytes of a file's name that are no UTF-8 stand as escapes.
-
-    Args:
-        rows: column -> value.
-        path: of the file.
-        columns: that come first, whether or not a row has them.
-    """
+    """Write rows (column -> value) as CSV in UTF-8; `columns` come first, whether or not a row has them."""
     rows = list(rows)
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
@@ -170,7 +146,6 @@ def write_checkpoint(content, path) -> None:
 
 
 def write_figure(figure, path) -> None:
-    """Write a figure of matplotlib as a PNG."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
@@ -186,10 +161,7 @@ def file_hash(path) -> str:
 
 
 def log_artifacts(engine, paths: Iterable[Path]) -> None:
-    """Keep files, those of them that exist, with the run of an engine that MLflow tracks.
-
-    The MLFlowHandler that MONAI has added keeps the configuration only where `output_dir` is an expression, and no picture.
-    """
+    """Keep those files that exist with the run of an engine that MLflow tracks; MONAI's handler keeps no pictures."""
     from monai.handlers import MLFlowHandler  # takes seconds, which those who only write need not wait for
 
     handlers = {handler for handlers in engine._event_handlers.values() for handler, *_ in handlers}

@@ -59,6 +59,7 @@ def test_an_installed_package_predicts_without_the_repository(wheel, phantom_dir
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([*map(str, command), "--flips", "False"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") <= 3, done.stdout + done.stderr
+    assert re.search(r"^p\d\d_0\S*: [\w -]+ \(0\.\d\d\), lesion [\d.]+%? .*, \d+ detected", done.stdout, re.M), done.stdout
     (found,) = tmp_path.glob("out/*/predictions.json")
     weights = json.loads(found.read_text())["model"]["checkpoint"]
     assert weights == file_hash(WEIGHTS)[:12] and sorted(path.name for path in tmp_path.iterdir()) == ["installed", "out"]

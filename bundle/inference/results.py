@@ -51,6 +51,10 @@ class Result:
     stamp: str = ""
     keep_identifiers: bool = False
 
+    def __str__(self) -> str:
+        words = filter(None, (task.line(self.entries[task.name]) for task in self.tasks))
+        return "; ".join([f"{self.scan.name}: {', '.join(words)}", *self.warnings])
+
     @property
     def classes(self) -> dict[str, float]:
         """Probability of each class for the scan; empty if it was not classified."""

@@ -180,7 +180,8 @@ class Worklist:
                 path.unlink(missing_ok=True)  # of an earlier run
         if not predictions:
             raise UserError(f"input: nothing could be read; {failures[0]['reason']}")
-        logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; see scans.csv and failures.csv")
+        where = "see report.html of each scan, scans.csv and failures.csv"
+        logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; {where}")
 
 
 def fingerprint(workflow: ConfigWorkflow, *files) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -23,6 +24,8 @@ from bundle.inference.overlay import draw_overlay
 from bundle.inference.report import Report
 from bundle.inference.results import Result
 from bundle.names import DETECTION
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.json"
 UNFINISHED = ".tmp."  # how names of folders begin that are no results, or not yet
@@ -72,6 +75,7 @@ def write_result(result: Result, folder: Path) -> None:
     report = _draw_slices(result, folder / files["overlays"])
     report.write(folder / files["report"], prediction, result.tasks)
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
+    logger.info(result)
 
 
 def _draw_slices(result: Result, folder: Path) -> Report:

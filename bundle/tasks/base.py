@@ -176,6 +176,10 @@ class Task:
         """What the line below the picture of a slice says."""
         return []
 
+    def line(self, entry) -> str:
+        """What the console says of a scan, in a few words."""
+        return ""
+
     def report(self, entry) -> dict[str, str]:
         """Lines of the task's card in report.html, title -> text, beside its probabilities and lesions."""
         return {}

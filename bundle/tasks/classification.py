@@ -141,6 +141,9 @@ class Classification(Task):
         unsure = entry["probabilities"][entry["predicted"]] < 0.5
         return facts | ({"certainty": "low: the other classes together are likelier"} if unsure else {})
 
+    def line(self, entry: Mapping) -> str:
+        return f"{entry['predicted']} ({entry['probabilities'][entry['predicted']]:.2f})"
+
     def scan_columns(self, entry: Mapping) -> dict:
         probabilities = {f"probability {name}": value for name, value in entry["probabilities"].items()}
         return {"predicted": entry["predicted"], **probabilities}

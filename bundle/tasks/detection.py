@@ -163,6 +163,10 @@ class Detection(Task):
     def report(self, entry: Sequence[Mapping]) -> dict[str, str]:
         return {} if entry else {"lesions": "no box reaches the score threshold"}
 
+    def line(self, entry: Sequence[Mapping]) -> str:
+        scores = [lesion["score"] for lesion in entry]
+        return f"{len(scores)} detected" + (f", highest score {max(scores):.2f}" if scores else "")
+
     def scan_columns(self, entry: Sequence[Mapping]) -> dict:
         return {"lesions": len(entry), "highest score": max((lesion["score"] for lesion in entry), default=None)}
 

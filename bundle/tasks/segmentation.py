@@ -166,6 +166,13 @@ class Segmentation(Task):
         shares = {name: found["share_of_lung"] for name, found in entry.items() if found["share_of_lung"] is not None}
         return sizes | {name: f"{sizes[name]} · {100 * share:.1f} % of lung" for name, share in shares.items()}
 
+    def line(self, entry: Mapping) -> str:
+        def extent(found: Mapping) -> str:
+            share = found["share_of_lung"]
+            return f"{found['pixels']} pixels" if share is None else f"{share:.1%} of the lung"
+
+        return ", ".join(f"{name} {extent(found)}" for name, found in entry.items())
+
     def scan_columns(self, entry: Mapping) -> dict:
         keys = ("volume_ml", "share_of_lung", "pixels")
         return {f"{name} {key}": found[key] for name, found in entry.items() for key in keys}

@@ -165,7 +165,7 @@ def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:
 
 def environment() -> dict:
     """Versions of Python and of the packages that decide a result, and the machine, without its name."""
-    names = ("monai", "torch", "torchvision", "pytorch-ignite", "timm", "numpy", "nibabel", "itk")
+    names = ("monai", "torch", "torchvision", "pytorch-ignite", "timm", "numpy", "nibabel", "SimpleITK")
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in names},
