@@ -114,7 +114,7 @@ def test_two_hospitals_that_each_lack_a_disease_do_better_together(tmp_path):
     """
     elsewhere = Path(make_phantom(tmp_path / "elsewhere", size=64, groups=(36, 12, 3), slices_per_group=2, seed=0))
     begin = make_client(tmp_path / "begin", elsewhere, bool, local_epochs=40, learning_rate=0.002, **CLASSIFY)
-    begin.train(ExchangeObject(weights=begin.get_weights().weights), extra={})
+    begin.train(ExchangeObject(weights=deepcopy(begin.get_weights().weights)), extra={})
     weights = deepcopy(begin.get_weights().weights)
     data = Path(make_phantom(tmp_path / "data", size=64, groups=(12, 60, 3), slices_per_group=2, seed=12))
 
