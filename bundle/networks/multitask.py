@@ -65,12 +65,7 @@ class MultiTaskNet(nn.Module):
                 raise UserError(f"{name}: found weights for {found[name]}, expected weights for {self.description[name]}")
         self.description |= {name: found[name] for name in ("sources", "temperature")}
 
-    def forward(
-        self,
-        image: torch.Tensor,
-        targets: Mapping[str, Sequence] | None = None,
-        annotated: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict:
+    def forward(self, image: torch.Tensor, targets: Mapping | None = None, annotated: Mapping | None = None) -> dict:
         """Answer every task in one pass.
 
         Args:

@@ -20,7 +20,7 @@ from bundle.errors import UserError
 from bundle.networks import MultiTaskNet, load_weights, read_weights
 from bundle.networks.multitask import NETWORK
 from bundle.networks.weights import describe, heads_in, redescribe
-from bundle.tasks.base import Figures, Task
+from bundle.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
@@ -35,23 +35,8 @@ UNDESCRIBED = {
     "detection": {"fpn_channels": 64, "box_features": 256, "mask_channels": [64, 64], "detections_per_image": 20},
 }
 
-__all__ = [
-    "DEFAULTS",
-    "TASKS",
-    "Figures",
-    "Task",
-    "add_heads",
-    "build_network",
-    "make_tasks",
-    "open_network",
-    "read_model",
-    "trained_tasks",
-]
 
-
-def make_tasks(
-    tasks: Mapping[str, float] | Iterable[str], draws: Mapping[str, float] | None = None, **options
-) -> list[Task]:
+def make_tasks(tasks: Mapping[str, float] | Iterable[str], draws: Mapping | None = None, **options) -> list[Task]:
     """Make the tasks of a configuration, those of `TASKS` first and in its order.
 
     Args:

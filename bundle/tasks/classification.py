@@ -177,10 +177,7 @@ def classification_figures(cases: Sequence[dict]) -> Figures:
     def figures(weights: np.ndarray) -> dict[str, float]:
         counts = np.bincount(cells, weights, classes**2).reshape(classes, classes)
         hits, annotated, predicted = np.diag(counts)[present], counts.sum(1)[present], counts.sum(0)[present]
-        result = {
-            "accuracy": hits.sum() / counts.sum(),
-            "ece": calibration_error(probabilities.max(1), correct, weights),
-        }
+        result = {"accuracy": hits.sum() / counts.sum(), "ece": calibration_error(probabilities.max(1), correct, weights)}
         if annotated.all():
             result["balanced_accuracy"] = (hits / annotated).mean()
             result["f1_macro"] = (2 * hits / (annotated + predicted)).mean()
