@@ -19,17 +19,11 @@ DISC = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
 
 
 def body_region(image: torch.Tensor) -> torch.Tensor:
-    """Find the body in a slice, lungs included, so that tables and air can be cropped away.
+    """Find the body in a slice (1, rows, columns), lungs included, so that tables and air can be cropped away.
 
     Air around the body is what is dark (Otsu's threshold) and holds a corner of the slice: lungs that are cut by the edge of
-    a picture do not. The body is the largest component of the rest. Made as `select_fn` of MONAI's CropForegroundd, after
-    the intensities were scaled.
-
-    Args:
-        image: (1, rows, columns), air darker than tissue.
-
-    Returns:
-        bool of the same shape. All of it where the body would be below 5 % of the slice.
+    a picture do not. The body is the largest component of the rest, or all if that is below 5 % of the slice. Made as
+    `select_fn` of MONAI's CropForegroundd, after the intensities were scaled.
     """
     pixels = np.asarray(image[0], dtype=np.float32)
     dark, _ = ndimage.label(pixels <= otsu_threshold(pixels))
@@ -42,18 +36,12 @@ def body_region(image: torch.Tensor) -> torch.Tensor:
 
 
 def lung_region(image: np.ndarray) -> np.ndarray:
-    """Find the region of the lungs in a slice in any grey scale: the dark parts inside the body, with what lies in them.
+    """Find the lungs in a slice (rows, columns) in any grey scale: the dark parts inside the body, with what lies in them.
 
     The body is the largest bright component (Otsu's threshold), filled. Dark parts in it, or cut by the edge of a picture that
     was cropped to the lungs, are lung if they have 0.5 % of the picture; a part that holds a corner of the picture is air.
-    They are closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed, bowel gas
-    and the trachea are included. For measured volumes of lung in HU there is `lung_mask`.
-
-    Args:
-        image: (rows, columns), air darker than tissue; rows and columns of zeros around the picture are ignored.
-
-    Returns:
-        bool (rows, columns).
+    They are closed by a disc with a radius of 3 % of the side and filled. Lesions at the wall of the chest may be missed;
+    bowel gas and the trachea are included. Rows and columns of zeros around the picture are ignored.
     """
     region = np.zeros(image.shape, bool)
     rows, columns = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
@@ -74,21 +62,13 @@ def lung_region(image: np.ndarray) -> np.ndarray:
 
 
 def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Find the lung in an axial slice in Hounsfield units.
+    """Find the lung in an axial slice in Hounsfield units, (rows, columns); spacing of rows and columns in mm.
 
-    Pixels below -400 HU, closed by 2 mm, are split into components. A component whose pixels below -400 HU have a median
-    below -950 HU is air, around the body, in the trachea or the bowel, and is removed, as is one of less than 2 cm2. Touching
-    the border is not enough to be air, since a cropped volume has lung there, but such a component needs a median of -900 HU,
-    which the foam of a table below a cropped body does not reach. The shell of a table is thin enough to be closed, so that
-    its foam belongs to the air around it. Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) counts as
-    air. Wrongly counted as lung: a trachea behind a thin wall, and bowel gas mixed with faeces.
-
-    Args:
-        hu: (rows, columns), in HU.
-        spacing: of rows and columns, in mm.
-
-    Returns:
-        bool (rows, columns).
+    Pixels below -400 HU, closed by 2 mm, are split into components. One is air if the median of its pixels below -400 HU is
+    below -950 HU, or -900 HU at the border, which the foam of a table does not reach but lung in a cropped volume does; one
+    below 2 cm2 is removed. The shell of a table is thin enough to be closed, so that its foam belongs to the air around it.
+    Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) is air. Wrongly counted as lung: a trachea behind
+    a thin wall, and bowel gas mixed with faeces.
     """
     hu, pixel = np.clip(hu, -1024, 0).astype(np.int16), spacing[0] * spacing[1]
     light = hu < TISSUE
@@ -104,11 +84,7 @@ def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
 
 
 def lung_bearing(areas: Sequence[float]) -> list[bool]:
-    """Tell for each slice whether it shows enough lung to speak of: 20 cm2.
-
-    Args:
-        areas: of the lung in each slice, in mm2.
-    """
+    """Tell for each slice, by the area of its lung in mm2, whether it shows enough lung to speak of: 20 cm2."""
     return [area >= BEARING_AREA for area in areas]
 
 

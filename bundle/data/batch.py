@@ -17,13 +17,9 @@ from bundle.names import ANNOTATED, IMAGE, RECORD, TARGET
 def collate(samples: Sequence[dict], tasks: Sequence) -> dict:
     """Join samples, annotated for different tasks, into one batch.
 
-    Args:
-        samples: what the transforms return; `target` defaults to the image, and the fields of the tasks may be absent.
-        tasks: `bundle.tasks.Task` of the network.
-
     Returns:
-        image and target (B, 1, S, S); annotated, task -> bool (B,); record, a list of B dictionaries; and the entries of
-        each task, see `bundle.tasks.Task.collate`.
+        image and target (B, 1, S, S), which defaults to the image; annotated, task -> bool (B,); record, a list of B
+        dictionaries; and the entries of each task, see `bundle.tasks.Task.collate`.
     """
     image = torch.stack([plain(sample[IMAGE]) for sample in samples])
     batch = {
@@ -47,17 +43,7 @@ def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
 
     A task divides its `share` as its `strata` say: see `bundle.tasks.Task`. One that needs no annotation learns from every
     draw; it has a share of its own only of the records that are not annotated for another of the tasks. The weight of a
-    record is the sum of its shares.
-
-    Args:
-        records: of `bundle.data.datalist.select`.
-        tasks: `bundle.tasks.Task` that are trained.
-
-    Returns:
-        float64 (number of records,), summing to one.
-
-    Raises:
-        UserError: if no record has a share.
+    record is the sum of its shares; all weights, float64, sum to one.
     """
     weights = torch.zeros(len(records), dtype=torch.float64)
     for task in tasks:

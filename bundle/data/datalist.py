@@ -12,18 +12,7 @@ import numpy as np
 
 from bundle.data.volumes import slice_size
 from bundle.errors import UserError
-from bundle.names import (
-    ANNOTATION,
-    BOXES,
-    CLASS,
-    EMPTY_MASK,
-    GROUP,
-    IMAGE,
-    INSTANCES,
-    MASK,
-    RECONSTRUCTION,
-    SOURCE,
-)
+from bundle.names import ANNOTATION, BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECONSTRUCTION, SOURCE
 
 SPLITS = ("training", "validation", "test")
 LEFT_OUT = "left_out"
@@ -36,13 +25,11 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, 
 
     Args:
         path: JSON file with `classes` and the lists training, validation and test.
-        dataset_dir: folder of the files; where it is given, they must be there, and boxes, masks and instances fit the
-            image.
+        dataset_dir: folder of the files; if given, they must be there, and boxes, masks and instances fit the image.
         classes: names that the configuration expects; they must be the datalist's, in its order.
         tasks: `bundle.tasks.Task` whose fields are checked beside those of `FIELDS`.
 
     Raises:
-        UserError: if there is no such file.
         UserError: in one line, for the first thing that is wrong: file, record, field, found, expected.
     """
     if not Path(path).is_file():
@@ -62,11 +49,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, 
 
 
 def validate(datalist: Mapping, dataset_dir=None, tasks: Sequence = ()) -> None:
-    """Refuse a datalist that breaks the contract.
-
-    Raises:
-        UserError: naming the record, the field, what was found and what was expected, and how many more complaints follow.
-    """
+    """Refuse a datalist that breaks the contract, in one line, with how many more complaints follow."""
     complaints = list(_complaints(datalist, dataset_dir, tasks))
     if complaints:
         more = f" (and {len(complaints) - 1} more complaints)" if len(complaints) > 1 else ""
@@ -114,12 +97,9 @@ def _complaints(datalist, dataset_dir, tasks):
 def record_complaints(
     record: Mapping, num_classes: int, dataset_dir=None, headers: bool = False, known: Iterable[str] = FIELDS
 ) -> Iterator[str]:
-    """What is wrong with a record, each thing as "field: found …, expected …".
+    """What is wrong with a record, each thing as "field: found …, expected …"; see `load_datalist`.
 
     Args:
-        record: of a datalist.
-        num_classes: of the datalist.
-        dataset_dir: as in `load_datalist`.
         headers: read the header of every file; otherwise of those that have to fit another.
         known: fields that a record may have.
     """
@@ -174,7 +154,8 @@ def _box_complaints(boxes, size: tuple[int, int] | None):
         if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
             yield f"{BOXES}: found {box!r}, expected four finite numbers [x1, y1, x2, y2] with decimal points"
         elif max(map(abs, box)) < 2:
-            yield f"{BOXES}: found {box}, expected pixels, not shares of the image; multiply x by its width and y by its height"
+            shares = "shares of the image; multiply x by its width and y by its height"
+            yield f"{BOXES}: found {box}, expected pixels, not {shares}"
         elif box[2] <= box[0] or box[3] <= box[1]:
             yield f"{BOXES}: found {box}, expected x1 < x2 and y1 < y2, not [x, y, width, height]"
         elif min(box) < 0 or size and (box[2] > size[0] or box[3] > size[1]):
@@ -195,11 +176,7 @@ def select(datalist: Mapping, split: str, tasks: Iterable, dataset_dir="", leave
     """Records of a split that are annotated for at least one of the tasks, with paths joined to `dataset_dir`.
 
     Args:
-        datalist: of `load_datalist`.
-        split: one of `SPLITS`, or left_out for what `leave_out` takes away from training and validation.
-        tasks: `bundle.tasks.Task` that ask for records.
-        dataset_dir: folder that the paths start from.
-        leave_out: sources whose records are not in training and validation.
+        split: one of `SPLITS`, or left_out for what `leave_out`, sources, takes away from training and validation.
 
     Raises:
         UserError: if the split or a source is unknown, or no record is left.
@@ -221,17 +198,7 @@ def select(datalist: Mapping, split: str, tasks: Iterable, dataset_dir="", leave
 
 
 def take(records: Sequence[dict], count: int, seed: int, by: str = IMAGE) -> list[dict]:
-    """Records of so many images or groups (patients), drawn at random; fewer lie within more of the same seed.
-
-    Args:
-        records: of `select`.
-        count: how many images or groups.
-        seed: of the draw.
-        by: field that is counted, image or group; a record without a group is one of its own.
-
-    Raises:
-        UserError: if there are fewer.
-    """
+    """Records of so many images or groups (patients), drawn at random; fewer lie within more of the same seed."""
     units = sorted({record.get(by, record[IMAGE]) for record in records})
     if not 1 <= count <= len(units):
         raise UserError(f"records: found {len(units)} values of {by}, expected {count}, at least 1; take fewer or add records")
@@ -240,9 +207,5 @@ def take(records: Sequence[dict], count: int, seed: int, by: str = IMAGE) -> lis
 
 
 def _join(record: Mapping, dataset_dir) -> dict:
-    files = {
-        field: os.path.join(dataset_dir, record[field])
-        for field in (IMAGE, MASK, INSTANCES)
-        if field in record and record[field] != EMPTY_MASK
-    }
-    return {**record, **files}
+    files = [field for field in (IMAGE, MASK, INSTANCES) if record.get(field, EMPTY_MASK) != EMPTY_MASK]
+    return {**record, **{field: os.path.join(dataset_dir, record[field]) for field in files}}

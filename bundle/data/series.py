@@ -118,19 +118,14 @@ def starts_as_dicom(start: bytes) -> bool:
 
 
 def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
-    """Header of a DICOM image, or only some of its tags.
-
-    Raises:
-        UserError: if it is compressed as a whole, which would be unpacked in memory whatever its size.
-        Exception: of pydicom, if it is no DICOM file.
-    """
+    """Header of a DICOM image, or only some of its tags; pydicom raises anything if it is damaged."""
     with open(path, "rb") as file:
         start = file.read(132)
     if not starts_as_dicom(start):
         raise UserError("found no DICOM header")
     force = start[128:] != b"DICM"
     if not force and read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        raise UserError("found a deflated file, expected another transfer syntax")
+        raise UserError("found a deflated file, expected another transfer syntax")  # its size in memory is not known
     return pydicom.dcmread(path, stop_before_pixels=True, force=force, specific_tags=tags and list(tags))
 
 
@@ -149,11 +144,7 @@ def exclusion_reason(header: pydicom.Dataset) -> str:
 
 
 def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
-    """The frames of a DICOM image.
-
-    Raises:
-        UserError: if it has no size, or another number of channels than grey or RGB.
-    """
+    """The frames of a DICOM image."""
     count, samples = int(_number(header.get("NumberOfFrames")) or 1), _number(header.get("SamplesPerPixel", 1))
     if samples not in (1, 3) or not 1 <= count < 2**16:
         raise UserError(f"found {samples} values in a pixel and {count} frames, expected a grey or RGB image")
@@ -228,10 +219,7 @@ def _text(header: pydicom.Dataset, *names: str) -> str:
     return sys.intern("|".join(str(value) for name in names if (value := header.get(name)) not in (None, "")).strip())
 
 
-@lru_cache(maxsize=256)
-def _interned(numbers: tuple[float, ...]) -> tuple[float, ...]:
-    """Numbers that many headers share in memory."""
-    return numbers
+_interned = lru_cache(maxsize=256)(tuple)  # of numbers that many headers share in memory
 
 
 def _value(header: pydicom.Dataset, name: str):
@@ -258,13 +246,9 @@ def _numbers(values, count: int) -> tuple[float, ...] | None:
 
 
 def read_pixels(frame: Frame) -> np.ndarray:
-    """Values of a frame: HU of CT; otherwise grey values, luminance of colours, low values dark.
+    """float32 (columns, rows) of a frame: HU of CT; otherwise grey values, luminance of colours, low values dark.
 
-    Returns:
-        float32 (columns, rows). Padding that is connected to the border is air, in HU.
-
-    Raises:
-        Exception: of pydicom or its decoders, if the pixels cannot be read.
+    In HU, padding that is connected to the border is air. pydicom and its decoders raise anything if the pixels are damaged.
     """
     header = read_header(frame.path, None)
     pixels = _decode(frame, header)
@@ -308,10 +292,10 @@ def _decode(frame: Frame, header: pydicom.Dataset) -> np.ndarray:
 
 
 def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Divide frames into scans: of one patient, study and series, one frame of reference, grid, kernel and acquisition.
+    """Divide frames into scans by patient, study, series, frame of reference, kernel, grid (with a tolerance) and acquisition.
 
-    The grid is compared with a tolerance. Files of one series may lie in several folders. A UID that is blank, or that an
-    anonymiser has made anew for each slice, is ignored where the slices are a regular stack without it.
+    An identifier that is blank, or that an anonymiser has made anew for each slice, is ignored where the slices are a regular
+    stack without it. Files of one series may lie in several folders.
     """
     _drop_scrambled(frames)
     _fill_blanks(frames)
@@ -428,14 +412,7 @@ def _is_numbered(frames: Sequence[Frame]) -> bool:
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
-    """Drop images that are not scans where their study has a scan.
-
-    These are images in colour, derived ones without a position, projections, and slices that were taken to time the
-    contrast or to test: few, thick, or the same place again and again. A study that has nothing else keeps them.
-
-    Returns:
-        The groups that are scans, and by study how many images of which kind were left out.
-    """
+    """Drop what is no scan beside a scan of its study (`_extra`): the scans, and by study the numbers of what was dropped."""
     kept, left_out = [], defaultdict(Counter)
     for study in _divide(groups, lambda group: study_of(group[0])):
         scans = [group for group in study if not _extra(group, 0)]
@@ -450,7 +427,7 @@ def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[
 
 
 def study_of(frame: Frame) -> tuple[str, str]:
-    """Patient and study; the folder where a study has no UID."""
+    """Patient and study, which is the folder where it has no UID."""
     return frame.patient, frame.study or frame.folder
 
 
@@ -460,7 +437,10 @@ def study_of_header(path, header: pydicom.Dataset) -> tuple[str, str]:
 
 
 def _extra(group: Sequence[Frame], largest: int) -> str:
-    """What images are called that are no scan beside a scan of `largest` slices; empty for a scan."""
+    """What images are called that are no scan beside a scan of `largest` slices; empty for a scan.
+
+    Slices that time the contrast or test are few, thick, or the same place again and again.
+    """
     first = group[0]
     if first.photometric not in GREY:
         return "images in colour"
@@ -490,8 +470,7 @@ def _is_bolus(group: Sequence[Frame]) -> bool:
 def order_frames(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
     """The slices of a scan from the feet to the head, and what is to be known of them, one line each.
 
-    Without pixel spacing, or where positions are missing or say nothing (then the instance numbers give the order), no slice
-    of the result has a position.
+    Where lengths are not known, no slice of the result has a position.
     """
     notes, placed = [], [frame for frame in frames if frame.placed]
     if not placed or _say_nothing(placed):
@@ -547,8 +526,7 @@ def measure_gaps(heights: np.ndarray) -> tuple[list[float], list[str]]:
 
 
 def affine_of(frames: Sequence[Frame]) -> np.ndarray:
-    """(4, 4) from (column, row, slice) to RAS; the step between slices is their mean, a gantry's tilt included (DICOM
-    PS3.3, C.7.6.2.1.1)."""
+    """(4, 4) from (column, row, slice) to RAS (DICOM PS3.3, C.7.6.2.1.1); the step between slices is their mean."""
     first, last, affine = frames[0], frames[-1], np.eye(4)
     affine[:3, 0] = np.multiply(first.orientation[:3], first.spacing[1])
     affine[:3, 1] = np.multiply(first.orientation[3:], first.spacing[0])

@@ -25,8 +25,7 @@ class LoadSlice(Transform):
     """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `Scan.read`.
 
     Raises:
-        UserError: if there is no such file.
-        UserError: naming the file, if it cannot be read, is not a single slice, or holds NaN or infinite pixels.
+        UserError: naming the file, if it cannot be read, is not a single slice, or holds infinite pixels.
     """
 
     def __call__(self, path) -> MetaTensor:
@@ -40,10 +39,6 @@ class LoadSlice(Transform):
 
 def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
     """Turn pixels (rows, columns) on the grid of a slice back to how its file stores them; nothing is interpolated.
-
-    Args:
-        pixels: of any type.
-        slice_: what `LoadSlice` returned for the file.
 
     Returns:
         (rows, columns) for a picture; for a volume an array of its file's shape, x first.
@@ -62,13 +57,8 @@ class LoadSliced(MapTransform):
     of `segmentation_classes` (any non-zero value where there is one class, otherwise channel k is value k + 1);
     `instances` becomes uint8 (number of boxes, rows, columns).
 
-    Args:
-        segmentation_classes: number of lesion channels.
-
     Raises:
-        UserError: naming the files, if the mask or the instances have another size than the image, or a header that turns
-            them otherwise and lays them elsewhere; if a mask of several classes has other values than theirs, a box no
-            instance or one that lies elsewhere, or an instance no box.
+        UserError: naming the files, if mask, instances or boxes do not fit the image or each other.
     """
 
     def __init__(self, segmentation_classes: int = 1) -> None:
@@ -111,8 +101,8 @@ class LoadSliced(MapTransform):
             raise UserError(
                 f"{record[key]}: found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
             )
-        turned_otherwise = all(item.meta["spacing"] for item in (labels, image)) and not torch.equal(labels.affine, image.affine)
-        if turned_otherwise and not torch.allclose(_place(labels), _place(image), rtol=0, atol=max(image.meta["spacing"])):
+        turned = all(item.meta["spacing"] for item in (labels, image)) and not torch.equal(labels.affine, image.affine)
+        if turned and not torch.allclose(_place(labels), _place(image), rtol=0, atol=max(image.meta["spacing"])):
             raise UserError(
                 f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
                 "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
@@ -124,7 +114,7 @@ class LoadSliced(MapTransform):
 
 
 def _check_hidden(path) -> None:
-    """Refuse a picture without a grey value that has another one in its alpha channel or as an index of a black palette."""
+    """Refuse a black picture that has values in its alpha channel or as indices of a black palette."""
     with Image.open(path) as picture:
         stored = np.atleast_3d(np.asarray(picture)).astype(int)
     if np.ptp(stored, axis=(0, 1)).any():
@@ -146,7 +136,7 @@ def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: tor
 
 
 def _place(slice_: MetaTensor) -> torch.Tensor:
-    """Where the first and the last pixel of what `LoadSlice` returned for a volume lie: (x, y) of RAS in mm, one a row."""
+    """Where the first and the last pixel of a slice of a volume lie: (x, y) of RAS in mm, one a row."""
     last = [size - 1 for size in slice_.shape[1:]]
     y, x, one = slice_.affine.double() @ torch.tensor([[0, 0, 1], [*last, 1]], dtype=torch.float64).T
     voxels = [x, y, one]
@@ -185,12 +175,6 @@ class KeepLungd(MapTransform):
     """Blacken what is outside of the lungs (`keep` "lung") or the lungs (`keep` "rest"): see `bundle.lungs.lung_region`.
 
     To try whether a network looks at the lungs. Apply it to the preprocessed image, in [0, 1].
-
-    Args:
-        keep: lung or rest.
-
-    Raises:
-        UserError: for another `keep`.
     """
 
     def __init__(self, keys: KeysCollection, keep: str) -> None:
@@ -212,9 +196,6 @@ class RandKeepLungd(RandomizableTransform, KeepLungd):
 
     Lesions and boxes are kept, too. Slices with more than 5 % of them outside of the lungs are left alone, since the shape of
     what is kept would give them away; so are those in which no lung is found.
-
-    Args:
-        prob: of each slice.
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 0.5) -> None:
@@ -252,9 +233,6 @@ class FollowImaged(MapTransform):
     The image's affine tells where every pixel lies in the file; corners of the stored boxes are sent through its inverse.
     Where instance masks exist, their extent is taken instead, which stays tight under rotation. Boxes are clipped to the
     image; those thinner than `min_size` pixels are dropped, with their instance.
-
-    Args:
-        min_size: smallest width and height in pixels of the image.
     """
 
     def __init__(self, min_size: float = 1.0) -> None:
@@ -289,14 +267,10 @@ def boxes_on_grid(boxes: torch.Tensor, image: MetaTensor) -> torch.Tensor:
 
 
 def move_boxes(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Send boxes through an affine map of pixel grids.
+    """Hulls (N, 4) of boxes (N, 4) x1 y1 x2 y2, x = column, after an affine map of pixel grids.
 
     Args:
-        boxes: (N, 4) x1 y1 x2 y2 in pixels, x = column.
         matrix: (3, 3) from (row, column, 1) to (row, column, 1), integers at pixel centres, as MetaTensor's affine.
-
-    Returns:
-        (N, 4), the hulls of the moved corners.
     """
     x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
     # Edges of pixel k lie at k - 0.5 and k + 0.5 of the affine's coordinates, whose integers are pixel centres.

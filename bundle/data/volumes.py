@@ -79,11 +79,12 @@ class Scan:
         stamp: text that changes when a name, size or time of the files does.
 
     Raises:
-        UserError: in one line, naming the file, if the header claims what cannot be.
+        UserError: in one line, if the header claims what cannot be.
     """
 
     kind = "volume"
-    hounsfield = True
+    hounsfield = oriented = True
+    positions = thickness = spacing = _voxels = None
 
     def __init__(
         self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None
@@ -91,13 +92,12 @@ class Scan:
         self.name, self.path, self.shape = str(name), str(path), (*map(int, shape), 1, 1)[:3]
         if min(self.shape) < 1:
             raise UserError(f"found a size of {tuple(shape)}")
-        self.affine = self.positions = self.thickness = self.spacing = None
-        self.turn = _turn_to_view(np.diag([-1.0, -1, 1, 1]) if affine is None else np.asarray(affine, float))
-        self.axis = int(np.flatnonzero(self.turn[:, 0] == 2)[0])
-        self.oriented, self._voxels = True, None
+        self.affine = None if affine is None else np.asarray(affine, float)
+        self.turn = _turn_to_view(np.diag([-1.0, -1, 1, 1]) if affine is None else self.affine)
+        rows, columns, self.axis = (int(np.flatnonzero(self.turn[:, 0] == axis)[0]) for axis in range(3))
         self.warnings: list[str] = []
         if affine is not None:
-            self._measure(np.asarray(affine, float))
+            self._measure(rows, columns)
         sides = np.delete(self.shape, self.axis)
         if np.prod(sides, dtype=float) > MAX_SLICE_PIXELS:
             raise UserError(f"found a size of {self.shape}, expected slices of at most {MAX_SLICE_PIXELS} pixels")
@@ -108,11 +108,10 @@ class Scan:
         states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in files or [path]]
         self.stamp = hashlib.sha256(repr(states).encode()).hexdigest()
 
-    def _measure(self, affine: np.ndarray) -> None:
-        """Positions, thickness and spacing of the slices from their affine."""
-        rows, columns = (int(np.flatnonzero(self.turn[:, 0] == axis)[0]) for axis in (0, 1))
-        sides = nibabel.affines.voxel_sizes(affine)
-        self.affine, self.spacing = affine, (float(sides[rows]), float(sides[columns]))
+    def _measure(self, rows: int, columns: int) -> None:
+        """Positions, thickness and spacing of the slices, whose rows and columns run along these array axes."""
+        affine, sides = self.affine, nibabel.affines.voxel_sizes(self.affine)
+        self.spacing = float(sides[rows]), float(sides[columns])
         normal = np.cross(affine[:3, rows], affine[:3, columns])
         normal *= np.sign(normal[2]) / np.linalg.norm(normal)
         step = float(affine[:3, self.axis] @ normal)
@@ -131,9 +130,6 @@ class Scan:
 
     def read(self, index: int) -> MetaTensor:
         """Read a slice, turned to LPS: rows run to posterior, columns to the patient's left.
-
-        Args:
-            index: of the slice along `axis`.
 
         Returns:
             MetaTensor (1, rows, columns) of float32. The affine (3, 3) leads from (row, column) to (y, x) of the stored slice,
@@ -159,10 +155,9 @@ class Scan:
         return MetaTensor(torch.from_numpy(pixels.copy())[None], affine=torch.as_tensor(to_stored), meta=meta)
 
     def read_stored(self, index: int) -> np.ndarray:
-        """Read a slice as it lies in the file.
+        """Read a slice as it lies in the file: float32 (x, y), the shape of the grid without `axis`.
 
-        Returns:
-            float32 (x, y), the shape of the grid without `axis`. NaN, which surrounds the field of view in some files, is air.
+        NaN, which surrounds the field of view in some files, is air.
 
         Raises:
             UserError: naming the file, if the pixels cannot be read or are not finite.
@@ -191,7 +186,6 @@ class Scan:
 
 
 def _turn_to_view(affine: np.ndarray) -> np.ndarray:
-    """nibabel's orientation that turns the axes of a file to rows (to posterior), columns (to the left) and slices."""
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise UserError("found an affine that is no map to space")
     return orientations.ornt_transform(nibabel.io_orientation(affine), orientations.axcodes2ornt("PLS")).astype(int)
@@ -207,6 +201,7 @@ class PictureScan(Scan):
         with Image.open(path) as picture:
             if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # of a phone: the first one is the photograph
                 raise UserError(f"found {picture.n_frames} pictures, expected one")
+            self.mode = picture.mode + " compressed by JPEG" * (picture.format == "JPEG")
             turned = picture.format != "TIFF" and _orientation(picture) >= 5  # Pillow turns a TIFF itself
             super().__init__(name, path, picture.size[:: -1 if turned else 1], None)
 
@@ -228,11 +223,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 class NiftiScan(Scan):
-    """A NIfTI file in HU: mapped from disk if it is uncompressed, otherwise held in the type that it stores.
-
-    One that does not say how it lies in space is taken as ITK takes it: its axes run to the left, to posterior and to the
-    head, from the origin.
-    """
+    """A NIfTI file in HU: mapped from disk if it is uncompressed, otherwise held in the type that it stores."""
 
     def __init__(self, name: str, path, image=None) -> None:
         self._image, image = image, image or _load_nifti(path)  # the first, if it is in memory
@@ -282,9 +273,8 @@ class ItkScan(Scan):
             raise UserError(f"found {reader.GetNumberOfComponents()} values in a pixel, expected one")
         check_shape(reader.GetSize(), np.dtype(np.float64))
         dimensions, affine = reader.GetDimension(), np.eye(4)
-        direction = np.reshape(reader.GetDirection(), (dimensions, dimensions))
-        affine[:dimensions, :dimensions] = direction * reader.GetSpacing()
-        affine[:dimensions, 3] = reader.GetOrigin()
+        axes, space = np.reshape(reader.GetDirection(), (dimensions, dimensions)) * reader.GetSpacing(), min(dimensions, 3)
+        affine[:space, :space], affine[:space, 3] = axes[:space, :space], reader.GetOrigin()[:space]
         super().__init__(name, path, reader.GetSize(), np.diag([-1.0, -1, 1, 1]) @ affine, [path, *_pixel_file(Path(path))])
         self.warnings += [NO_THICKNESS] if dimensions < 3 else []
 
@@ -296,8 +286,7 @@ class ItkScan(Scan):
 
 
 def _simpleitk():
-    """SimpleITK, which no other format needs."""
-    import SimpleITK
+    import SimpleITK  # no other format needs it
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised
     return SimpleITK
@@ -316,12 +305,7 @@ def _pixel_file(header: Path) -> list[Path]:
 
 
 class DicomScan(Scan):
-    """The images of a DICOM series on one grid, (columns, rows, slices); decoded one at a time.
-
-    Args:
-        name, path: see `Scan`.
-        frames: of `series.group_frames`, in any order.
-    """
+    """The images of a DICOM series on one grid, (columns, rows, slices), of `series.group_frames`; decoded one at a time."""
 
     kind = "dicom"
 
@@ -345,11 +329,7 @@ class DicomScan(Scan):
 
 
 def check_shape(shape: Sequence[int], dtype: np.dtype) -> None:
-    """Check that a header describes one volume of numbers of a readable size.
-
-    Raises:
-        UserError: naming what was found.
-    """
+    """Refuse a header that does not describe one volume of numbers of a readable size."""
     if dtype.kind not in "iuf":
         raise UserError(f"found values of type {dtype}, expected numbers")
     if not 2 <= len(shape) or any(size != 1 for size in shape[3:]):
@@ -367,11 +347,7 @@ def unreadable(path, error: Exception) -> UserError:
 
 
 def open_scan(path, name: str | None = None) -> Scan:
-    """The scan in a single file.
-
-    Raises:
-        UserError: in one line, naming the file, if its header cannot be read.
-    """
+    """The scan in a single file; a UserError names the file in one line if its header cannot be read."""
     path = Path(path)
     try:
         with warnings.catch_warnings():
@@ -382,11 +358,7 @@ def open_scan(path, name: str | None = None) -> Scan:
 
 
 def _reader(path: Path) -> Callable[[str, str], Scan]:
-    """What reads a file, by its content where that is certain, otherwise by its extension.
-
-    Raises:
-        UserError: if nothing reads it.
-    """
+    """What reads a file, by its content where that is certain, otherwise by its extension."""
     with open(path, "rb") as file:
         start = file.read(352)
     name = path.name.lower()
@@ -429,30 +401,21 @@ class SliceSize(NamedTuple):
 
 
 def slice_size(path) -> SliceSize:
-    """Size of the one axial slice in a file, from its header.
-
-    Raises:
-        UserError: if the header cannot be read, or announces more than one slice.
-    """
+    """Size of the one axial slice in a file, from its header; a UserError if that cannot be read or has more slices."""
     scan = open_scan(path)
     if len(scan) != 1:
         raise UserError(f"found {len(scan)} slices in {path}, expected a single one")
     columns, rows = (scan.shape[int(np.flatnonzero(scan.turn[:, 0] == axis)[0])] for axis in (1, 0))
     stored = tuple(scan.shape[axis] for axis in range(3) if axis != scan.axis)
-    mode = None
-    if scan.kind == "picture":
-        with Image.open(path) as picture:
-            mode = picture.mode + " compressed by JPEG" * (picture.format == "JPEG")
-    return SliceSize(stored, (columns, rows), mode)
+    return SliceSize(stored, (columns, rows), getattr(scan, "mode", None))
 
 
 def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
-    """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches.
+    """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches; only headers are read.
 
-    Images are files with an extension of `EXTENSIONS`, and DICOM and NIfTI files of any name. DICOM files become scans by
-    `series.group_frames`. Localizers, images that are not axial and objects without pixels are excluded, as is what
-    `series.drop_extras` names; the warnings of the other scans of the study list them. Hidden files, DICOMDIR and links to
-    folders are not looked at. Only headers are read.
+    Images are files with an extension of `EXTENSIONS`, and DICOM and NIfTI files of any name; hidden files and links to
+    folders are skipped. What is no axial image is excluded, as is what `series.drop_extras` names; the warnings of the
+    other scans of the study list it.
 
     Args:
         source: file, folder or pattern with * ? or [.

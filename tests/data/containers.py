@@ -132,6 +132,7 @@ for _name in ("x.mha", "x.mhd", "x.nrrd", "x.nhdr", "胸部 #1.mha"):
         CONTAINERS[f"{_name} {_compressed}"] = lambda folder, name=_name, compressed=_compressed: sitk.WriteImage(
             itk(), str(folder / name), compressed
         )
+CONTAINERS["x.mha of four axes"] = lambda folder: sitk.WriteImage(sitk.JoinSeries([itk()]), str(folder / "x.mha"))
 CONTAINERS["x.nrrd to RAS"] = lambda folder: sitk.WriteImage(sitk.DICOMOrient(itk(), "RAS"), str(folder / "x.nrrd"))
 
 
@@ -251,6 +252,20 @@ def dicom_big_endian(folder):
         dataset = dicom(z, PixelData=(HU.T[z] + 1024).astype(">u2").tobytes())
         dataset.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
         dataset.save_as(folder / str(z), implicit_vr=False, little_endian=False, enforce_file_format=True)
+
+
+for _implicit in (True, False):
+    for _name in ("IM{}", "{}.dcm"):
+        CONTAINERS[f"DICOM without preamble, {_name}, {_implicit}"] = lambda folder, name=_name, implicit=_implicit: bare(
+            folder, name, implicit
+        )
+
+
+def bare(folder, name, implicit):
+    for z in range(10):
+        dataset = dicom(z)
+        dataset.file_meta, dataset.preamble = FileMetaDataset(), None
+        dataset.save_as(folder / name.format(z), implicit_vr=implicit, little_endian=True, enforce_file_format=False)
 
 
 @container

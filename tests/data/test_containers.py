@@ -31,7 +31,7 @@ def test_every_container_gives_the_same_volume(tmp_path, name):
     assert (lungs * thickness).sum() * pixel / 1000 == pytest.approx(809.7, abs=0.1)
     assert ((slices > 200) * thickness).sum() * pixel / 1000 == pytest.approx(14.06, abs=0.01)
     ball = np.argwhere(scan.read_volume() > 200).mean(0)
-    np.testing.assert_allclose(scan.affine @ [*ball, 1], CENTRE, atol=0.01)
+    np.testing.assert_allclose(scan.affine @ [*ball, 1], CENTRE, atol=0.01)  # and the last row is 0 0 0 1
 
 
 def several(folder, *series) -> None:
@@ -49,6 +49,8 @@ def several(folder, *series) -> None:
         [{"ConvolutionKernel": k} for k in ("B30f", "B70f")],
         [{"ConvolutionKernel": k} for k in ("", "B70f")],
         [{"TemporalPositionIdentifier": t} for t in (1, 2)],
+        [{"AcquisitionNumber": t} for t in (1, 2)],
+        [{"FrameOfReferenceUID": uid} for uid in ("1.8", "1.9")],
         [{"SliceThickness": t} for t in (1, 5)],
     ],
 )

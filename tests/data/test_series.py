@@ -42,36 +42,12 @@ def values(scan):
     return [float(scan.read(index).mean()) for index in range(len(scan))]
 
 
-@pytest.mark.parametrize("series", ["1.2.3.4", ""])
-def test_two_patients_in_one_folder_are_two_scans(tmp_path, write_series, scans_of, series):
-    for patient in ("a", "b"):
-        write_series(tmp_path / "in", [0, 5, 10], series="1.2.3.4", PatientID=patient)
-        for path in (tmp_path / "in").glob("1.2.3.4-*"):
-            change(path, SeriesInstanceUID=series)
-            path.rename(path.with_name(patient + path.name))
-    scans = scans_of()
-    assert [len(scan) for scan in scans] == [3, 3] and all(scan.positions == [0, 5, 10] for scan in scans)
-    assert len({scan.name for scan in scans}) == 2
-
-
 def test_another_patient_with_a_blank_study_excludes_nothing(tmp_path, write_series, scans_of):
     original = {"ImageType": ["ORIGINAL", "PRIMARY"], "StudyInstanceUID": ""}
     write_series(tmp_path / "in", [0, 5, 10], series="1.1", PatientID="a", **original)
     derived = {"ImageType": ["DERIVED", "SECONDARY"], "ImagePositionPatient": None}
     write_series(tmp_path / "in", [0, 5], series="1.2", StudyInstanceUID="", PatientID="b", **derived)
     assert sorted(map(len, scans_of())) == [2, 3]
-
-
-@pytest.mark.parametrize(
-    "tags", [{"ConvolutionKernel": "Br40"}, {"AcquisitionNumber": 2}, {"FrameOfReferenceUID": "1.9"}, {"SliceThickness": 2}]
-)
-def test_two_reconstructions_in_one_series_are_two_scans(tmp_path, write_series, scans_of, tags):
-    write_series(tmp_path / "in", [0, 5, 10], ConvolutionKernel="Bl64", AcquisitionNumber=1)
-    for path in list((tmp_path / "in").iterdir()):
-        shutil.copy(path, path.with_name(f"other{path.name}"))
-        change(path.with_name(f"other{path.name}"), SOPInstanceUID=generate_uid(), **tags)
-    scans = scans_of()
-    assert [scan.positions for scan in scans] == [[0, 5, 10]] * 2 and len({scan.name for scan in scans}) == 2
 
 
 def test_acquisitions_of_one_slice_each_are_one_scan(tmp_path, write_series, scans_of):
@@ -159,20 +135,6 @@ def test_contrast_monitoring_is_no_scan_however_long(tmp_path, write_series, sca
         change(path, AcquisitionTime=f"1012{number * 2:02d}.00")
     (scan,) = scans_of()
     assert len(scan) == 5 and "left out 15 images of one place over time" in scan.warnings
-
-
-@pytest.mark.parametrize("implicit", [True, False])
-@pytest.mark.parametrize("name", ["x.dcm", "IM0001"])
-def test_files_without_preamble_are_read(tmp_path, write_series, scans_of, implicit, name):
-    write_series(tmp_path / "in", [0, 5])
-    for path in list((tmp_path / "in").iterdir()):
-        dataset = pydicom.dcmread(path)
-        dataset.file_meta, dataset.preamble = pydicom.dataset.FileMetaDataset(), None
-        dataset.save_as(path, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
-        assert path.read_bytes()[128:132] != b"DICM"
-        path.rename(path.with_name(path.name[-1] + name))
-    (scan,) = scans_of()
-    assert values(scan) == [-1000, -990] and scan.positions == [0, 5]
 
 
 def test_numbers_that_are_none_are_done_without(tmp_path, write_series, scans_of):

@@ -322,7 +322,7 @@ def test_real_dicom_has_the_hu_rows_and_columns_of_pydicom(real_data):
 
 def test_a_picture_of_several_pages_is_refused(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "x.tif", save_all=True, append_images=[Image.new("L", (8, 8))])
-    with pytest.raises(ValueError, match="x.tif: cannot be read .found 2 pictures, expected one"):
+    with pytest.raises(ValueError, match="x.tif: found 2 pictures, expected one"):
         LoadSlice()(tmp_path / "x.tif")
 
 

@@ -77,9 +77,6 @@ def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
     """(layout, path) of every LAYOUT=PATH or PATH; a folder of no layout stands for those in it that have one.
 
     No path is returned twice: the layout that an argument names for it goes before the one that is recognised.
-
-    Raises:
-        UserError: if there is no such path, two layouts are named for one, or none is recognised.
     """
     named: dict[Path, str] = {}
     recognised: dict[Path, str] = {}
@@ -172,11 +169,7 @@ def merge(
 
 
 def _usable(read: Records, layout: str, path: Path, output: Path, classes: Sequence[str]) -> list[_Found]:
-    """The slices of a folder or table that can be used; a warning names each of the others, or says how many boxes changed.
-
-    Raises:
-        UserError: if there is none, too many cannot be used, or a group lies in two splits.
-    """
+    """The slices of a folder or table that can be used; a warning names each of the others, or says how many boxes changed."""
     good, bad, boxes, split_of = [], [], Counter(), {}
     images: set[str] = set()
     for split, record in read:

@@ -38,12 +38,7 @@ class Volume(NamedTuple):
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a volume of any format of `bundle.data.volumes`.
-
-    Raises:
-        UserError: if there is no such file, it cannot be read, has no geometry, or axes that are not at right angles, on which
-            balls and boxes would be wrong.
-    """
+    """Read a volume of any format, if its axes are at right angles: on others balls and boxes would be wrong."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a volume")
     scan = open_scan(path)
@@ -57,19 +52,14 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
-    """A volume and the pixels of its mask.
-
-    Raises:
-        UserError: if their sizes differ, or their headers turn them differently and lay them to different places.
-    """
+    """A volume and the pixels of its mask, if they have one size and lie at one place."""
     volume, mask = read_volume(path), read_volume(mask_path)
     if mask.pixels.shape != volume.pixels.shape:
         raise UserError(f"{mask_path}: found shape {mask.pixels.shape}, expected {volume.pixels.shape} as in {path}")
     if not np.array_equal(mask.turn, volume.turn) and (np.abs(mask.ends - volume.ends) > volume.spacing).any():
-        raise UserError(
-            f"{mask_path}: found a header that turns the mask otherwise than {path} and lays it elsewhere, expected the same "
-            "place in space; if their arrays agree as stored, give it the affine of the image"
-        )
+        found = f"found a header that turns the mask otherwise than {path} and lays it elsewhere"
+        expected = "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
+        raise UserError(f"{mask_path}: {found}, {expected}")
     return volume, mask.pixels
 
 
