@@ -129,13 +129,18 @@ def check_config(config: Mapping, workflow: str, also: Iterable[str] = ()) -> No
             raise UserError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")
     known = knobs(workflow)
     given = {id: value for id, value in config.items() if value is not None or not known.get(id, {}).get("nullable")}
-    for error in _Validator({**SCHEMA, "properties": known}).iter_errors(given):
-        raise UserError(_describe(error))
+    check_schema(given, {**SCHEMA, "properties": known})
     known = {*components(workflow), *re.findall(r"[@%](\w+)", json.dumps(config)), *READ_BY_MONAI, *also}
     _check_ids(config, workflow, known, "configuration")
     stages = config.get("stages")
     for name, entries in stages.items() if isinstance(stages, dict) else ():
         _check_ids(entries, workflow, known, f"stages::{name}")
+
+
+def check_schema(value, schema: Mapping, place: str = "") -> None:
+    """Refuse a value that does not fit a JSON schema; `place` stands before the complaint, which is the first."""
+    for error in _Validator(schema).iter_errors(value):
+        raise UserError(place + _describe(error))
 
 
 def knobs(workflow: str) -> dict[str, dict]:

@@ -219,7 +219,7 @@ def test_outside_of_a_workflow_there_is_none_running():
 
 
 WORDS = "expected True, False or None, as Python writes them"
-WINDOW = "expected two numbers in HU, the lower one first, such as [-1350, 150]"
+WINDOW = "expected two numbers in HU, the lower one first, such as [-1000, 300]"
 
 
 @pytest.mark.parametrize(

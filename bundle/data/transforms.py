@@ -153,7 +153,7 @@ class ScaleIntensityd(MapTransform):
         window: lowest and highest value shown, in HU.
     """
 
-    def __init__(self, keys: KeysCollection, window: tuple[float, float] = (-1350.0, 150.0)) -> None:
+    def __init__(self, keys: KeysCollection, window: tuple[float, float]) -> None:
         super().__init__(keys)
         if len(window) != 2 or window[0] >= window[1]:
             raise UserError(f"window: found {list(window)}, expected [low, high] in HU with low < high")

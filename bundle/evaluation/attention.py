@@ -38,23 +38,19 @@ class _Classifier(nn.Module):
 
 
 def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequence[str], path, columns: int = 6) -> dict:
-    """Draw Grad-CAM of the predicted class for the first slices of each class, and measure and average it over all slices.
-
-    The share of the heat that lies in the lungs (`lung_region`) says little alone: it stands beside the share of the picture
-    that is lung, which heat spread evenly would have.
+    """Draw Grad-CAM of the predicted class for the first slices of each class, and average it over all slices.
 
     Args:
         network: with its weights.
         batches: of `bundle.data.batch.collate`.
         classes: names.
-        path: of the PNG; a row for each class, written under a temporary name, then renamed. Beside it, NAME_mean.png
-            shows the mean heat of the measured slices of each class, and the outline of where at least half of them
-            have lung: no image is in it.
+        path: of the PNG, a row for each class. Beside it, NAME_mean.png shows the mean heat of each class, and the outline
+            of where at least half of its slices have lung, without any image.
         columns: slices drawn of each class.
 
     Returns:
-        class name -> {"slices", "heat_in_lung", "lung"}: number, and mean shares from 0 to 1. Slices without a lung or
-        without heat do not count.
+        class name -> {"slices", "heat_in_lung", "lung"}: number, and the mean shares of the heat and of the picture (which
+        evenly spread heat would have) that lie in the lungs. Slices without a lung or without heat do not count.
 
     Raises:
         UserError: if the network has no classification, or no slice is annotated with a class.

@@ -26,15 +26,14 @@ LIMITS = (0.05, 20.0)  # of the temperature
 def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) -> float:
     """Find the temperature that explains the classes of validation slices best, and write the weights with it built in.
 
-    Logits are divided by the temperature, one number: which class is the most probable does not change, how sure the
-    network is does. The last layer of the head is linear, so that its weights take the division over, and everything that
-    reads the weights has calibrated probabilities.
+    The logits are divided by it, which the weights of the head's last layer take over: the most probable class stays the
+    same, and everything that reads the weights has calibrated probabilities.
 
     Args:
         network: with its weights; its last layer is changed in place.
         batches: of `bundle.data.batch.collate`, of slices that the network was not trained on.
         checkpoint: file of these weights, whose heads that the network does not have are taken over.
-        path: of the weights, written under a temporary name, then renamed.
+        path: of the weights to write.
 
     Returns:
         The temperature: above 1 if the network was too sure.

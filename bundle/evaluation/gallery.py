@@ -24,14 +24,11 @@ ANNOTATION_COLOR, ANSWER_COLOR = "#4cc9f0", "#ff8c42"
 
 
 class FailureGallery:
-    """Handler of MONAI's SupervisedEvaluator that draws the worst cases of every task, worst first, as one PNG.
-
-    What is worst is for the task to say (`Task.judge`). Annotations are dashed and blue, answers orange; an error is laid
-    over the slice.
+    """Handler of MONAI's SupervisedEvaluator that draws the worst cases of every task (`Task.judge`), worst first, as one PNG.
 
     Args:
         tasks: tasks to draw, a row each; a task without annotated cases has none.
-        path: of the PNG, written under a temporary name, then renamed; its folder is made.
+        path: of the PNG.
         columns: cases of a task.
         with_images: False draws outlines alone, of the tasks that have some, for data whose images may not be shown.
 

@@ -23,26 +23,18 @@ logger = logging.getLogger(__name__)
 class MultiTaskMetrics:
     """Handler of MONAI's SupervisedEvaluator for the metrics of all tasks.
 
-    Only samples annotated for a task count for it, and a task without any has no figure at all. After the epoch
-    `engine.state.metrics` holds the figures as floats named TASK_FIGURE, and "score", the mean over the tasks of their
-    `headline` figures (a task that needs no annotation counts only where it is alone); `report` holds them nested, with
-    intervals.
+    After the epoch `engine.state.metrics` holds the figures as floats named TASK_FIGURE, and "score", the mean over the tasks
+    of their `headline` figures (a task that needs no annotation counts only where it is alone); `report` holds them nested,
+    with intervals. A task without annotated sample has no figure.
 
     Args:
         tasks: tasks to measure.
         bootstrap: draws for the 95 % intervals over groups; 0 for none.
-        output_dir: where metrics.json (written last), per_case.csv and figures go; None writes nothing and skips the
-            Hausdorff distance, which is slow.
+        output_dir: where metrics.json (written last), per_case.csv and figures go; None writes nothing and skips slow figures.
         seed: of the bootstrap.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        bootstrap: int = 0,
-        output_dir=None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, tasks: Sequence[Task], bootstrap: int = 0, output_dir=None, seed: int = 0) -> None:
         self.tasks = list(tasks)
         self.bootstrap = bootstrap
         self.folder = None if output_dir is None else Path(output_dir)

@@ -26,11 +26,9 @@ def make_reference(
     The covariance is shrunk by the formula of Ledoit and Wolf. Every slice counts in each of its `views`.
 
     Args:
-        network: with the weights of `checkpoint`.
+        network: with the weights of `checkpoint`, whose hash is kept.
         training, validation: give lists of samples with a preprocessed "image" (1, S, S).
         window: lowest and highest HU that are shown.
-        checkpoint: file of the weights, whose hash is kept.
-        path: of the file.
     """
     known, unseen = (embed(network, slices, window) for slices in (training, validation))
     mean, scale = known.mean(0), known.std(0)
@@ -45,7 +43,7 @@ def make_reference(
 
 @torch.no_grad()
 def embed(network: MultiTaskNet, slices: Iterable, window: Sequence[float]) -> torch.Tensor:
-    """Embeddings of all views of all slices: see `make_reference`; (N, F) of float64."""
+    """Embeddings (N, F) of all views of all slices, float64."""
     network.eval()
     device = next(network.parameters()).device
     embeddings = []
@@ -56,18 +54,10 @@ def embed(network: MultiTaskNet, slices: Iterable, window: Sequence[float]) -> t
 
 
 def views(image: MetaTensor, window: Sequence[float]) -> torch.Tensor:
-    """A slice and its mirror image; of a picture also both with air in the grey that it has in a scan.
+    """A slice (1, S, S) and its mirror image; of a picture also both with air in the grey that it has in a scan.
 
-    The darkest value of a picture, its air, becomes black. A scan in HU is shown through the window, from -1350 HU if not
-    set otherwise, and has air of -1000 HU in a dark grey. Without these views, a network that was trained on pictures may
-    find every slice of a scan unusual.
-
-    Args:
-        image: (1, S, S) in [0, 1], with "hounsfield" in its `meta`; zeros around it are padding.
-        window: lowest and highest HU that are shown.
-
-    Returns:
-        (2 or 4, 1, S, S).
+    Air is black in a picture, and grey in a scan whose window begins below -1000 HU: without these views, a network trained
+    on pictures may find every slice of a scan unusual. Zeros around a slice are padding. Gives (2 or 4, 1, S, S).
     """
     shown = [image.as_tensor()[None]]
     if not image.meta["hounsfield"]:

@@ -15,12 +15,12 @@ def with_intervals(task: Task, cases: Sequence[dict], groups: Sequence[str], boo
     Args:
         cases: rows of the task.
         groups: patient of each row; whole groups are drawn with replacement.
-        bootstrap: number of draws; 0 gives no interval. Draws in which a figure is undefined are left out.
+        bootstrap: number of draws; those in which a figure is undefined are left out.
         seed: of the draws.
 
     Returns:
         name -> {"value", "ci95": [low, high], "n": number of cases the figure is defined for}. The interval is None without
-        draws, and where there are no two groups: every draw would be the same.
+        draws, and with fewer than two groups.
     """
     figures, rng = task.figures(cases), np.random.default_rng(seed)
     values = figures(np.ones(len(cases)))

@@ -20,7 +20,7 @@ NETWORK = {
     "backbone": "vgg13_bn",
     "in_channels": 1,
     "image_size": 256,  # side of the square images it is made for
-    "window": [-1350, 150],  # HU that an image shows as 0 and 1
+    "window": [-1000, 300],  # HU that an image shows as 0 and 1
     "cropping": None,  # what is cut out of a slice before it is resized: None or "body"
     "sources": [],  # names of the data that it was trained on
 }

@@ -3,95 +3,40 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
-from scipy.optimize import curve_fit
 
 from bundle.errors import UserError
+from bundle.files import write_figure, write_text
 from bundle.study.experiment import Experiment
-from bundle.files import write_text
-from bundle.files import write_figure
 
 OUT_OF_REACH = 1000  # times the largest amount of data: a fit that asks for more says that the curve is flat
 END = "end"  # stage of the rows that hold what a run has led to
+BEST = "weights of the epoch with the highest validation score"
 
 
 def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], folder) -> Path:
-    """Write NAME.md of an experiment, and NAME.png unless it has groups.
-
-    Args:
-        experiment: whose runs are reported.
-        rows: of `bundle.study.Study.rows`.
-        folder: where to write.
-
-    Returns:
-        Path of NAME.md.
+    """Write NAME.md of an experiment with `rows` of `bundle.study.Study.rows`, and NAME.png unless it has groups.
 
     Raises:
         UserError: if there is no row.
     """
     if not rows:
         raise UserError(f"experiment {experiment.name}: found no result, expected at least one run; run it first")
-    folder = Path(folder)
-    end = [row for row in rows if row["stage"] == END]
+    path, end = Path(folder) / f"{experiment.name}.md", [row for row in rows if row["stage"] == END]
     lines = [f"# {experiment.title}", "", experiment.question, "", *_facts(experiment, end), ""]
     if experiment.groups:
         lines += _groups(experiment, end)
     else:
         lines += _comparison(experiment, rows, end)
-        _draw(experiment, end, folder / f"{experiment.name}.png")
-    path = folder / f"{experiment.name}.md"
+        write_figure(_picture(experiment, end), path.with_suffix(".png"))
     write_text("\n".join(lines) + "\n", path)
     return path
-
-
-def _comparison(experiment: Experiment, rows: Sequence[Mapping], end: Sequence[Mapping]) -> list[str]:
-    """The tables of arms that are compared with the first, seed by seed, and the picture."""
-    note = _interval_note(end)
-    split = "Test split" if {row["split"] for row in end} == {"test"} else "Training and validation slices of the source left out"
-    lines = [f"{split}, weights of the epoch with the highest validation score; mean over the seeds{note}:", ""]
-    lines += [*_table(experiment, lambda arm, figure: _mean(_values(end, arm, figure))), ""]
-    if len(experiment.arms) > 1 and not experiment.curve:
-        first = next(iter(experiment.arms))
-        lines += [f"Difference from “{first}”, seed by seed{note}:", ""]
-        lines += [*_table(experiment, lambda arm, figure: _difference(end, arm, first, figure), skip=first), ""]
-    lines += [*_stages(experiment, rows), *_curve(experiment, end)]
-    return [*lines, f"![{experiment.title}]({experiment.name}.png)"]
-
-
-def _groups(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
-    """One figure of each arm of a group, a column for each recipe, and its mean over the group."""
-    lines = [
-        "Training and validation slices of the source left out, weights of the epoch with the highest validation score; in "
-        "brackets the 95 % bootstrap interval over groups (patients), where there is one seed:",
-        "",
-        f"| left out | figure | {' | '.join(experiment.recipes)} |",
-        "|---|---|" + "---|" * len(experiment.recipes),
-    ]
-    for group in experiment.groups:
-        figure = group["figure"]
-        cells = {arm: [f"{arm}, {recipe}" for recipe in experiment.recipes] for arm in group["arms"]}
-        for arm, names in cells.items():
-            lines.append(f"| {arm} | {figure} | {' | '.join(_over_patients(rows, name, figure) for name in names)} |")
-        recipes = [[list(_values(rows, name, figure).values()) for name in names] for names in zip(*cells.values())]
-        means = [f"{np.mean([np.mean(values) for values in arms]):.3f}" if all(arms) else "-" for arms in recipes]
-        lines.append(f"| **{group['title']}**, mean of {len(cells)} | {figure} | {' | '.join(means)} |")
-    return lines
-
-
-def _over_patients(rows: Sequence[Mapping], arm: str, figure: str) -> str:
-    """Mean over the seeds; of one seed with its interval over patients."""
-    values = _values(rows, arm, figure)
-    found = [row for row in rows if row["arm"] == arm and row.get("intervals")]
-    interval = json.loads(found[0]["intervals"]).get(figure) if len(values) == len(found) == 1 else None
-    edges = " ({:.3f} to {:.3f})".format(*interval) if interval else ""
-    return f"{np.mean(list(values.values())):.3f}{edges}" if values else "-"
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -105,52 +50,36 @@ def mean_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
-    """Fit 1 - y = b x^(-c), the usual form of learning curves (Hestness et al., arXiv 1712.00409) without a floor.
+    """Fit 1 - y = b x^(-c), the usual form of learning curves (Hestness et al., arXiv 1712.00409), as a line in logarithms.
 
-    Args:
-        x: amounts of data, positive.
-        y: scores below 1.
-
-    Returns:
-        (b, c), or None if the fit fails or does not fall (c <= 0).
+    Gives (b, c), or None if the curve does not fall (c <= 0) or there are no two amounts x; scores y are below 1.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the covariance cannot be estimated does not matter here
-        try:
-            (b, c), _ = curve_fit(lambda x, b, c: 1 - b * np.asarray(x) ** -c, x, y, p0=(1.0, 0.1))
-        except (RuntimeError, TypeError):
-            return None
-    return (float(b), float(c)) if c > 0 and b > 0 else None
+    if len(set(x)) < 2:
+        return None
+    slope, intercept = np.polyfit(np.log(x), np.log(1 - np.asarray(y)), 1)
+    return (float(np.exp(intercept)), float(-slope)) if slope < 0 else None
 
 
-def _values(rows: Sequence[Mapping], arm: str, figure: str) -> dict[str, float]:
+def _values(rows: Iterable[Mapping], arm: str, figure: str) -> dict[str, float]:
     """Seed -> value."""
     return {row["seed"]: float(row[figure]) for row in rows if row["arm"] == arm and row[figure] != ""}
 
 
-def _mean(values: Mapping[str, float]) -> str:
-    return _cell(list(values.values()), "{:.3f}") if values else "-"
+def _mean(values: Iterable[float]) -> str:
+    return f"{np.mean(values):.3f}" if (values := list(values)) else "-"
 
 
-def _difference(rows: Sequence[Mapping], arm: str, first: str, figure: str) -> str:
-    ours, theirs = _values(rows, arm, figure), _values(rows, first, figure)
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return _cell(pairs, "{:+.3f}") if pairs else "-"
-
-
-def _cell(values: Sequence[float], form: str) -> str:
+def _cell(values: Iterable[float], form: str = "{:.3f}") -> str:
+    """Mean and interval over the seeds."""
+    if not (values := list(values)):
+        return "-"
     mean, low, high = mean_with_interval(values)
     return form.format(mean) + ("" if np.isnan(low) else f" ({form.format(low)} to {form.format(high)})")
 
 
-def _table(experiment: Experiment, cell, skip: str | None = None) -> list[str]:
-    names = [name for name in experiment.arms if name != skip]
-    lines = ["| | " + " | ".join(experiment.figures) + " |", "|---|" + "---|" * len(experiment.figures)]
-    return lines + [f"| {arm} | " + " | ".join(cell(arm, figure) for figure in experiment.figures) + " |" for arm in names]
-
-
-def _interval_note(rows: Sequence[Mapping]) -> str:
-    return " (95 % interval by Student's t)" if len({row["seed"] for row in rows}) > 1 else ", a single one"
+def _table(rows: Mapping[str, Iterable[str]], *columns: str) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
+    return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
 
 
 def _facts(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
@@ -159,118 +88,143 @@ def _facts(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
     configs = [f"[{name}.json](../../configs/{name}.json)" for name in (f"experiment_{experiment.name}", f"scale_{scale}")]
     dates, steps = sorted({row["date"] for row in rows}), sorted({int(row["steps"]) for row in rows})
     seconds = sum(int(row["seconds"]) for row in rows)
-    times = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    number = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     return [
         f"    python scripts/run_experiments.py {experiment.name} --dataset_dir {' and '.join(data)} --scale {scale}",
         "",
         f"- {' with '.join(configs)}",
-        f"- {len(rows)} runs of {number} optimiser steps, {_seeds(rows)}, {seconds / 3600:.1f} hours of wall time (other work "
-        f"beside it included; of an interrupted run its last part), {times}",
+        f"- {len(rows)} runs of {_range(steps)} optimiser steps, {_seeds(rows)}, {seconds / 3600:.1f} hours of wall time (other "
+        f"work beside it included; of an interrupted run its last part), {_range(dates)}",
         *(f"- {machine}" for machine in sorted({row["machine"] for row in rows})),
     ]
 
 
+def _range(values: Sequence) -> str:
+    return f"{values[0]} to {values[-1]}" if len(values) > 1 else str(values[0])
+
+
 def _seeds(rows: Sequence[Mapping]) -> str:
-    """Seeds of the runs, and of each arm that lacks some: a mean over others is not to be compared without a word."""
-
-    def listed(seeds: set[int]) -> str:
-        return ", ".join(map(str, sorted(seeds)))
-
+    """Seeds of the runs, and of each arm that lacks some, whose mean cannot be compared as it is."""
     of_arms = defaultdict(set)
     for row in rows:
         of_arms[row["arm"]].add(int(row["seed"]))
     every = set().union(*of_arms.values())
-    fewer = "; ".join(f"{arm}: {listed(seeds)}" for arm, seeds in of_arms.items() if seeds != every)
-    return f"seeds {listed(every)}" + (f" ({fewer})" if fewer else "")
+    listed = {arm: ", ".join(map(str, sorted(seeds))) for arm, seeds in {"": every, **of_arms}.items()}
+    fewer = "; ".join(f"{arm}: {listed[arm]}" for arm, seeds in of_arms.items() if seeds != every)
+    return f"seeds {listed['']}" + (f" ({fewer})" if fewer else "")
 
 
-def _stages(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
-    """Forgetting: the figures after every stage, mean over the seeds; nothing for experiments without stages."""
-    stages = [row for row in rows if row["stage"] != END]
-    if not stages:
-        return []
-    lines = ["Validation split, after each stage, mean over the seeds:", ""]
-    lines += ["| | after | " + " | ".join(experiment.figures) + " |", "|---|---|" + "---|" * len(experiment.figures)]
-    for arm in experiment.arms:
-        for stage in dict.fromkeys(row["stage"] for row in stages if row["arm"] == arm):
-            part = [row for row in stages if row["stage"] == stage]
-            means = [list(_values(part, arm, figure).values()) for figure in experiment.figures]
-            cells = [f"{np.mean(values):.3f}" if values else "-" for values in means]
-            lines.append(f"| {arm} | {stage.removeprefix('stage_')} | {' | '.join(cells)} |")
-    return [*lines, ""]
+def _comparison(experiment: Experiment, rows: Sequence[Mapping], end: Sequence[Mapping]) -> list[str]:
+    """The tables of arms that are compared with the first, seed by seed, and after each stage."""
+    first, *others = experiment.arms
+    note = " (95 % interval by Student's t)" if len({row["seed"] for row in end}) > 1 else ", a single one"
+    split = "Test split" if {row["split"] for row in end} == {"test"} else "Training and validation slices of the source left out"
+
+    def cells(arm: str, cell: Callable[[str, str], str]) -> list[str]:
+        return [cell(arm, figure) for figure in experiment.figures]
+
+    def difference(arm: str, figure: str) -> str:
+        ours, theirs = _values(end, arm, figure), _values(end, first, figure)
+        return _cell([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "{:+.3f}")
+
+    means = {arm: cells(arm, lambda arm, figure: _cell(_values(end, arm, figure).values())) for arm in experiment.arms}
+    lines = [f"{split}, {BEST}; mean over the seeds{note}:", "", *_table(means, "", *experiment.figures)]
+    if others and not experiment.curve:
+        lines += [f"Difference from “{first}”, seed by seed{note}:", ""]
+        lines += _table({arm: cells(arm, difference) for arm in others}, "", *experiment.figures)
+    if stages := _stages(experiment, rows):
+        lines += ["Validation split, after each stage, mean over the seeds:", ""]
+        lines += _table(stages, "", "after", *experiment.figures)
+    lines += _curve(experiment, end) if experiment.curve else []
+    return [*lines, f"![{experiment.title}]({experiment.name}.png)"]
 
 
-def _points(experiment: Experiment, rows: Sequence[Mapping]) -> tuple[list[float], list[float]]:
+def _stages(experiment: Experiment, rows: Iterable[Mapping]) -> dict[str, list[str]]:
+    """Mean figures of every arm after each of its stages; what a stage forgets is seen here."""
+    stages = {}
+    for row in sorted((row for row in rows if row["stage"] != END), key=lambda row: list(experiment.arms).index(row["arm"])):
+        stages.setdefault((row["arm"], row["stage"]), []).append(row)
+    return {
+        f"{arm} | {stage.removeprefix('stage_')}": [_mean(_values(part, arm, figure).values()) for figure in experiment.figures]
+        for (arm, stage), part in stages.items()
+    }
+
+
+def _groups(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
+    """One figure of each arm of a group, a column for each recipe, and its mean over the group."""
+    table = {}
+    for group in experiment.groups:
+        figure, found = group["figure"], []
+        for arm in group["arms"]:
+            names = [f"{arm}, {recipe}" for recipe in experiment.recipes]
+            table[f"{arm} | {figure}"] = [_over_patients(rows, name, figure) for name in names]
+            found.append([np.mean([*_values(rows, name, figure).values()] or np.nan) for name in names])
+        means = [_mean(column) if np.isfinite(column).all() else "-" for column in np.transpose(found)]
+        table[f"**{group['title']}**, mean of {len(found)} | {figure}"] = means
+    where = "Training and validation slices of the source left out"
+    return [
+        f"{where}, {BEST}; in brackets the 95 % bootstrap interval over groups (patients), where there is one seed:",
+        "",
+        *_table(table, "left out", "figure", *experiment.recipes)[:-1],
+    ]
+
+
+def _over_patients(rows: Sequence[Mapping], arm: str, figure: str) -> str:
+    """Mean over the seeds; of one seed with its interval over patients."""
+    values = _values(rows, arm, figure)
+    found = [row for row in rows if row["arm"] == arm and row.get("intervals")]
+    interval = json.loads(found[0]["intervals"]).get(figure) if len(values) == len(found) == 1 else None
+    return _mean(values.values()) + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")
+
+
+def _points(experiment: Experiment, rows: Iterable[Mapping]) -> tuple[list[float], list[float]]:
     figure = experiment.curve["figure"]
     points = [(experiment.curve["x"][row["arm"]], float(row[figure])) for row in rows if row[figure] != ""]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def _curve(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
-    if not experiment.curve:
-        return []
+    """What a power law says of the amount of data that the target needs; by seed for those that have all arms."""
     figure, label, target = (experiment.curve[name] for name in ("figure", "label", "target"))
     x, y = _points(experiment, rows)
-    fit = fit_power_law(x, y)
-    if fit is None:
+    limit = OUT_OF_REACH * max(x)
+    if (fit := fit_power_law(x, y)) is None:
         return [f"No falling power law fits 1 - {figure} over the {label}.", ""]
-    b, c = fit
-    line = f"Fitted: 1 - {figure} = {b:.3g} n^(-{c:.3g}), n the {label}."
-    needed = _needed(fit, target)
-    if needed > OUT_OF_REACH * max(x):
+    line = f"Fitted: 1 - {figure} = {fit[0]:.3g} n^(-{fit[1]:.3g}), n the {label}."
+    if (needed := _needed(fit, target)) > limit:
         return [f"{line} More than {OUT_OF_REACH} times the largest n would be needed for {target}: flat at this budget.", ""]
+    seeds = [_points(experiment, [row for row in rows if row["seed"] == seed]) for seed in {row["seed"] for row in rows}]
+    needs = sorted(_needed(fit_power_law(*points), target) for points in seeds if len(points[0]) == len(experiment.arms))
     line += f" It reaches {target} at n = {needed:,.0f}"
-    needs = _needs_of_seeds(experiment, rows)
     if len(needs) > 1:
-        far = f"more than {OUT_OF_REACH} times the largest n"
-        least, most = (f"{need:,.0f}" if need <= OUT_OF_REACH * max(x) else far for need in (needs[0], needs[-1]))
-        line += f" (fitted seed by seed: {least} to {most})"
+        edges = [f"{n:,.0f}" if n <= limit else f"more than {OUT_OF_REACH} times the largest n" for n in (needs[0], needs[-1])]
+        line += f" (fitted seed by seed: {' to '.join(edges)})"
     return [f"{line}, {needed / max(x):,.1f} times the largest n that was tried: an extrapolation.", ""]
 
 
-def _needs_of_seeds(experiment: Experiment, rows: Sequence[Mapping]) -> list[float]:
-    """n at which the fit of each seed with all arms reaches the target, sorted; infinite where no falling curve fits."""
-    needs = []
-    for seed in {row["seed"] for row in rows}:
-        x, y = _points(experiment, [row for row in rows if row["seed"] == seed])
-        if len(x) == len(experiment.arms):
-            fit = fit_power_law(x, y)
-            needs.append(_needed(fit, experiment.curve["target"]) if fit else np.inf)
-    return sorted(needs)
-
-
-def _needed(fit: tuple[float, float], target: float) -> float:
-    """n at which a fitted power law reaches a target; infinite where that is beyond all numbers."""
+def _needed(fit: tuple[float, float] | None, target: float) -> float:
+    """n at which a fitted power law reaches a target; infinite where there is none, or it is beyond all numbers."""
     with np.errstate(over="ignore"):
-        return float(np.power(fit[0] / (1 - target), 1 / np.float64(fit[1])))
+        return float(np.power(fit[0] / (1 - target), 1 / np.float64(fit[1]))) if fit else np.inf
 
 
-def _draw(experiment: Experiment, rows: Sequence[Mapping], path: Path) -> None:
-    columns = [experiment.curve["figure"]] if experiment.curve else list(experiment.figures)
-    height = 4.0 if experiment.curve else 1.2 + 0.4 * len(experiment.arms)
-    figure = Figure(figsize=(6.5 if experiment.curve else 3 + 2.6 * len(columns), height), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(columns), sharey=not experiment.curve))
+def _picture(experiment: Experiment, rows: Sequence[Mapping]) -> Figure:
     if experiment.curve:
-        _draw_curve(experiment, rows, axes[0])
-    else:
-        for axis, column in zip(axes, columns):
-            _draw_arms(experiment, rows, axis, column)
-    write_figure(figure, path)
-
-
-def _draw_arms(experiment: Experiment, rows: Sequence[Mapping], axis, column: str) -> None:
-    for place, arm in enumerate(experiment.arms):
-        values = list(_values(rows, arm, column).values())
-        if values:
-            mean, low, high = mean_with_interval(values)
-            axis.plot(values, [place] * len(values), ".", color="0.6")
-            axis.plot([low, high], [place, place], color="C0")
-            axis.plot(mean, place, "o", color="C0")
-    axis.set(title=column)
-    axis.set_yticks(range(len(experiment.arms)), list(experiment.arms))
-    axis.set_ylim(len(experiment.arms) - 0.5, -0.5)
-    axis.grid(axis="x", alpha=0.3)
+        figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+        _draw_curve(experiment, rows, figure.subplots())
+        return figure
+    size = 3 + 2.6 * len(experiment.figures), 1.2 + 0.4 * len(experiment.arms)
+    figure = Figure(figsize=size, layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(experiment.figures), sharey=True, squeeze=False)[0], experiment.figures):
+        for place, arm in enumerate(experiment.arms):
+            if values := list(_values(rows, arm, column).values()):
+                mean, low, high = mean_with_interval(values)
+                axis.plot(values, [place] * len(values), ".", color="0.6")
+                axis.plot([low, high], [place, place], color="C0")
+                axis.plot(mean, place, "o", color="C0")
+        axis.set(title=column, ylim=(len(experiment.arms) - 0.5, -0.5))
+        axis.set_yticks(range(len(experiment.arms)), list(experiment.arms))
+        axis.grid(axis="x", alpha=0.3)
+    return figure
 
 
 def _draw_curve(experiment: Experiment, rows: Sequence[Mapping], axis) -> None:

@@ -1,9 +1,4 @@
-"""Run what an experiment asks for and is not done yet.
-
-A loop over a pool of processes is enough of a scheduler: a run knows itself whether it is done or where to go on
-(`bundle.training.trainer.RunRecorder`), all runs share one machine, and a tool for pipelines such as Snakemake or DVC would start Python
-and its libraries anew for each of some hundred short runs.
-"""
+"""Run what an experiment asks for and is not done yet; a run knows itself whether it is done or where to go on."""
 
 from __future__ import annotations
 
@@ -31,11 +26,11 @@ from monai.bundle import ConfigParser
 from bundle.config import check_config, overlay
 from bundle.data.datalist import LEFT_OUT
 from bundle.errors import UserError
+from bundle.networks import EnsembleNet
+from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
+from bundle.tasks import open_network, trained_tasks
 from bundle.training.curriculum import run_workflow
 from bundle.training.run_folder import environment
-from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
-from bundle.networks import EnsembleNet
-from bundle.tasks import open_network, trained_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +43,7 @@ BOOTSTRAP = 1000  # draws of the intervals over patients, of a source that was l
 
 @dataclass(frozen=True)
 class _Run:
-    """What is trained and measured for an arm with a seed.
-
-    Args:
-        arm: values of `ARM`.
-        workflow: of the experiment.
-        configs: configuration of each of its networks, one or, of an ensemble, several.
-    """
+    """What is trained and measured for an arm with a seed: values of `ARM`, the workflow, a configuration for each network."""
 
     arm: tuple[str, ...]
     workflow: str
@@ -69,15 +58,15 @@ class _Run:
 class Study:
     """Experiments on one data set at one scale.
 
+    A run is known by all entries on top of train.json and the name of the data set's folder, not by the code and what lies in
+    that folder. A run that is in the results is not run again, for whatever experiment it was made.
+
     Args:
         config_dir: folder of train.json, evaluate.json, the experiments and the overlays they name.
-        scale: overlay file with the size and the budget of every run, scale_NAME.json; or a list of overlay files and
-            entries.
+        scale: scale_NAME.json, the overlay with size and budget of every run, or a list of overlay files and entries.
         entries: configuration entries of every run, such as dataset_dir.
         output_dir: folder of the runs, those of a data set in a folder of its name.
-        results: CSV file of the figures, written after every run. A run that is in it is not run again, for whatever
-            experiment it was made; a run is known by all entries on top of train.json and the name of the data set's
-            folder, not by the code and what lies in that folder.
+        results: CSV file of the figures, written after every run.
 
     Raises:
         UserError: if there is no such scale.
@@ -95,8 +84,7 @@ class Study:
     def run(self, experiments: Sequence[Experiment], jobs: int = 1, arms: Sequence[str] = ("*",)) -> None:
         """Train and measure every arm with every seed, except what the results have already.
 
-        Every configuration is checked before the first run begins. The first seed of all experiments comes before the second
-        of any: after an interruption no arm is more than one seed ahead.
+        Every configuration is checked before the first run begins. The first seed of all experiments comes before the second.
 
         Args:
             experiments: what to run.
@@ -104,36 +92,31 @@ class Study:
             arms: patterns of names, such as "covid_ct*"; other arms are not run.
 
         Raises:
-            UserError: for an overlay that is not there.
-            UserError: for an unknown id, see `bundle.config.check_config`, if `jobs` is below 1, or no arm fits `arms`.
+            UserError: for a missing overlay, an unknown id, `jobs` below 1, or if no arm fits `arms`.
         """
         if jobs < 1:
             raise UserError(f"jobs: found {jobs}, expected at least 1")
-        plan, known, missing = self._plan(experiments), {}, {}
-        names = dict.fromkeys(run.arm[3] for run in plan)
-        plan = [run for run in plan if any(fnmatchcase(run.arm[3], pattern) for pattern in arms)]
+        planned = self._plan(experiments)
+        plan = [run for run in planned if any(fnmatchcase(run.arm[3], pattern) for pattern in arms)]
         if not plan:
-            raise UserError(f"arms: found {', '.join(arms)}, expected patterns of {'; '.join(names)}")
-        for rows in by_arm(read_results(self.results)).values():
-            if rows[0]["data"] == self.data:
-                known.setdefault(rows[0]["run"], rows)
-        for run in plan:
-            if run.name not in known:
-                missing.setdefault(run.name, run)
+            names = "; ".join(dict.fromkeys(run.arm[3] for run in planned))
+            raise UserError(f"arms: found {', '.join(arms)}, expected patterns of {names}")
+        done = by_arm(row for row in read_results(self.results) if row["data"] == self.data).values()
+        known = {rows[0]["run"]: rows for rows in done}
+        missing = {run.name: run for run in plan if run.name not in known}
         for name, rows in chain(known.items(), self._measured(missing.values(), jobs)):
-            arms = [dict(zip(ARM, run.arm)) for run in plan if run.name == name]
-            if arms:
-                add_results(self.results, [{**row, **arm} for arm in arms for row in rows])
+            for arm in (run.arm for run in plan if run.name == name):
+                add_results(self.results, [{**row, **dict(zip(ARM, arm))} for row in rows])
 
     def rows(self, experiment: Experiment) -> list[dict[str, str]]:
         """Results of an experiment as it is planned now; those of what its arms once were are left out, and logged."""
         plan = {run.arm: run.name for run in self._plan([experiment])}
-        place, kept, others = (experiment.name, self.scale_name, self.data), [], set()
+        place, kept, others = (experiment.name, self.scale_name, self.data), [], []
         for arm, rows in by_arm(read_results(self.results)).items():
             if plan.get(arm) == rows[0]["run"]:
                 kept += rows
             elif arm[:3] == place:
-                others.add(f"{arm[3]} with seed {arm[4]}")
+                others.append(f"{arm[3]} with seed {arm[4]}")
         if others:
             logger.warning(f"{self.results}: left out {', '.join(sorted(others))}: not what {experiment.name} would run now")
         return kept
@@ -149,28 +132,12 @@ class Study:
                     plan.append(_Run(id, experiment.workflow, configs))
         return plan
 
-    def _measured(self, runs: Iterable[_Run], jobs: int) -> Iterator[tuple[str, list[dict]]]:
-        """Name and rows of each run, as they are done."""
-        if jobs == 1:
-            yield from ((run.name, self._measure(run)) for run in runs)
-            return
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _start_job, (jobs,)) as pool:
-            names = {pool.submit(self._measure, run): run.name for run in runs}
-            try:
-                yield from ((names[future], future.result()) for future in as_completed(names))
-            finally:
-                pool.shutdown(cancel_futures=True)
-
     def config(self, experiment: Experiment, parts: Sequence, seed: int, member: int = 0) -> dict:
-        """Configuration of one network: train.json, scale, settings and arm, merged in this order.
-
-        Raises:
-            UserError: for an unknown id, and for one of `PLACES` in the scale, the settings or the arm.
-        """
+        """Configuration of one network: train.json, scale, settings and arm, merged in this order."""
         scale = self._load(self.scale)
-        scale = scale if isinstance(scale, list) else [scale]
-        parts = [*scale, *experiment.settings, *parts, {"seed": seed + MEMBER_SEED * member}]
+        parts = [*(scale if isinstance(scale, list) else [scale]), *experiment.settings, *parts]
         changes = [part if isinstance(part, Mapping) else self._load(part) for part in parts]
+        changes.append({"seed": seed + MEMBER_SEED * member})
         merged = {"workflow": experiment.workflow}
         for id, value in chain.from_iterable(change.items() for change in changes):
             merged[id] = [*merged.get(id, []), value] if id.startswith("+") else value
@@ -184,7 +151,7 @@ class Study:
         identity = json.dumps(sorted(item for item in merged.items() if item[0] not in SPEED))
         folder = self.output_dir / hashlib.sha256(identity.encode()).hexdigest()[:12]
         places = {**self.entries, "output_dir": str(folder)}
-        # An id without use is refused, and not every experiment, nor every stage of one, has a use for these.
+        # An id without use is an error, and not every experiment, nor every stage of one, has a use for these.
         places["+initialize"] = [f"$({', '.join(f'@{id}' for id in SCALE_IDS if id in merged)})"]
         if experiment.workflow == "training":
             places["training"] = [f"$bundle.training.curriculum.run_curriculum(@workflow, @output_dir, {str(self.config_dir)!r})"]
@@ -192,37 +159,42 @@ class Study:
         check_config(config, "train", [experiment.workflow])
         return config
 
-    def _load(self, name) -> dict:
+    def _load(self, name) -> dict | list:
         path = self.config_dir / name  # an absolute name stands for itself
         if not path.is_file():
             raise UserError(f"experiment: found no overlay {path}")
         return ConfigParser.load_config_file(str(path))
 
+    def _measured(self, runs: Iterable[_Run], jobs: int) -> Iterator[tuple[str, list[dict]]]:
+        """Name and rows of each run, as they are done."""
+        if jobs == 1:
+            yield from ((run.name, self._measure(run)) for run in runs)
+            return
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _start_job, (jobs,)) as pool:
+            names = {pool.submit(self._measure, run): run.name for run in runs}
+            try:
+                yield from ((names[future], future.result()) for future in as_completed(names))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
     def _measure(self, run: _Run) -> list[dict]:
         """Rows of a run, trained and measured; waits where another run or command trains a network of it."""
         logger.info(f"experiment {', '.join(run.arm)}: run {run.name}")
+        begin, split = time.perf_counter(), LEFT_OUT if run.configs[0].get("leave_out") else "test"
+        folders = [Path(config["output_dir"]) for config in run.configs]
         with ExitStack() as locks:
-            for folder in sorted({Path(config["output_dir"]) for config in run.configs}):  # in one order: none waits for ever
+            for folder in sorted(set(folders)):  # in one order: none waits for ever
                 folder.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(FileLock(folder / ".study.lock"))
-            return self._measure_alone(run)
-
-    def _measure_alone(self, run: _Run) -> list[dict]:
-        begin, steps = time.perf_counter(), 0
-        for config in run.configs:
-            folder = Path(config["output_dir"])
-            if not (folder / "model.pt").exists():
-                run_workflow(config, folder / "study.json", str(self.config_dir), run.workflow)
-            steps += sum(_steps(file) for file in folder.glob("**/last.pt"))
-        split = LEFT_OUT if run.configs[0].get("leave_out") else "test"
-        evaluation = self.output_dir / run.name / split
-        self._evaluate(run.configs, split, evaluation)
-        rows = [{"stage": "end", "split": split, **_figures(evaluation)}]
+            for folder, config in zip(folders, run.configs):
+                if not (folder / "model.pt").exists():
+                    run_workflow(config, folder / "study.json", str(self.config_dir), run.workflow)
+            rows = [{"stage": "end", "split": split, **self._evaluated(run, split)}]
         for stage in run.configs[0]["stages"] if run.workflow == "training" else ():
-            rows.append({"stage": stage, "split": "validation", **_figures(self.output_dir / run.name / stage / "validation")})
+            rows.append({"stage": stage, "split": "validation", **_figures(folders[0] / stage / "validation")})
         machine = environment()
         facts = {
-            "steps": steps,
+            "steps": sum(_steps(file) for folder in folders for file in folder.glob("**/last.pt")),
             "seconds": round(time.perf_counter() - begin),
             "date": date.today().isoformat(),
             "machine": f"{machine['gpu'] or machine['cpu']}; PyTorch {machine['torch']}, MONAI {machine['monai']}",
@@ -230,19 +202,20 @@ class Study:
         }
         return [{**row, **facts} for row in rows]
 
-    def _evaluate(self, configs: Sequence[Mapping], split: str, evaluation: Path) -> None:
-        """Measure the network of a finished run, or the ensemble of those of several, on a split."""
-        folders = [config["output_dir"] for config in configs]
-        draws = BOOTSTRAP if split == LEFT_OUT else 0
-        entries = {"split": split, "bootstrap": draws, "evaluation_dir": str(evaluation)}
-        if len(configs) > 1:
-            tasks = {task: 1.0 for folder in folders for task in trained_tasks(Path(folder) / "model.pt")}
+    def _evaluated(self, run: _Run, split: str) -> dict:
+        """Figures of the network of a finished run, or of the ensemble of several, on a split."""
+        folder = self.output_dir / run.name / split
+        entries = {"split": split, "bootstrap": BOOTSTRAP if split == LEFT_OUT else 0, "evaluation_dir": str(folder)}
+        if len(run.configs) > 1:
+            members = [config["output_dir"] for config in run.configs]
+            tasks = {task: 1.0 for member in members for task in trained_tasks(Path(member) / "model.pt")}
             entries["model"] = f"${{**bundle.tasks.read_model(@checkpoint, {{}}), 'tasks': {tasks}}}"
-            entries["imports"] = [*configs[0]["imports"], "$import bundle.study"]
-            entries["network"] = f"$bundle.study.open_ensemble({folders}).to(@device)"
+            entries["imports"] = [*run.configs[0]["imports"], "$import bundle.study"]
+            entries["network"] = f"$bundle.study.open_ensemble({members}).to(@device)"
             entries["run"] = ["$@evaluator.run()"]
-        config = overlay(configs[0], self._load("evaluate.json"), entries)
-        run_workflow(config, evaluation / "evaluate.json", str(self.config_dir))
+        config = overlay(run.configs[0], self._load("evaluate.json"), entries)
+        run_workflow(config, folder / "evaluate.json", str(self.config_dir))
+        return _figures(folder)
 
 
 def _start_job(jobs: int) -> None:

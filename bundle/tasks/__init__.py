@@ -31,6 +31,7 @@ FREE = {name for task in TASKS.values() for name in task.free}
 # The network of a file without description is, if nobody says otherwise, the light one of version 0.1.0.
 UNDESCRIBED = {
     "backbone": "regnety_002",
+    "window": [-1350, 150],
     "decoder_channels": [128, 64, 32, 16],
     "detection": {"fpn_channels": 64, "box_features": 256, "mask_channels": [64, 64], "detections_per_image": 20},
 }

@@ -33,10 +33,10 @@ REPORT = "validation/metrics.json"  # not in "evaluation", where a user measures
 def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> None:
     """Train the `stages` of a configuration in order, each from the weights before it, and measure all tasks after each.
 
-    Stage NAME is the configuration with the entries of the stage of that name in train.json and then its own entries of
-    `stages`, in the folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint` instead of the stage
-    before. A finished stage is skipped, an unfinished one resumed; with `resume` false a stage and those that build on it
-    start anew. Writes `stage_table.md` after every stage and, from the last one, `model.pt`.
+    Stage NAME is the configuration with the entries of that stage in train.json and then its own entries of `stages`, in the
+    folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint`. A finished stage is skipped, an
+    unfinished one resumed; with `resume` false a stage and those that build on it start anew. Writes `stage_table.md` after
+    every stage and, from the last one, `model.pt`.
 
     Args:
         workflow: that runs the configuration.
@@ -44,8 +44,7 @@ def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> Non
         config_dir: folder of train.json, evaluate.json, metadata.json and logging.conf; that of the workflow by default.
 
     Raises:
-        UserError: if `tasks` was changed, a stage has no tasks or an unknown id (see `bundle.config.check_config`), or it
-            was begun with another configuration.
+        UserError: if `tasks` was changed, a stage has no tasks or an unknown id, or was begun with another configuration.
         UserError: of `bundle.training.run_folder`, if the folder is in use or holds files of the user.
     """
     folder, config_dir = Path(output_dir), Path(config_dir or workflow.config_root_path)
@@ -137,13 +136,9 @@ def _stage_configs(workflow: ConfigWorkflow, folder: Path, config_dir: Path) -> 
 
 
 def run_workflow(config: Mapping, path: Path, config_dir, run_id: str = "run") -> None:
-    """Run an id of a configuration as an ordinary MONAI workflow, from a file that is kept beside its results.
+    """Run an id of a raw configuration as an ordinary MONAI workflow, from the file `path` that is written for it.
 
-    Args:
-        config: the raw configuration.
-        path: the file to write it to.
-        config_dir: folder of metadata.json and logging.conf.
-        run_id: `run`, or `training` for the curriculum.
+    `config_dir` has metadata.json and logging.conf.
     """
     if idist.get_rank() == 0:
         write_json(config, path)

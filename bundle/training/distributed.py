@@ -26,8 +26,7 @@ def local_device() -> torch.device:
 def join() -> None:
     """Join the processes that torchrun started, with nccl on GPUs and gloo on CPUs, until this one ends.
 
-    Only the first process goes on to log what is no warning. Processes wait for one another as long as it takes: torchrun
-    ends them all where one dies.
+    Only the first process logs more than warnings. Processes wait for one another without limit: torchrun ends all if one dies.
 
     Raises:
         UserError: if torchrun started none.
@@ -49,7 +48,7 @@ def join() -> None:
 
 
 def shard(records: Sequence) -> list:
-    """The records that this process evaluates: every n-th of n processes', beginning with its own rank.
+    """The records that this process evaluates: every n-th for n processes, beginning with its rank.
 
     Raises:
         UserError: if there are fewer records than processes, or torchrun started processes that `join` did not join.
@@ -69,22 +68,16 @@ def seed_worker(worker: int) -> None:
     """Seed the random transforms in a worker of a data loader, differently in every worker of every process.
 
     MONAI's own seeds are those of PyTorch's workers, which are the same in processes that draw the same order of samples.
-
-    Args:
-        worker: unused: PyTorch passes its number, but tells dataset and seed only where it is asked.
     """
     info = get_worker_info()
     set_rnd(info.dataset, seed=info.seed + info.num_workers * int(os.environ.get("RANK", 0)))
 
 
 class ShardedSampler(Sampler):
-    """What a sampler draws, dealt out to the processes in turn.
+    """Samples of a sampler, dealt out to the processes in turn; a rest that their number does not divide is left out.
 
-    n processes with batches of b see together, batch by batch, what one process with batches of n b sees, as long as the
-    random numbers of all processes are in the same state when an epoch begins. The rest that n does not divide is left out.
-
-    Args:
-        sampler: with a length, the same in all processes.
+    If the random numbers of all processes are in the same state when an epoch begins, n processes with batches of b see
+    together what one process with batches of n b sees.
     """
 
     def __init__(self, sampler: Sampler) -> None:

@@ -15,18 +15,14 @@ from bundle.tasks import Task
 class MultiTaskLoss(nn.Module):
     """L = sum over tasks of w_t L_t (arXiv 2308.01137), each over the samples annotated for the task.
 
-    A task without an annotated sample in the batch has no term; a batch without any term gives zero.
+    A task without an annotated sample in the batch has no term; a batch without any term gives zero. With several processes a
+    term is the mean over the samples of all, except that Mask R-CNN averages over the regions drawn in each process. After a
+    call `terms` holds the unweighted terms by task, and the parts of a loss that has parts as TASK_PART.
 
     Args:
         tasks: give w_t and L_t.
         uncertainty: learn the balance: w_t exp(-s_t) L_t + s_t / 2 with one trainable s_t = log(sigma_t^2) for each task
             (Kendall et al., CVPR 2018, arXiv 1705.07115; the factor 1/2 of the regression terms is left to w_t).
-
-    Of several processes every term is the mean over the samples of all, as it would be in one process with all of them (but
-    for the detection's, which Mask R-CNN averages over the regions drawn in each process).
-
-    After a call `terms` holds the unweighted value of every term, by task, as floats, and the parts of a loss that has parts,
-    in this process, as TASK_PART.
     """
 
     def __init__(self, tasks: Iterable[Task], uncertainty: bool = False) -> None:
@@ -57,7 +53,7 @@ class MultiTaskLoss(nn.Module):
     def _over_processes(self, terms: Mapping[str, torch.Tensor], label: dict) -> dict[str, torch.Tensor]:
         """Terms whose value is the mean over the samples of all processes, and whose gradient is the share of this one.
 
-        DistributedDataParallel takes the mean of the gradients of the processes, so that a share counts their number times.
+        A share is multiplied by the number of processes, since DistributedDataParallel takes the mean of their gradients.
         """
         names = [task.name for task in self.tasks]
         counts = torch.stack([label[ANNOTATED][name].sum() for name in names]).to(torch.float32)

@@ -30,10 +30,9 @@ _locks: dict[str, ExitStack] = {}  # that this process holds, by absolute folder
 
 
 def open_run(output_dir, config: Mapping, resume: bool = True, init_checkpoint=None, datalist=None) -> None:
-    """Open the folder of a run for one training: lock it, decide whether the run is resumed, and keep its configuration.
+    """Open the folder of a run: lock it, decide whether the run is resumed, keep its configuration, and list its files.
 
-    Every file that this process writes below the folder is listed in its manifest from now on, see
-    `bundle.files.list_files`. Of several processes the first one does all this, and the others wait. `close_run` ends it.
+    The first of several processes does all this, and the others wait. `close_run` ends it.
 
     Args:
         output_dir: folder of the run, made if missing.
@@ -43,9 +42,8 @@ def open_run(output_dir, config: Mapping, resume: bool = True, init_checkpoint=N
         datalist: file of the records.
 
     Raises:
-        UserError: if another training writes to the folder.
-        UserError: if there is a checkpoint made with another configuration, naming the first key that differs.
-        UserError: if a file of the user would be overwritten, or `init_checkpoint` removed.
+        UserError: if another training writes to the folder, its run has another configuration, a file of the user would be
+            overwritten, or `init_checkpoint` removed.
     """
     folder = Path(output_dir)
     if idist.get_rank() == 0:
@@ -73,11 +71,7 @@ def close_run(output_dir) -> None:
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock a folder for one process until `close_run`, and remove temporary files that killed processes have left in it.
-
-    Raises:
-        UserError: if another process holds the lock, see `bundle.files.locked`.
-    """
+    """Lock a folder until `close_run` (see `bundle.files.locked`), and remove temporary files of killed processes."""
     key = os.path.abspath(folder)
     if key not in _locks:
         lock = ExitStack()
@@ -90,7 +84,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def hash_inputs(datalist, init_checkpoint) -> dict[str, str]:
-    """SHA-256 of what a run starts from, the datalist by its content as JSON; without what is not given or not there."""
+    """SHA-256 of the files that a run starts from, if they are there; the datalist by its content."""
     hashes = {"init_checkpoint": file_hash(init_checkpoint)} if init_checkpoint else {}
     if datalist and Path(datalist).is_file():
         content = json.dumps(json.loads(Path(datalist).read_text()), sort_keys=True)
@@ -99,14 +93,7 @@ def hash_inputs(datalist, init_checkpoint) -> dict[str, str]:
 
 
 def check_resumable(folder: Path, config: Mapping, inputs: Mapping[str, str]) -> None:
-    """Refuse to go on with a run under another configuration.
-
-    Two texts that are the same path count as equal, and `CHANGEABLE` may differ.
-
-    Args:
-        folder: of the run.
-        config: raw configuration.
-        inputs: of `hash_inputs`.
+    """Check that a run goes on with the same configuration and `hash_inputs`; `CHANGEABLE` may differ.
 
     Raises:
         UserError: naming the first key that differs.
@@ -136,11 +123,7 @@ def _same(before, now) -> bool:
 
 
 def check_own_files(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to overwrite files that no run in this folder has made.
-
-    Raises:
-        UserError: naming them.
-    """
+    """Check that none of these files would be overwritten without being listed in the manifest."""
     if foreign := [name for name in names if name not in listed_files(folder) and (folder / name).exists()]:
         raise UserError(
             f"{folder}: found {', '.join(foreign)}, which its manifest does not list (yours, or of a version before 0.2.0), "
@@ -150,11 +133,7 @@ def check_own_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:
-    """Refuse to start anew, in these folders, from weights that this would remove.
-
-    Raises:
-        UserError: naming them.
-    """
+    """Check that starting anew in these folders does not remove the weights to start from."""
     removed = {(folder / name).resolve() for folder in folders for name in listed_files(folder)}
     if init_checkpoint and Path(init_checkpoint).resolve() in removed:
         raise UserError(

@@ -30,16 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_annotated(records: Sequence[Mapping], tasks: Iterable[Task], init_checkpoint=None) -> None:
-    """Refuse a training after which a head would still be as it was drawn at random.
-
-    Args:
-        records: of the training, see `bundle.data.datalist.select`.
-        tasks: of the network.
-        init_checkpoint: weights that the run starts from; a head that they hold needs no record.
-
-    Raises:
-        UserError: naming the tasks.
-    """
+    """Check that every task has an annotated record, or a head in `init_checkpoint`, so that no head stays untrained."""
     weights = read_weights(init_checkpoint) if init_checkpoint else ()
     known = {key.split(".")[1] for key in weights if key.startswith("heads.")}
     known |= {task.name for task in tasks if any(map(task.is_annotated, records))}
@@ -51,12 +42,9 @@ def check_annotated(records: Sequence[Mapping], tasks: Iterable[Task], init_chec
 
 
 class MultiTaskTrainer(SupervisedTrainer):
-    """MONAI's SupervisedTrainer that keeps every loss term, under "loss_terms" of its output, and stops on NaN.
+    """MONAI's SupervisedTrainer that keeps every loss term under "loss_terms" of its output, and stops if one is not finite.
 
     The output is a list of one dictionary, since the handlers of MONAI that log a loss look for it in a list's first item.
-
-    Raises:
-        UserError: naming the images of the batch, if the loss is not finite.
     """
 
     def _iteration(self, engine, batchdata):
@@ -80,22 +68,18 @@ def loss_terms(output: list[dict]) -> dict[str, float]:
 class RunRecorder:
     """Make a training run repeatable, resumable and readable; attach this handler last.
 
-    Every epoch is seeded from (seed, epoch) alone. After every epoch the folder holds `last.pt` (the state_dicts of `state` and
-    the history), `best.pt` (the network of the epoch with the highest validation score), `history.json` and `curves.png`. A
-    run that finds `last.pt` goes on from it. At the end `model.pt` holds the best network, with the heads of `init_checkpoint`
-    that this run did not have, and `metrics.json` the best epoch. Where the evaluator's network is an average of the trained
-    one, `best.pt` and `model.pt` hold the average, and `last.pt` both. `best.pt` is written before `last.pt`, so that a run
-    killed between the two repeats the epoch. Of several processes all keep the history and the first one writes.
+    Every epoch is seeded from (seed, epoch) alone. After every epoch the folder holds `best.pt` (the network of the epoch with
+    the highest validation score), `last.pt` (the state_dicts of `state` and the history; a run that finds it goes on from it),
+    `history.json` and `curves.png`. At the end `model.pt` holds the best network, with the heads of `init_checkpoint` that this
+    run did not have, and `metrics.json` the best epoch. Where the evaluator's network is an average of the trained one,
+    `best.pt` and `model.pt` hold the average, and `last.pt` both. Of several processes the first one writes.
 
     Args:
         output_dir: folder of the run.
         state: name -> object with a state_dict, "network" among them.
         dataset: training dataset, whose random transforms are seeded.
-        evaluator: engine that is run for the validation; its `state.metrics` then hold the metrics, "score" among them.
+        evaluator: engine of the validation; its `state.metrics` then hold the metrics, "score" among them.
         val_interval: epochs between validations; the last epoch is always validated.
-        seed: of the run.
-        init_checkpoint: weights that the run starts from; None for fresh ones.
-        resume: go on from `last.pt`; False leaves it alone until it is written anew.
         ema: ignite's EMAHandler, which keeps the average; None if there is none.
     """
 
@@ -185,7 +169,7 @@ class RunRecorder:
                 buffer.copy_(idist.broadcast(buffer))
 
     def write_epoch(self, entry: dict) -> None:
-        """Write the checkpoints, history and curves after the epoch of this entry, the last of the history."""
+        """Write the checkpoints, history and curves after an epoch, `last.pt` after `best.pt`: killed between, it is repeated."""
         if self.best() is entry:
             write_checkpoint(self.evaluator.network.state_dict(), self.folder / "best.pt")
         states = {name: item.state_dict() for name, item in self.state.items()}

@@ -163,7 +163,7 @@ def test_a_task_that_the_checkpoint_was_not_trained_for_is_refused_in_prediction
 
 def test_fresh_weights_are_those_of_the_defaults_and_the_knobs():
     model = read_model(None, {"window": None, "image_size": 64, "tasks": {RECONSTRUCTION: 1.0}}, training=True)
-    assert (model["window"], model["image_size"], model["backbone"]) == ([-1350, 150], 64, "vgg13_bn")
+    assert (model["window"], model["image_size"], model["backbone"]) == ([-1000, 300], 64, "vgg13_bn")
 
 
 def test_weights_without_a_description_are_opened_with_one_warning_that_says_what_is_assumed(tmp_path, caplog):

@@ -24,7 +24,7 @@ def write(folder, **entries):
 
 def test_an_experiment_is_read_with_its_defaults(tmp_path):
     experiment = Experiment.read("x", write(tmp_path))
-    assert (experiment.name, experiment.workflow, experiment.settings, experiment.curve) == ("x", "run", [], {})
+    assert (experiment.name, experiment.workflow, experiment.settings, experiment.curve) == ("x", "run", (), {})
     assert experiment.members("two") == [[{"seed": 1}]]
     ensemble = Experiment.read("x", write(tmp_path, arms={"both": {"members": [["a.json"], []]}}))
     assert ensemble.members("both") == [["a.json"], []]
@@ -34,33 +34,28 @@ def test_an_experiment_is_read_with_its_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"arms": {}}, "arms: found none, expected one or more"),
-        ({"seeds": []}, "seeds: found none, expected one or more"),
-        ({"figures": []}, "figures: found none, expected one or more"),
-        ({"figures": ["dice"]}, "figures: found dice, expected some of accuracy, AUROC, Dice"),
-        ({"workflow": "train"}, "workflow: found 'train', expected run or training"),
+        ({"arms": {}}, "arms: found {}, expected one or more"),
+        ({"seeds": []}, "seeds: found [], expected one or more"),
+        ({"figures": []}, "figures: found [], expected one or more"),
+        ({"figures": ["dice"]}, "figures::0: found 'dice', expected one of accuracy, AUROC, Dice"),
+        ({"workflow": "train"}, "workflow: found 'train', expected one of run, training"),
         ({"arms": {"one": {}}}, "arms::one: found {}, expected a list of overlays, or {'members': one or more such lists}"),
         ({"arms": {"one": "ema.json"}}, "arms::one: found 'ema.json', expected a list of overlays, or {'members': one"),
         ({"arms": {"one": {"members": []}}}, "arms::one: found {'members': []}, expected a list of overlays"),
         ({"arms": {"one": {"members": ["a.json"]}}}, "arms::one: found {'members': ['a.json']}, expected a list of overlays"),
-        (
-            {"workflow": "training", "arms": {"one": {"members": [[], []]}}},
-            "arms::one: found members, expected none with the workflow training",
-        ),
-        ({"curve": [1]}, "curve: found 1, expected figure, label, target, x"),
-        ({"curve": {**CURVE, "x": ["one"]}}, "curve::x: found one, expected the arms one, two"),
-        ({"curve": {**CURVE, "x": {"one": None, "two": 1}}}, "curve::x: found [None, 1], expected amounts above 0"),
-        ({"curve": {**CURVE, "target": "0.8"}}, "curve::target: found '0.8', expected a figure between 0 and 1"),
-        ({"curve": {"x": {"one": 1}}}, "curve: found x, expected figure, label, target, x"),
+        ({"workflow": "training", "arms": {"one": {"members": [[], []]}}}, "arms::one: found members, expected none with"),
+        ({"recipes": {"r": []}, "arms": {"one": {"members": [[]]}}}, "arms::one: found members, expected none with recipes"),
+        ({"curve": [1]}, "curve: found [1], expected x, label, figure and target"),
+        ({"curve": {"x": {"one": 1, "two": 2}}}, "expected x, label, figure and target, or nothing"),
+        ({"curve": {**CURVE, "x": ["one"]}}, "curve::x: found ['one'], expected names with values"),
         ({"curve": {**CURVE, "x": {"one": 1}}}, "curve::x: found one, expected the arms one, two"),
-        ({"curve": {**CURVE, "x": {"one": 0, "two": 1}}}, "curve::x: found [0, 1], expected amounts above 0"),
+        ({"curve": {**CURVE, "x": {"one": 0, "two": 1}}}, "curve::x::one: found 0, expected a number above 0"),
         ({"curve": {**CURVE, "figure": "dice"}}, "curve::figure: found 'dice', expected one of accuracy"),
         ({"curve": {**CURVE, "target": 80}}, "curve::target: found 80, expected a figure between 0 and 1"),
-        ({"groups": [GROUP]}, "expected one of `figures`, some of `arms`, and `recipes`"),
-        ({"recipes": {"r": []}, "groups": [{**GROUP, "arms": ["three"]}]}, "expected one of `figures`, some of `arms`"),
-        ({"recipes": {"r": []}, "groups": [{"title": "G"}]}, "groups: found {'title': 'G'}, expected title, figure and arms"),
-        ({"recipes": {"r": []}, "arms": {"one": {"members": [[]]}}}, "arms::one: found members, expected none with recipes"),
-        ({"seed": 0}, "found arms, curve, figures, groups, question, recipes, seed, seeds, settings, title, workflow, expected arms, curve"),
+        ({"groups": [GROUP]}, "groups: found one, two, expected some of one, two, and one or more recipes"),
+        ({"recipes": {"r": []}, "groups": [{**GROUP, "arms": ["three"]}]}, "groups: found three, expected some of one, two"),
+        ({"recipes": {"r": []}, "groups": [{"title": "G"}]}, "groups::0: found {'title': 'G'}, expected title, figure and arms"),
+        ({"seed": 0}, "found arms, figures, question, seed, seeds, title, expected title, question, arms, seeds, figures, and any"),
     ],
 )
 def test_an_experiment_that_makes_no_sense_is_refused_in_one_line(tmp_path, entries, words):

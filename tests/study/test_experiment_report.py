@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make(curve=None, arms=("one", "two")):
-    return Experiment("x", "Title", "Question?", "run", [], dict.fromkeys(arms, []), [0, 1, 2], ["Dice", "AUROC"], curve or {})
+    return Experiment("x", "Title", "Question?", dict.fromkeys(arms, []), [0, 1, 2], ["Dice", "AUROC"], curve=curve or {})
 
 
 def row(arm, seed, dice, stage="end", **more):

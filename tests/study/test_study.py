@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 
 from bundle.errors import UserError
 from bundle.study import Experiment, Study, experiment_names, read_results, write_report
-from bundle.study.experiment import COLUMNS, add_results
+from bundle.study.experiment import ARM, COLUMNS, add_results
 from bundle.names import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -28,7 +28,7 @@ def make_study(folder, scale="smoke", **entries):
 
 
 def make(name="x", workflow="run", settings=(), seeds=(0,), **arms):
-    return Experiment(name, "Title", "Question?", workflow, list(settings), arms, list(seeds), ["Dice"], {})
+    return Experiment(name, "Title", "Question?", arms, seeds, ["Dice"], workflow, settings)
 
 
 def steps(config, workflow):
@@ -158,25 +158,17 @@ def test_what_an_arm_once_was_is_not_reported(tmp_path, caplog):
     assert "results.csv: left out renamed with seed 0, two with seed 0: not what x would run now" in caplog.text
 
 
-def test_what_another_data_set_has_led_to_counts_for_nothing(tmp_path, phantom_dir):
-    experiment = make(settings=[{"max_epochs": 1}], arm=[ONE])
-    make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu").run([experiment])
-    (tmp_path / "other").symlink_to(phantom_dir)
-    make_study(tmp_path, dataset_dir=str(tmp_path / "other"), device="cpu").run([experiment])
-    rows = read_results(tmp_path / "results.csv")
-    assert [(row["data"], row["seed"]) for row in rows] == [("phantom", "0"), ("other", "0")]
-    assert len(list((tmp_path / "runs").rglob("model.pt"))) == 2
-
-
-def test_the_first_seed_of_all_experiments_comes_before_the_second_of_any(tmp_path, phantom_dir):
-    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
-    brief = {"settings": [{"max_epochs": 1}]}
-    study.run([make("one", seeds=(0, 1), arm=[ONE], **brief), make("two", seeds=(0,), arm=[TWO], **brief)])
-    assert [(row["experiment"], row["seed"]) for row in read_results(tmp_path / "results.csv")] == [
-        ("one", "0"),
-        ("two", "0"),
-        ("one", "1"),
-    ]
+def test_what_is_run_and_in_which_order(tmp_path, monkeypatch):
+    """The first seed of all experiments comes before the second of any; another data set's results count for nothing."""
+    started = []
+    facts = {"stage": "end", "split": "test"}
+    monkeypatch.setattr(Study, "_measure", lambda self, run: started.append(run.arm) or [{**facts, "run": run.name}])
+    experiments = [make("one", seeds=(0, 1), arm=[ONE]), make("two", arm=[TWO])]
+    for data in ("/a", "/b"):
+        make_study(tmp_path, dataset_dir=data).run(experiments)
+    expected = [(name, "smoke", data, "arm", seed) for data in "ab" for name, seed in (("one", "0"), ("two", "0"), ("one", "1"))]
+    assert started == expected
+    assert [tuple(row[name] for name in ARM) for row in read_results(tmp_path / "results.csv")] == expected
 
 
 def test_two_runs_at_a_time_lead_to_the_same_figures(tmp_path, phantom_dir):

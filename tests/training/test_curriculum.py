@@ -70,9 +70,19 @@ def test_stages_without_transfer_stand_alone(curriculum, tmp_path, run):
     assert equal(weights(alone), weights(out / "stage_segmentation")), "as trained by itself"
 
 
-def test_curriculum_starts_anew_as_a_whole(curriculum):
+def test_a_stage_starts_anew_alone_and_the_curriculum_as_a_whole(curriculum, run):
     stages = {"stage_classification": {}, "stage_segmentation": {}}
     out = curriculum(stages=stages)
+    made = {stage: (out / stage / "model.pt").stat().st_mtime_ns for stage in stages}
+    row = (out / "stage_table.md").read_text().splitlines()[2]
+    run(out / "stage_classification", overlays=["evaluate"], tasks=FAST, bootstrap=0)
+    assert (out / "stage_classification/evaluation/metrics.json").exists()
+    curriculum(stages={**stages, "stage_segmentation": {"learning_rate": 0.001, "resume": False}})
+    assert (out / "stage_table.md").read_text().splitlines()[2] == row, "not what a user measures of the stage"
+    newer = [(out / stage / "model.pt").stat().st_mtime_ns > made[stage] for stage in stages]
+    assert newer == [False, True]
+    assert json.loads((out / "stage_segmentation/config.json").read_text())["learning_rate"] == 0.001
+
     before = weights(out / "stage_segmentation")
     list_files(out)
     write_json({}, out / "evaluation/metrics.json")
@@ -82,25 +92,6 @@ def test_curriculum_starts_anew_as_a_whole(curriculum):
     assert not (out / "evaluation").exists(), "it measured the weights that were removed"
     assert (out / "stage_segmentation/notes.txt").exists()
     assert not equal(before, weights(out / "stage_segmentation"))
-
-
-def test_a_stage_starts_anew_alone(curriculum):
-    out = curriculum(stages={"stage_classification": {}, "stage_segmentation": {}})
-    first, second = ((out / stage / "model.pt").stat().st_mtime_ns for stage in STAGES[:2])
-    curriculum(stages={"stage_classification": {}, "stage_segmentation": {"learning_rate": 0.001, "resume": False}})
-    assert (out / "stage_classification/model.pt").stat().st_mtime_ns == first
-    assert (out / "stage_segmentation/model.pt").stat().st_mtime_ns > second
-    assert json.loads((out / "stage_segmentation/config.json").read_text())["learning_rate"] == 0.001
-
-
-def test_what_a_user_measures_of_a_stage_is_not_taken_for_its_validation(curriculum, run):
-    stages = {"stage_classification": {}}
-    out = curriculum(stages=stages)
-    table = (out / "stage_table.md").read_text()
-    run(out / "stage_classification", overlays=["evaluate"], tasks=FAST, bootstrap=0)
-    assert (out / "stage_classification/evaluation/metrics.json").exists()
-    curriculum(stages=stages)
-    assert (out / "stage_table.md").read_text() == table
 
 
 def test_weights_that_starting_anew_would_remove_are_kept(run, curriculum, finished, tmp_path):

@@ -11,6 +11,7 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, SequentialSampler
 
+from bundle.errors import UserError
 from bundle.training import distributed
 from bundle.data.batch import collate
 from bundle.training.loss import MultiTaskLoss
@@ -86,7 +87,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one_with_all_samples(tm
 
 def test_a_sampler_is_dealt_out_in_turn(monkeypatch):
     sampler = SequentialSampler(range(7))
-    assert list(distributed.ShardedSampler(sampler)) == list(range(7))
+    assert list(distributed.ShardedSampler(sampler)) == list(range(7)) and distributed.shard("abc") == ["a", "b", "c"]
     monkeypatch.setattr(distributed.idist, "get_world_size", lambda: 2)
     for rank, expected in enumerate([[0, 2, 4], [1, 3, 5]]):
         monkeypatch.setattr(distributed.idist, "get_rank", lambda rank=rank: rank)
@@ -125,29 +126,16 @@ def test_the_overlay_of_several_processes_seeds_the_workers_by_process():
     assert parser.get_parsed_content("train#dataloader#worker_init_fn") is distributed.seed_worker
 
 
-def test_one_process_evaluates_everything():
-    assert distributed.shard("abc") == ["a", "b", "c"]
-
-
-def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(
-        ValueError, match="torchrun: found 4 processes that do not know of one another, expected configs/multi"
-    ):
-        distributed.shard("abcde")
-
-
-def test_fewer_records_than_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed.idist, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="torchrun: found 1 records for 2 processes, expected at least one for each"):
-        distributed.shard("a")
-
-
-def test_a_process_of_nobody_cannot_join(monkeypatch):
+def test_processes_that_cannot_work_together_are_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="multi_gpu: found a process that torchrun has not started, expected torchrun"):
+    with pytest.raises(UserError, match="multi_gpu: found a process that torchrun has not started, expected torchrun"):
         distributed.join()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun: found 2 processes that do not know of one another, expected configs/multi"):
+        distributed.shard("abcde")
+    monkeypatch.setattr(distributed.idist, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="torchrun: found 1 records for 2 processes, expected at least one for each"):
+        distributed.shard("a")
 
 
 def test_the_device_is_that_of_the_process(monkeypatch):

@@ -34,7 +34,10 @@ def refusal(error) -> str:
 
 
 def test_two_runs_end_with_equal_weights_and_another_seed_with_others(run, tmp_path):
-    first, again, other = (run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    runs = (("a", 0), ("b", 0), ("c", 1))
+    first, again, other = (run(tmp_path / name, seed=seed, uncertainty_weights=True) for name, seed in runs)
+    assert trained_tasks(first / "model.pt") == TASKS, "all by default"
+    assert set(weights(first, "last.pt")["loss"]) == {f"log_variance.{task}" for task in TASKS}
     assert equal(weights(first), weights(again))
     assert (first / "history.json").read_text() == (again / "history.json").read_text()
     assert not equal(weights(first), weights(other))
@@ -56,7 +59,8 @@ def test_a_run_keeps_what_is_needed_to_read_and_repeat_it(run, tmp_path):
 
 
 def test_the_last_epoch_is_validated_whatever_the_interval(run, tmp_path):
-    out = run(tmp_path / "run", tasks=FAST, max_epochs=3, val_interval=2)
+    out = run(tmp_path / "run", tasks=FAST, max_epochs=3, val_interval=2, batch_size=100)
+    assert all(entry["loss"] > 0 for entry in json.loads((out / "history.json").read_text())), "one smaller batch"
     assert ["score" in entry for entry in json.loads((out / "history.json").read_text())] == [False, True, True]
 
 
@@ -107,19 +111,12 @@ def test_a_finished_run_is_resumed_without_training_and_may_move_to_other_worker
     assert equal(before, weights(out)) and (out / "last.pt").stat().st_mtime_ns == last
 
 
-@pytest.mark.parametrize(
-    "entries, words",
-    [
-        ({"max_epochs": 2}, ["max_epochs 1, found 2", "init_checkpoint", "model.pt"]),
-        ({"augmentation": {"_target_": "Compose", "transforms": []}}, ["augmentation::transforms"]),
-    ],
-)
-def test_a_run_is_not_resumed_under_another_configuration(run, finished, entries, words):
+def test_a_run_is_not_resumed_under_another_configuration(run, finished):
     before = (finished / "config.json").read_text()
     with pytest.raises(RuntimeError) as error:
-        run(finished, **{"tasks": FAST, **entries})
-    assert all(word in refusal(error) for word in ["holds a run with", "resume false", *words])
-    assert "\n" not in refusal(error) and (finished / "config.json").read_text() == before
+        run(finished, tasks=FAST, augmentation={"_target_": "Compose", "transforms": []})
+    assert "holds a run with augmentation::transforms" in refusal(error)
+    assert (finished / "config.json").read_text() == before
 
 
 def test_resume_false_starts_anew_and_leaves_nothing_old(run, tmp_path):
@@ -143,11 +140,6 @@ def test_a_task_that_no_record_is_annotated_for_is_refused_unless_the_checkpoint
     assert not (tmp_path / "run").exists()
     out = without_classes(init_checkpoint=str(finished / "model.pt"))
     assert trained_tasks(out / "model.pt") == ("classification", "reconstruction")
-
-
-def test_fewer_records_than_a_batch_are_one_smaller_batch(run, tmp_path):
-    out = run(tmp_path / "run", tasks=FAST, batch_size=100)
-    assert (out / "model.pt").exists() and json.loads((out / "history.json").read_text())[0]["loss"] > 0
 
 
 @pytest.mark.parametrize("name", ["model.pt", "last.pt"])
@@ -175,7 +167,3 @@ def test_the_optimizer_the_schedule_and_the_engines_take_their_knobs(phantom_dir
     assert factors[0] == 0.1 and max(factors) == factors[3] == 1, "highest after the warm-up"
     assert trainer.amp and evaluator.amp and trainer.state.max_epochs == 10
 
-
-def test_all_tasks_are_trained_by_default(run, tmp_path):
-    assert trained_tasks(run(tmp_path / "run", uncertainty_weights=True) / "model.pt") == TASKS
-    assert set(weights(tmp_path / "run", "last.pt")["loss"]) == {f"log_variance.{task}" for task in TASKS}
