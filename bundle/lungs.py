@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ TISSUE, AIR, AIR_AT_BORDER = -400, -950, -900
 WALL = 2  # mm, radius: what is thinner than twice this (bronchi, vessels, the shell of a table) separates nothing
 # mm2: the smallest part of a lung, the largest hole that is filled, and what makes a slice count as lung-bearing.
 SMALLEST_PART, LARGEST_HOLE, BEARING_AREA = 200, 1000, 2000
-
-DISC = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
 
 
 def body_region(image: torch.Tensor) -> torch.Tensor:
@@ -29,7 +27,8 @@ def body_region(image: torch.Tensor) -> torch.Tensor:
     dark, _ = ndimage.label(pixels <= otsu_threshold(pixels))
     corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]]
     rest = ~np.isin(dark, corners[corners > 0])
-    region = _largest(ndimage.binary_opening(np.pad(rest, 2, mode="edge"), DISC)[2:-2, 2:-2])
+    opened = _disc(_disc(np.pad(rest, 2, mode="edge"), np.logical_and), np.logical_or)
+    region = _largest(opened[2:-2, 2:-2])
     if region.mean() < 0.05:
         region[:] = True
     return torch.as_tensor(region)[None]
@@ -61,7 +60,7 @@ def lung_region(image: np.ndarray) -> np.ndarray:
     return region
 
 
-def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+def lung_mask(hu: np.ndarray, spacing: Sequence[float], longest: int | None = None) -> np.ndarray:
     """Find the lung in an axial slice in Hounsfield units, (rows, columns); spacing of rows and columns in mm.
 
     Pixels below -400 HU, closed by 2 mm, are split into components. One is air if the median of its pixels below -400 HU is
@@ -69,7 +68,13 @@ def lung_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     below 2 cm2 is removed. The shell of a table is thin enough to be closed, so that its foam belongs to the air around it.
     Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) is air. Wrongly counted as lung: a trachea behind
     a thin wall, and bowel gas mixed with faeces.
+    Slices are reduced by averaging, by a whole number, to about `longest` pixels along their longer side.
     """
+    if longest and (step := round(max(hu.shape) / longest)) > 1:
+        rows, columns = (size // step for size in hu.shape)
+        small = hu[: rows * step, : columns * step].reshape(rows, step, columns, step).mean((1, 3))
+        found = lung_mask(small, [side * step for side in spacing]).repeat(step, 0).repeat(step, 1)
+        return np.pad(found, [(0, size % step) for size in hu.shape], mode="edge")
     hu, pixel = np.clip(hu, -1024, 0).astype(np.int16), spacing[0] * spacing[1]
     light = hu < TISSUE
     parts, _ = ndimage.label(_close(light, [max(1, round(WALL / side)) for side in spacing]))
@@ -102,6 +107,15 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     """The largest connected part of a mask; nothing if it is empty."""
     labels, count = ndimage.label(mask)
     return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else np.zeros(mask.shape, bool)
+
+
+def _disc(mask: np.ndarray, join: Callable) -> np.ndarray:
+    """Erode (`join` and) or dilate (or) by 5 x 5 pixels without the corners: by a square of 3, then by a cross."""
+    padded = np.pad(mask, 1)
+    lines = join(join(padded[:-2], padded[1:-1]), padded[2:])
+    square = np.pad(join(join(lines[:, :-2], lines[:, 1:-1]), lines[:, 2:]), 1)
+    beside = join(square[1:-1, :-2], square[1:-1, 2:])
+    return join(join(square[1:-1, 1:-1], beside), join(square[:-2, 1:-1], square[2:, 1:-1]))
 
 
 def _close(mask: np.ndarray, radii: Sequence[int]) -> np.ndarray:

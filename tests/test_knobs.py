@@ -323,6 +323,7 @@ INFERENCE = {
     "flips": [False, {"inferer": lambda w: type(w["inferer"])}],
     "backend": ["onnxruntime", {"network": lambda w: type(w["network"])}],
     "keep_identifiers": [True, {"predictor": lambda w: w["predictor"].keep_identifiers}],
+    "save_reconstruction": [True, {"predictor": lambda w: of_task(w["predictor"], "reconstruction").dense}],
     "export_task": ["classification", {"network_def": lambda w: list(w["network_def"].heads)}],
     "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
     "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],

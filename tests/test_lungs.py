@@ -2,8 +2,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from bundle.lungs import body_region, lung_bearing, lung_mask, lung_region
+from bundle.lungs import _disc, body_region, lung_bearing, lung_mask, lung_region
 
 SPACING = (2.0, 1.0)  # rows 2 mm apart, columns 1 mm
 ROWS, COLUMNS = np.mgrid[:160, :320] * np.reshape(SPACING, (2, 1, 1)) - 160.0
@@ -86,6 +87,21 @@ def test_gas_in_the_bowel_is_no_lung():
     hu[disk(0, 0, 90, 130)] = 40
     hu[disk(-30, 20, 20, 30)] = -1000
     assert not lung_mask(hu + np.random.default_rng(0).normal(0, 15, hu.shape), SPACING).any()
+
+
+def test_a_large_slice_is_looked_at_reduced():
+    hu, sides = chest(), [side / 3 for side in SPACING]
+    large = np.pad(hu.repeat(3, 0).repeat(3, 1), ((0, 1), (0, 2)), mode="edge")
+    found = lung_mask(large, sides, longest=320)
+    assert found.shape == large.shape
+    assert np.array_equal(found[:480:3, :960:3], lung_mask(hu, SPACING)) and overlap(found, lung_mask(large, sides)) > 0.95
+
+
+@pytest.mark.parametrize("density", [0.5, 0.9, 0.97])
+def test_the_body_is_opened_by_a_disc(density):
+    mask = np.random.default_rng(0).random((40, 50)) < density
+    disc = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
+    assert np.array_equal(_disc(_disc(mask, np.logical_and), np.logical_or), ndimage.binary_opening(mask, disc))
 
 
 def test_a_slice_bears_lung_from_20_cm2():

@@ -105,8 +105,9 @@ class Scan:
             size = f"{sides[0]} x {sides[1]} pixels"
             raise UserError(f"found axial slices of {size}, expected no side {MAX_SIDES} times the other")
         self.sources = [(self.path, index) for index in range(len(self))]
-        states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in files or [path]]
-        self.stamp = hashlib.sha256(repr(states).encode()).hexdigest()
+        self.files = [os.fspath(file) for file in files or [path]]
+        self._seen = self._look()
+        self.stamp = hashlib.sha256(repr(self._seen[0]).encode()).hexdigest()
 
     def _measure(self, rows: int, columns: int) -> None:
         """Positions, thickness and spacing of the slices, whose rows and columns run along these array axes."""
@@ -123,6 +124,25 @@ class Scan:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_voxels": None}  # every process opens its own
+
+    def _look(self) -> tuple[list[tuple], list[int]]:
+        """Name, size and time of each file, and how many files lie in the folders of a series."""
+        states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in self.files]
+        folders = sorted({os.path.dirname(file) or "." for file in self.files}) if len(self.files) > 2 else []
+        return states, [sum(entry.is_file() for entry in os.scandir(folder)) for folder in folders]
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were found, and that a series has got no further ones.
+
+        Raises:
+            UserError: if they are still being copied, say.
+        """
+        try:
+            unchanged = self._look() == self._seen
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise UserError(f"{self.path}: changed while it was read, expected whole files; predict it again when they are there")
 
     def close(self) -> None:
         """Let go of what is open; the next slice opens it again."""
@@ -223,7 +243,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 class NiftiScan(Scan):
-    """A NIfTI file in HU: mapped from disk if it is uncompressed, otherwise held in the type that it stores."""
+    """A NIfTI file in HU: mapped from disk if it is uncompressed, otherwise read plane by plane, or held as it is stored."""
 
     def __init__(self, name: str, path, image=None) -> None:
         self._image, image = image, image or _load_nifti(path)  # the first, if it is in memory
@@ -242,12 +262,24 @@ class NiftiScan(Scan):
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
-            data = (self._image or _load_nifti(self.path)).dataobj
-            stored = (data.get_unscaled(), data.slope, data.inter) if nibabel.is_proxy(data) else (data, 1, 0)
-            self._voxels = stored[0].reshape(self.shape), *stored[1:]
+            self._voxels = self._open()
         voxels, slope, intercept = self._voxels
         # Not take(), which copies the whole volume where its order is not C.
-        return np.moveaxis(voxels, self.axis, 0)[index] * np.float32(slope) + np.float32(intercept)
+        plane = voxels[..., index] if self.axis == 2 else np.moveaxis(voxels, self.axis, 0)[index]
+        return plane * np.float32(slope) + np.float32(intercept)
+
+    def _open(self) -> tuple:
+        """Stored values, slope and intercept. A compressed file whose planes lie one after the other is read plane by plane."""
+        data = (self._image or _load_nifti(self.path)).dataobj
+        if not nibabel.is_proxy(data):
+            return data.reshape(self.shape), 1, 0
+        if self.axis == 2 and str(data.file_like).endswith(".gz"):
+            stored = nibabel.arrayproxy.ArrayProxy(
+                data.file_like, (data.shape, data.dtype, data.offset, 1, 0), keep_file_open=True
+            )
+        else:
+            stored = data.get_unscaled()
+        return stored.reshape(self.shape), data.slope, data.inter
 
 
 def _load_nifti(path):

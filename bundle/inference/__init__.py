@@ -6,7 +6,7 @@ from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer
 from bundle.inference.predict import Model, predict_scans
 from bundle.inference.results import Result
-from bundle.inference.slices import AnswersToSlice, LoadScanSlice, SplitBatch, collate, slices_of
+from bundle.inference.slices import AnswersToSlice, LoadScanSlice, ReadAhead, SplitBatch, collate, slices_of
 from bundle.inference.worklist import Worklist, fingerprint
 from bundle.inference.writer import write_result
 from bundle.networks import read_novelty
@@ -16,6 +16,7 @@ __all__ = [
     "FlipInferer",
     "LoadScanSlice",
     "Model",
+    "ReadAhead",
     "Result",
     "SplitBatch",
     "Worklist",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from bundle.data.volumes import Scan
 from bundle.errors import UserError, user_message
 from bundle.files import ROOT, text_hash
 from bundle.inference.inputs import as_scan
+from bundle.inference.pictures import Pictures
 from bundle.inference.results import Collector, Result
-from bundle.inference.slices import slices_of
+from bundle.inference.slices import helper, slices_of
 from bundle.inference.worklist import Worklist
 from bundle.inference.writer import write_result
 from bundle.networks import Novelty
@@ -30,6 +33,7 @@ class Model:
 
     Args:
         evaluator: of configs/inference.json, whose batches are single slices when an iteration is completed.
+        postprocessing: of a slice with its answers: `postprocessing` of the same.
         tasks: that are answered.
         novelty: distance from the training data, or None where that is not known.
         name: see `model_name`.
@@ -40,13 +44,14 @@ class Model:
     def __init__(
         self,
         evaluator: Evaluator,
+        postprocessing: Callable[[dict], dict],
         tasks: Sequence[Task],
         novelty: Novelty | None = None,
         name: Mapping[str, str] | None = None,
         fingerprint: str = "",
         keep_identifiers: bool = False,
     ) -> None:
-        self.evaluator, self.tasks, self.novelty = evaluator, list(tasks), novelty
+        self.evaluator, self.postprocessing, self.tasks, self.novelty = evaluator, postprocessing, list(tasks), novelty
         self.name, self.fingerprint, self.keep_identifiers = dict(name or {}), fingerprint, keep_identifiers
         evaluator.interrupt_resume_enabled = False  # after an error ignite would resume the run that failed
 
@@ -98,23 +103,36 @@ class Model:
                 scan.close()
 
     def run(self, scan: Scan) -> Result:
-        """Run the evaluator over the slices of a scan.
+        """Run the evaluator over the slices of a scan; a thread beside it collects and draws the answers.
 
         Raises:
-            UserError: if a slice cannot be read, perhaps as the cause of another exception.
+            UserError: if a slice cannot be read, or if the files of the scan change meanwhile, perhaps as the cause of
+                another exception.
         """
-        collector, loader = Collector(scan, self.tasks, self.novelty), self.evaluator.data_loader
+        collector, pictures, loader = Collector(scan, self.tasks, self.novelty), Pictures(scan), self.evaluator.data_loader
         loader.dataset.data = slices_of([scan])
         self.evaluator.state.epoch_length = len(loader)
 
-        def collect(engine) -> None:
-            for sample, answer in zip(engine.state.batch, engine.state.output, strict=True):
-                collector.add(sample, answer)
+        def collect(samples: Sequence[dict], answers: Sequence[dict]) -> None:
+            for sample, answer in zip(samples, answers, strict=True):
+                pictures.add(*collector.add(sample, self.postprocessing({**sample, **answer})))
 
-        with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, collect):
-            self.evaluator.run()
+        with helper() as pool:
+            waiting = deque()
+
+            def hand_over(engine) -> None:
+                waiting.append(pool.submit(collect, engine.state.batch, engine.state.output))
+                if len(waiting) > 1:  # so that few batches are in memory
+                    waiting.popleft().result()
+
+            with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, hand_over):
+                self.evaluator.run()
+            for batch in waiting:
+                batch.result()
+        scan.check_unchanged()
         result = collector.finish()
         result.model, result.stamp, result.keep_identifiers = self.name, self.stamp(scan), self.keep_identifiers
+        result.pictures = pictures
         return result
 
     def stamp(self, scan: Scan) -> str:
@@ -147,9 +165,22 @@ def predict_scans(worklist: Worklist, model: Model) -> None:
     Raises:
         UserError: if another run has the folder of the results, or if nothing at all could be predicted.
     """
+
+    def write(scan: Scan, result: Result) -> None:
+        with worklist.publish(scan) as folder:
+            write_result(result, folder)
+
     with worklist.locked():
         pending = worklist.pending(model.stamp)
-        for scan in tqdm(pending, "scans", disable=None if len(pending) > 1 else True):
-            with worklist.attempt(scan) as folder:
-                write_result(model.run(scan), folder)
+        with ThreadPoolExecutor(1) as pool:  # a result is written while the next scan is predicted
+            writing = None
+            for scan in tqdm(pending, "scans", disable=None if len(pending) > 1 else True):
+                result = None
+                with worklist.attempt(scan):
+                    result = model.run(scan)
+                if writing:
+                    writing.result()
+                writing = result and pool.submit(write, scan, result)
+            if writing:
+                writing.result()
         worklist.finish(model.tasks)

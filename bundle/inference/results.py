@@ -14,6 +14,7 @@ from bundle.data.transforms import to_file_grid
 from bundle.data.volumes import Scan
 from bundle.inference.nifti import Volume
 from bundle.inference.novelty import assess
+from bundle.inference.pictures import Pictures
 from bundle.inference.slices import INDEX
 from bundle.lungs import lung_bearing, lung_mask
 from bundle.names import EMBEDDING, IMAGE, SLICE
@@ -34,8 +35,8 @@ class Result:
         volumes: name -> voxels on the grid of the file: mask (0, or 1 + lesion class), probability of lesion, reconstruction
             and reconstruction_error.
         warnings: one line each.
-        ranges: for each slice, the values that the network sees as 0 and as 1.
         bearing: whether each slice shows lung; all True where that is not known.
+        pictures: of the slices, for `save`.
         model, stamp, keep_identifiers: see `bundle.inference.Model`.
     """
 
@@ -45,8 +46,8 @@ class Result:
     entries: dict = field(default_factory=dict)
     volumes: dict[str, Volume] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    ranges: list[tuple[float, float]] = field(default_factory=list)
     bearing: list[bool] = field(default_factory=list)
+    pictures: Pictures | None = None
     model: dict = field(default_factory=dict)
     stamp: str = ""
     keep_identifiers: bool = False
@@ -106,13 +107,17 @@ class Result:
 
 @dataclass
 class SliceView:
-    """A slice as it was read, `shown` as the network sees it, where `low` is 0 and `high` is 1, and its `lesions` (bool)."""
+    """A slice as it was read, and `shown` as the network sees it, where `low` is 0 and `high` is 1.
+
+    Tasks add (rows, columns): `labels`, 0 or 1 + lesion class, and `rebuilt`, in [0, 1].
+    """
 
     slice: MetaTensor
     shown: np.ndarray
     low: float
     high: float
-    lesions: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    rebuilt: np.ndarray | None = None
 
 
 class Collector:
@@ -128,8 +133,8 @@ class Collector:
         self.result, self.tasks, self.novelty = Result(scan, tasks), list(tasks), novelty
         self.lung_areas: list[float] = []  # mm2 of every slice, lesions included
 
-    def add(self, sample: Mapping, answer: Mapping) -> None:
-        """Add the next slice.
+    def add(self, sample: Mapping, answer: Mapping) -> tuple[SliceView, dict]:
+        """Add the next slice, and return it with its row.
 
         Args:
             sample: "index"; "slice" (1, rows, columns), values as read; "image" with its "intensity_range".
@@ -141,19 +146,19 @@ class Collector:
         row = {"index": sample[INDEX], "position_mm": scan.positions and round(scan.positions[sample[INDEX]], 3)}
         for task in self.tasks:
             row |= task.row(answer[task.name], view, self.result)
-        row["lung_mm2"] = self._lung_area(pixels, view.lesions)
+        row["lung_mm2"] = self._lung_area(pixels, view.labels, max(sample[IMAGE].shape))
         row["novelty"] = self.novelty and round(float(self.novelty.distance(answer[EMBEDDING][None])[0]), 4)
         self.result.slices.append(row)
-        self.result.ranges.append((float(low), float(high)))
+        return view, row
 
-    def _lung_area(self, pixels: np.ndarray, lesions: np.ndarray | None) -> float | None:
+    def _lung_area(self, pixels: np.ndarray, labels: np.ndarray | None, longest: int) -> float | None:
         """Area of the lung in mm2; `lung_areas` gets that of lung and lesions together, for the volume of the lung."""
         scan = self.result.scan
         if not scan.hounsfield or scan.spacing is None:
             return None
-        lung = lung_mask(pixels, scan.spacing)
+        lung = lung_mask(pixels, scan.spacing, longest)
         pixel = scan.spacing[0] * scan.spacing[1]
-        self.lung_areas.append(float((lung if lesions is None else lung | lesions).sum() * pixel))
+        self.lung_areas.append(float((lung if labels is None else lung | (labels > 0)).sum() * pixel))
         return round(float(lung.sum() * pixel), 2)
 
     def finish(self) -> Result:

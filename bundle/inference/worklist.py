@@ -110,18 +110,20 @@ class Worklist:
         return pending
 
     @contextmanager
-    def attempt(self, scan: Scan) -> Iterator[Path]:
-        """Yield a new folder, which replaces the older results of the scan when the block ends.
-
-        An exception of the block fails this scan alone, see `fail`, and the new folder is removed.
-        """
+    def attempt(self, scan: Scan) -> Iterator[None]:
+        """Let an exception of the block fail this scan alone, see `fail`, and close the scan."""
         try:
-            with replacing_folder(self.folder / scan.name) as new:
-                yield new
+            yield
         except Exception as error:
             self.fail(scan, error)
         finally:
             scan.close()
+
+    @contextmanager
+    def publish(self, scan: Scan) -> Iterator[Path]:
+        """Yield a new folder, which replaces the older results of the scan when the block ends; it is removed where that fails."""
+        with self.attempt(scan), replacing_folder(self.folder / scan.name) as new:
+            yield new
 
     def fail(self, scan: Scan, error: Exception) -> None:
         """Record in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
@@ -167,6 +169,7 @@ class Worklist:
             if self.rank:
                 return
             failures = [failure for part in gathered for failure in part]
+        failures = sorted(failures, key=lambda failure: failure["scan"])
         write_table(failures, self.folder / "failures.csv", ("scan", "reason", "log"))
         failed = {self.folder / failure["scan"] / PREDICTIONS for failure in failures}
         found = sorted(set(self.folder.glob(f"**/*/{PREDICTIONS}")) - failed)
@@ -212,7 +215,7 @@ def slice_rows(prediction: Mapping, tasks: Sequence[Task]) -> Iterable[dict]:
 
 def lesion_rows(prediction: Mapping, tasks: Sequence[Task]) -> Iterable[dict]:
     """Rows of lesions.csv."""
-    for lesion in prediction.get("detection", []):
+    for lesion in (lesion for task in tasks if task.name in prediction for lesion in task.lesions(prediction[task.name])):
         row = {"scan": prediction["scan"], "lesion": lesion["id"], "score": lesion["score"]}
         row |= dict(zip(("first slice", "last slice"), lesion["slices"]))
         row |= dict(zip(("x1", "y1", "x2", "y2"), lesion["box"]))

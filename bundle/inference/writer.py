@@ -9,21 +9,13 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import repeat
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from bundle.data.transforms import move_boxes
 from bundle.data.series import read_header
 from bundle.data.volumes import Scan
 from bundle.errors import UserError
 from bundle.inference.markups import write_markups
-from bundle.inference.overlay import draw_overlay
-from bundle.inference.report import Report
 from bundle.inference.results import Result
-from bundle.names import DETECTION
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +39,7 @@ def save_result(result: Result, folder) -> None:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write volumes or pictures, overlays, report.html, markups, DICOM objects, and predictions.json last.
-
-    Args:
-        result: of a scan, whose slices are read again for their pictures.
-        folder: that exists and is empty.
+    """Write volumes or pictures, overlays, report.html, markups, DICOM objects, and predictions.json last, to an empty folder.
 
     Raises:
         OSError: if a file cannot be written.
@@ -68,55 +56,15 @@ def write_result(result: Result, folder: Path) -> None:
 
         labels = result.volumes["mask"].voxels() if "mask" in result.volumes else None
         files |= write_dicom(folder, scan.frames, prediction, labels)
-    if DETECTION in prediction and scan.affine is not None:
-        write_markups(folder / "markups.mrk.json", prediction[DETECTION], scan.affine, scan.axis)
+    if "boxes" in result.slices[0] and scan.affine is not None:
+        write_markups(folder / "markups.mrk.json", result.lesions, scan.affine, scan.axis)
         files["markups"] = "markups.mrk.json"
     prediction["files"] = files
-    report = _draw_slices(result, folder / files["overlays"])
-    report.write(folder / files["report"], prediction, result.tasks)
+    captions = [[text for task in result.tasks for text in task.caption(row)] for row in result.slices]
+    result.pictures.draw_overlays(folder / files["overlays"], result.slices, captions)
+    result.pictures.report.write(folder / files["report"], prediction, result.tasks)
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
     logger.info(result)
-
-
-def _draw_slices(result: Result, folder: Path) -> Report:
-    """Draw the overlay of every slice and collect the pictures of the report."""
-    scan, report = result.scan, Report(result.scan.spacing, len(result.scan))
-    folder.mkdir()
-    masks, rebuilt = (
-        result.volumes[kind].planes() if kind in result.volumes else repeat(None) for kind in ("mask", "reconstruction")
-    )
-    for row, (low, high), mask, hu in zip(result.slices, result.ranges, masks, rebuilt):
-        index, slice_ = row["index"], scan.read(row["index"])
-        pixels = slice_[0].numpy()
-        labels = None if mask is None else _as_read(mask, slice_)
-        if hu is not None:
-            hu = _as_read(hu, slice_).astype(np.float32)
-            hu = (hu - low) / max(high - low, 1e-6) if scan.hounsfield else hu / 255
-        found = row.get("boxes", [])
-        boxes = torch.tensor([box["box"] for box in found], dtype=torch.float32).reshape(-1, 4)
-        boxes = move_boxes(boxes, torch.linalg.inv(slice_.affine)).numpy()
-        scores = np.array([box["score"] for box in found], dtype=np.float32)
-        report.add(index, pixels, scan.hounsfield, labels, hu, boxes, scores, (low, high))
-        shown = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1)
-        file, probabilities = folder / f"{index:04d}.jpg", row.get("probabilities")
-        draw_overlay(file, shown, scan.spacing, labels, boxes, scores, probabilities, _caption(row, result))
-    return report
-
-
-def _as_read(plane: np.ndarray, slice_) -> np.ndarray:
-    """(x, y) as stored to (rows, columns) as `Scan.read` turns a slice: the way back of `to_file_grid`."""
-    matrix = slice_.affine[:2, :2].numpy()
-    turned = np.flip(plane.T, [axis for axis in (0, 1) if matrix[axis].sum() < 0])
-    return turned.T if matrix[0, 1] else turned
-
-
-def _caption(row: Mapping, result: Result) -> str:
-    """One line below the overlay: which slice, and what each task says of it."""
-    scan = result.scan
-    parts = [f"slice {row['index']}" if len(scan) > 1 else Path(scan.name).name]
-    for task in result.tasks:
-        parts += task.caption(row)
-    return "   ·   ".join(parts)
 
 
 def read_identifiers(scan: Scan) -> dict[str, str]:

@@ -145,10 +145,10 @@ class Task:
         """What is reported of a slice, from the head's answer for it: probabilities from logits."""
         return answer
 
-    def to_slice(self, answer, sample: Mapping):
+    def to_slice(self, answer, sample: Mapping, seen):
         """The activated answer on the grid of the stored slice, where undoing the preprocessing (`dense`) is not enough.
 
-        `sample` has "image", preprocessed, and "slice", as read.
+        `sample` has "image", preprocessed, and "slice", as read; `seen` is the answer as the network sees the slice.
         """
         return answer
 

@@ -130,7 +130,7 @@ class Detection(Task):
         """All detections, of overlapping ones the surest."""
         return [None if found[0] is None else _pool(found) for found in zip(*answers)]
 
-    def to_slice(self, answer: Mapping[str, torch.Tensor], sample: Mapping) -> dict[str, torch.Tensor]:
+    def to_slice(self, answer: Mapping[str, torch.Tensor], sample: Mapping, seen) -> dict[str, torch.Tensor]:
         """Boxes in pixels of the stored slice, x = column as stored, clipped to its edges; weak and vanished ones go.
 
         {"boxes" (N, 4) x1 y1 x2 y2, "scores" (N,), "areas" (N,) of the instance masks (above 0.5) in those pixels}.

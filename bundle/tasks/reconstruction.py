@@ -9,22 +9,24 @@ import torch
 from monai.metrics import SSIMMetric
 from torch.nn import functional
 
-from bundle.names import RECONSTRUCTION, TARGET
+from bundle.names import IMAGE, RECONSTRUCTION, TARGET
 from bundle.networks.heads import DECODER, DenseHead
 from bundle.tasks.base import Task
 
 
 class Reconstruction(Task):
-    """The clean slice, by a U-Net decoder with a linear output (see `DenseHead`); the loss is the mean squared error."""
+    """The clean slice, by a U-Net decoder with a linear output (see `DenseHead`); the loss is the mean squared error.
+
+    With `save_reconstruction` a prediction keeps the rebuilt slices.
+    """
 
     name = RECONSTRUCTION
-    dense = True
     described = {"decoder_channels": DECODER, "skips": True}
     headline = ("ssim",)
     columns = {"SSIM": "ssim"}
 
-    def __init__(self, decoder_channels: Sequence[int], skips: bool, **_) -> None:
-        self.decoder_channels, self.skips = decoder_channels, skips
+    def __init__(self, decoder_channels: Sequence[int], skips: bool, save_reconstruction: bool = False, **_) -> None:
+        self.decoder_channels, self.skips, self.dense = decoder_channels, skips, save_reconstruction
 
     def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> DenseHead:
         return DenseHead(channels, strides, self.decoder_channels, in_channels, self.skips)
@@ -46,15 +48,25 @@ class Reconstruction(Task):
     def outlines(self, answer: torch.Tensor, batch: Mapping, index: int) -> dict:
         return {"error": (answer[index, 0].float().cpu() - batch[TARGET][index, 0].cpu()).abs().numpy()}
 
+    def to_slice(self, answer: torch.Tensor, sample: Mapping, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean error, `answer`)"""
+        return (seen.clamp(0, 1) - sample[IMAGE].as_tensor()).abs().mean(), answer
+
     def row(self, answer: torch.Tensor, view, result) -> dict:
-        """The rebuilt slice in HU (within the window) or 0 to 255, and |input - rebuilt| as a share of the window."""
-        rebuilt = answer[0].clamp(0, 1).numpy()
-        error = np.abs(rebuilt - view.shown)
-        hu = view.low + rebuilt * (view.high - view.low)
-        values, dtype = (hu, np.int16) if result.scan.hounsfield else (rebuilt * 255, np.uint8)
-        result.store("reconstruction", np.round(values), view.slice, dtype)
-        result.store("reconstruction_error", np.round(error * 255), view.slice, slope=1 / 255)
-        return {"reconstruction_error": round(float(error.mean()), 6)}
+        """Mean of |input - rebuilt| over the square that the network sees, in the unit of the window.
+
+        With `save_reconstruction` the rebuilt slice is stored in HU (within the window) or 0 to 255, and the error of its pixels.
+        """
+        error, rebuilt = answer
+        if self.dense:
+            view.rebuilt = rebuilt[0].clamp(0, 1).numpy()
+            values, dtype = view.low + view.rebuilt * (view.high - view.low), np.int16
+            if not result.scan.hounsfield:
+                values, dtype = view.rebuilt * 255, np.uint8
+            result.store("reconstruction", np.round(values), view.slice, dtype)
+            difference = np.abs(view.rebuilt - view.shown)
+            result.store("reconstruction_error", np.round(difference * 255), view.slice, slope=1 / 255)
+        return {"reconstruction_error": round(float(error), 6)}
 
     def entry(self, result) -> dict:
         return {"mean_error": round(float(np.mean([row["reconstruction_error"] for row in result.slices])), 6)}

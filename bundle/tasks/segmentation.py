@@ -135,7 +135,7 @@ class Segmentation(Task):
         The probabilities are cut at the threshold on the grid of the slice: enlarging a mask would give rougher outlines.
         """
         labels, one, spacing = to_labels(answer, self.threshold), len(self.classes) == 1, result.scan.spacing
-        view.lesions = labels > 0
+        view.labels = labels
         result.store("mask", labels, view.slice, picture_scale=255 if one else 1)
         for name, values in zip(self.classes, torch.as_tensor(answer).numpy()):
             kind = "probability" if one else f"probability_{file_part(name)}"

@@ -60,7 +60,8 @@ def predict(source, output_dir, network=None, **knobs):
 
     Without flips: the boxes of the network that stands in lie on one another and would be fused.
     """
-    knobs = {"tasks": dict.fromkeys(TASKS, 1.0), "image_size": 64, "batch_size": 4, "flips": False, **knobs}
+    usual = {"tasks": dict.fromkeys(TASKS, 1.0), "image_size": 64, "batch_size": 4, "flips": False, "save_reconstruction": True}
+    knobs = {**usual, **knobs}
     config = {"input": str(source), "output_dir": str(output_dir), "device": "$torch.device('cpu')", **knobs}
     workflow = ConfigWorkflow(str(ROOT / "configs/inference.json"), logging_file=False, **config)
     workflow.parser["model"] = "$bundle.tasks.read_model(None, @network_knobs)"
@@ -265,6 +266,47 @@ def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, 
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(expected)
 
 
+def test_a_file_that_grows_while_it_is_read_gives_no_result(tmp_path):
+    class Copying(Bright):
+        def forward(self, image):
+            with (tmp_path / "in/b.png").open("ab") as file:
+                file.write(b"more")
+            return super().forward(image)
+
+    write_pictures(tmp_path / "in", ["a.png", "b.png"])
+    assert list(predict(tmp_path / "in", tmp_path / "out", Copying())) == ["a.png"]
+    (failure,) = table(tmp_path / "out/failures.csv")
+    reason = "changed while it was read, expected whole files; predict it again when they are there"
+    assert failure == {"scan": "b.png", "reason": f"{tmp_path}/in/b.png: {reason}", "log": ""}
+
+
+def test_a_series_that_gets_files_while_it_is_read_gives_no_result(tmp_path, write_dicom):
+    class Copying(Bright):
+        def forward(self, image):
+            (tmp_path / "in/late").touch()
+            return super().forward(image)
+
+    (tmp_path / "in").mkdir()
+    series = pydicom.uid.generate_uid()
+    for index in range(3):
+        dataset = pydicom.dcmread(write_dicom(tmp_path / f"in/{index}", drawn()))
+        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
+        dataset.save_as(tmp_path / f"in/{index}")
+    with pytest.raises(RuntimeError) as raised:
+        predict(tmp_path / "in", tmp_path / "out", Copying())
+    assert "changed while it was read" in str(raised.value.__cause__)
+    assert len(predict(tmp_path / "in", tmp_path / "out", Copying())) == 1
+
+
+def test_the_reconstruction_is_measured_and_kept_only_if_asked_for(tmp_path):
+    nib.save(as_nifti(drawn(), "ras"), tmp_path / "x.nii.gz")
+    (kept,), (measured,) = (
+        predict(tmp_path / "x.nii.gz", tmp_path / str(save), save_reconstruction=save).values() for save in (True, False)
+    )
+    assert kept["reconstruction"] == measured["reconstruction"] and kept["slices"] == measured["slices"]
+    assert {*kept["files"]} - {*measured["files"]} == {"reconstruction", "reconstruction_error"}
+
+
 def test_nothing_readable_is_an_error_after_the_report(tmp_path):
     nib.save(nib.Nifti1Image(np.full((8, 8, 1), np.nan, np.float32), np.eye(4)), tmp_path / "x.nii")
     with pytest.raises(RuntimeError) as raised:  # MONAI wraps what an expression of a config raises
@@ -312,7 +354,7 @@ def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypat
 
     Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bundle.inference.writer.draw_overlay", interrupted)
+        patch.setattr("bundle.inference.pictures.draw_overlay", interrupted)
         predict(tmp_path / "x.png", tmp_path / "out")
     assert not (tmp_path / "out/x.png").exists()
     assert list(predict(tmp_path / "x.png", tmp_path / "out")) == ["x.png"]
@@ -359,7 +401,7 @@ def test_a_disk_that_refuses_a_file_fails_one_scan_in_one_line(tmp_path, monkeyp
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
     write_pictures(tmp_path / "in", ["a.png", "b.png"])
-    monkeypatch.setattr("bundle.inference.writer.draw_overlay", full)
+    monkeypatch.setattr("bundle.inference.pictures.draw_overlay", full)
     assert list(predict(tmp_path / "in", tmp_path / "out")) == ["b.png"]
     (failure,) = table(tmp_path / "out/failures.csv")
     reason = f"{tmp_path}/out/a.png: cannot be written (No space left on device); check the disk and its permissions"

@@ -42,7 +42,7 @@ def stamp(scan):
 def write_results(worklist, scan, **entries):
     prediction = {"scan": scan.name, "stamp": stamp(scan), "lung": None, "novelty": None}
     prediction |= {"slices": [], "warnings": []}
-    with worklist.attempt(scan) as folder:
+    with worklist.publish(scan) as folder:
         (folder / "predictions.json").write_text(json.dumps({**prediction, **entries}))
 
 

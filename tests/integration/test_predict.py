@@ -86,7 +86,7 @@ def test_every_study_is_predicted_and_the_broken_ones_are_reported(first):
     assert [row["scan"] for row in table(first / "scans.csv")] == names(first)
     assert len(table(first / "slices.csv")) == 4 + 5 + 2
     files = {path.name for path in series.iterdir()}
-    expected = {"mask", "probability", "reconstruction", "reconstruction_error"}
+    expected = {"mask", "probability"}
     assert files >= {f"{name}.nii.gz" for name in expected} | {"segmentation.dcm", "report.dcm", "report.html"}
     assert not list(first.rglob(".tmp*"))
 
