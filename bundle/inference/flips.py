@@ -14,23 +14,15 @@ from bundle.tasks import Task
 class FlipInferer(Inferer):
     """Answer of the network for images and their left-right mirror images, at twice the cost.
 
-    A chest mirrored left to right still looks like a chest; one turned upside down does not, hence no other flip. Each task
-    says how its two answers are joined (`Task.mirror`, `Task.join_views`). The embedding is that of the image itself, because
-    the reference it is compared with knows no mirror images.
-
-    Args:
-        tasks: of the network.
+    A chest turned upside down would look like no chest, hence no other flip. Each task says how its answers are joined. The
+    embedding is that of the image itself, because the reference it is compared with knows no mirror images.
     """
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self.tasks = {task.name: task for task in tasks}
 
     def __call__(self, inputs: torch.Tensor, network, *args, **kwargs) -> dict:
-        """Call the network, in evaluation mode, with `inputs` (B, C, H, W) and with their mirror images along W.
-
-        Returns:
-            Dictionary of `MultiTaskNet.forward` in evaluation mode.
-        """
+        """The dictionary of `MultiTaskNet.forward` in evaluation mode for images (B, C, H, W)."""
         answer, mirrored = (network(image, *args, **kwargs) for image in (inputs, inputs.flip(-1)))
         joined = {EMBEDDING: answer[EMBEDDING]} if EMBEDDING in answer else {}
         for name, task in self.tasks.items():

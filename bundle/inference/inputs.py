@@ -50,11 +50,7 @@ class PictureArray(Scan):
 
 
 def as_scan(source, spacing: Sequence[float] | None = None, window: Sequence[float] | None = None) -> Scan:
-    """The one scan in what a user passes to `Model.predict`, whose docstring describes it.
-
-    Raises:
-        UserError: if it is no scan or several, or its description lacks something or makes no sense.
-    """
+    """The one scan in what a user passes to `Model.predict`, whose docstring describes it."""
     kind = type(source).__module__.split(".")[0]
     is_array = hasattr(source, "__array__") and not isinstance(source, Scan) and kind != "nibabel"
     if not is_array and (spacing is not None or window is not None):
@@ -68,9 +64,7 @@ def as_scan(source, spacing: Sequence[float] | None = None, window: Sequence[flo
     if kind == "SimpleITK":
         return _from_simpleitk(source)
     if not is_array:
-        raise UserError(
-            f"found a {type(source).__name__}, expected a path, an image of nibabel or SimpleITK, or an array"
-        )
+        raise UserError(f"found a {type(source).__name__}, expected a path, an image of nibabel or SimpleITK, or an array")
     return _from_array(np.asarray(source), spacing, window)
 
 
@@ -107,10 +101,11 @@ def _from_simpleitk(image) -> Scan:
 
 def _from_array(array: np.ndarray, spacing: Sequence[float] | None, window: Sequence[float] | None) -> Scan:
     if array.dtype.kind not in "iuf" or array.ndim not in (2, 3) or 0 in array.shape:
-        raise UserError(f"array: found {array.dtype} of shape {array.shape}, expected numbers, (slices, rows, columns) or (rows, columns)")
+        axes = "(slices, rows, columns) or (rows, columns)"
+        raise UserError(f"array: found {array.dtype} of shape {array.shape}, expected numbers, {axes}")
     if spacing is None:
         if array.ndim == 3 or array.dtype != np.uint8 or window is not None:
-            raise UserError("spacing: found none, expected the mm between slices, rows and columns; only an 8-bit picture has none")
+            raise UserError("spacing: found none, expected mm between slices, rows and columns; an 8-bit picture needs none")
         return PictureArray(array)
     sides = np.asarray(spacing, float)
     if sides.shape != (array.ndim,) or not (np.isfinite(sides).all() and (sides > 0).all()):
@@ -119,10 +114,8 @@ def _from_array(array: np.ndarray, spacing: Sequence[float] | None, window: Sequ
         if len(window) != 2 or not window[0] < window[1]:
             raise UserError(f"window: found {window}, expected two numbers in HU, the lower one first")
         if array.dtype != np.uint8 and (array.dtype.kind != "f" or array.min() < 0 or array.max() > 1):
-            raise UserError(
-                f"window: found {array.dtype} values from {array.min()} to {array.max()}, expected 8-bit values or 0 to 1; leave "
-                "window out if the values are HU"
-            )
+            found = f"{array.dtype} values from {array.min()} to {array.max()}"
+            raise UserError(f"window: found {found}, expected 8-bit values or 0 to 1; leave window out if the values are HU")
     affine = np.zeros((4, 4))  # rows run to posterior, columns to the left, slices to the head
     if array.ndim == 2:
         affine[[1, 0, 2, 3], range(4)] = -sides[0], -sides[1], 1, 1

@@ -16,16 +16,14 @@ UNUSUAL_SHARE, LUNG_SHARE = 0.5, 0.25
 def assess(
     novelty: Novelty | None, distances: Sequence[float | None], bearing: Sequence[bool] | None
 ) -> tuple[dict[str, float] | None, list[str]]:
-    """Judge whether the network knows scans like this one.
+    """Judge whether the network knows scans like this one, by its slices with lung, or all if none has or that is not known.
 
     Args:
-        novelty: of `read_novelty`.
-        distances: of all slices; not read where `novelty` is None.
-        bearing: whether each slice shows lung, of `lungs.lung_bearing`; None where the values are not HU.
+        distances: of all slices, if there is a `novelty`.
+        bearing: whether each slice shows lung; None where the values are not HU.
 
     Returns:
-        ({"distance", the median; "threshold"; "unusual_share", of the slices beyond it} of the slices with lung, or of all
-        if that is not known or none has, or None without `novelty`; warnings, one line each).
+        The entry "novelty" of predictions.json, None without `novelty`, and the warnings, one line each.
     """
     summary, warnings = None, []
     if novelty is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.engines import Evaluator
-from tqdm import tqdm
 
 from bundle.config import check_config, merge_overlays
 from bundle.data.volumes import Scan
@@ -26,6 +26,8 @@ from bundle.inference.worklist import Worklist
 from bundle.inference.writer import write_result
 from bundle.networks import Novelty
 from bundle.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 class Model:
@@ -174,10 +176,11 @@ def predict_scans(worklist: Worklist, model: Model) -> None:
         pending = worklist.pending(model.stamp)
         with ThreadPoolExecutor(1) as pool:  # a result is written while the next scan is predicted
             writing = None
-            for scan in tqdm(pending, "scans", disable=None if len(pending) > 1 else True):
+            for number, scan in enumerate(pending, start=1):
                 result = None
                 with worklist.attempt(scan):
                     result = model.run(scan)
+                    logger.info(f"[{number}/{len(pending)}] {scan.name}: {result.summary()}")
                 if writing:
                     writing.result()
                 writing = result and pool.submit(write, scan, result)

@@ -22,10 +22,12 @@ from bundle.networks import Novelty
 from bundle.tasks import Task
 from bundle.tasks.lesions import volume_ml
 
+FIELD_OF_VIEW = 350  # mm, usual for a chest: taken where a file does not say it, to see whether there is lung at all
+
 
 @dataclass
 class Result:
-    """The answers of the network for one scan; docs/outputs.md is the reference of the entries.
+    """The answers of the network for one scan, of `Model.predict`; docs/outputs.md is the reference of the entries.
 
     Attributes:
         scan: that was predicted.
@@ -63,8 +65,7 @@ class Result:
 
     @property
     def lesions(self) -> list[dict]:
-        """Lesions found, highest score first, as "detection" in docs/outputs.md: "score", "center_mm" and "size_mm" of the
-        box (LPS, mm), "box" in pixels, "slices", "volume_ml"."""
+        """Lesions with boxes, by descending score: "score", "center_mm" and "size_mm" in LPS, and more: docs/outputs.md."""
         return [lesion for task in self.tasks for lesion in task.lesions(self.entries[task.name])]
 
     @property
@@ -74,6 +75,11 @@ class Result:
             return None
         image = self.volumes["mask"].image()
         return nibabel.Nifti1Image(np.asarray(image.dataobj).swapaxes(0, 1), None) if self.scan.kind == "picture" else image
+
+    def summary(self) -> str:
+        """One line: what each task says of the scan, and the number of warnings."""
+        parts = [task.summary(self.entries[task.name]) for task in self.tasks]
+        return ", ".join(filter(None, [*parts, f"{len(self.warnings)} warnings" if self.warnings else ""]))
 
     def save(self, folder) -> None:
         """Write what `chestct predict` writes for the scan: docs/outputs.md. An older result in the folder is replaced.
@@ -86,7 +92,7 @@ class Result:
         save_result(self, folder)
 
     def store(self, kind: str, pixels: np.ndarray, slice_: MetaTensor, dtype=np.uint8, slope=1.0, picture_scale=1) -> None:
-        """Append pixels (rows, columns) of the slice at hand to a volume; see `Volume`."""
+        """Append pixels (rows, columns) of a slice to a volume; see `Volume`."""
         scan, stored = self.scan, to_file_grid(pixels, slice_)
         if kind not in self.volumes:
             self.volumes[kind] = Volume(scan.shape, scan.affine, scan.axis, dtype, slope, scan.oriented, picture_scale)
@@ -102,7 +108,8 @@ class Result:
             "affine": None if affine is None else affine.round(6).tolist(),
         }
         head = {"scan": scan.name, "kind": scan.kind, "hounsfield": scan.hounsfield, "grid": grid, "research_use_only": True}
-        return {**head, "warnings": list(self.warnings), **self.entries, "slices": self.slices, "model": self.model, "stamp": self.stamp}
+        tail = {"slices": self.slices, "model": self.model, "stamp": self.stamp}
+        return {**head, "warnings": list(self.warnings), **self.entries, **tail}
 
 
 @dataclass
@@ -121,17 +128,11 @@ class SliceView:
 
 
 class Collector:
-    """Collect the answers for the slices of a scan, in order, and summarise them as a `Result`.
-
-    Args:
-        scan: whose slices these are.
-        tasks: that are answered.
-        novelty: distance from the training data, or None where that is not known.
-    """
+    """Collect the answers for the slices of a scan, in order, and summarise them as a `Result`; arguments as of `Model`."""
 
     def __init__(self, scan: Scan, tasks: Sequence[Task], novelty: Novelty | None = None) -> None:
         self.result, self.tasks, self.novelty = Result(scan, tasks), list(tasks), novelty
-        self.lung_areas: list[float] = []  # mm2 of every slice, lesions included
+        self.lungs: list[tuple[float, float]] = []  # mm2 in each slice in HU: of the lung, of lung and lesions
 
     def add(self, sample: Mapping, answer: Mapping) -> tuple[SliceView, dict]:
         """Add the next slice, and return it with its row.
@@ -146,40 +147,33 @@ class Collector:
         row = {"index": sample[INDEX], "position_mm": scan.positions and round(scan.positions[sample[INDEX]], 3)}
         for task in self.tasks:
             row |= task.row(answer[task.name], view, self.result)
-        row["lung_mm2"] = self._lung_area(pixels, view.labels, max(sample[IMAGE].shape))
+        if scan.hounsfield:
+            self._measure_lung(pixels, view.labels, max(sample[IMAGE].shape))
+        row["lung_mm2"] = round(self.lungs[-1][0], 2) if scan.hounsfield and scan.spacing else None
         row["novelty"] = self.novelty and round(float(self.novelty.distance(answer[EMBEDDING][None])[0]), 4)
         self.result.slices.append(row)
         return view, row
 
-    def _lung_area(self, pixels: np.ndarray, labels: np.ndarray | None, longest: int) -> float | None:
-        """Area of the lung in mm2; `lung_areas` gets that of lung and lesions together, for the volume of the lung."""
-        scan = self.result.scan
-        if not scan.hounsfield or scan.spacing is None:
-            return None
-        lung = lung_mask(pixels, scan.spacing, longest)
-        pixel = scan.spacing[0] * scan.spacing[1]
-        self.lung_areas.append(float((lung if labels is None else lung | (labels > 0)).sum() * pixel))
-        return round(float(lung.sum() * pixel), 2)
+    def _measure_lung(self, pixels: np.ndarray, labels: np.ndarray | None, longest: int) -> None:
+        sides = self.result.scan.spacing or (FIELD_OF_VIEW / max(pixels.shape),) * 2
+        lung = lung_mask(pixels, sides, longest)
+        both = lung if labels is None else lung | (labels > 0)
+        self.lungs.append(tuple(float(mask.sum()) * sides[0] * sides[1] for mask in (lung, both)))
 
     def finish(self) -> Result:
-        """Summarise the slices by the rules of docs/scans.md.
-
-        Raises:
-            RuntimeError: if a slice is missing.
-        """
-        result, areas = self.result, [row["lung_mm2"] for row in self.result.slices]
-        if [row["index"] for row in result.slices] != list(range(len(result.scan))):
-            raise RuntimeError(f"{result.scan.path}: found answers for {len(areas)} slices, expected {len(result.scan)}")
-        known = None not in areas
-        result.bearing = lung_bearing(areas) if known else [True] * len(areas)
-        with_lung = [index for index, has_lung in enumerate(result.bearing) if has_lung]
+        """Summarise the slices by the rules of docs/scans.md."""
+        result, count = self.result, len(self.result.scan)
+        if [row["index"] for row in result.slices] != list(range(count)):
+            raise RuntimeError(f"{result.scan.path}: found answers for {len(result.slices)} slices, expected {count}")
+        bearing = lung_bearing([lung for lung, _ in self.lungs])
+        result.bearing, with_lung = bearing or [True] * count, np.flatnonzero(bearing).tolist()
         result.entries["lung"] = None
-        if known and with_lung:
-            volume = volume_ml(self.lung_areas, result.scan)
+        if with_lung and result.scan.spacing:
+            volume = volume_ml([both for _, both in self.lungs], result.scan)
             result.entries["lung"] = {"volume_ml": volume, "slices": [with_lung[0], with_lung[-1]]}
         for task in self.tasks:
             result.entries[task.name] = task.entry(result)
         distances = [row["novelty"] for row in result.slices]
-        result.entries["novelty"], warnings = assess(self.novelty, distances, result.bearing if known else None)
+        result.entries["novelty"], warnings = assess(self.novelty, distances, bearing or None)
         result.warnings = [*result.scan.warnings, *warnings]
         return result

@@ -88,11 +88,11 @@ def to_cpu(answer):
 
 
 class AnswersToSlice(Transform):
-    """Turn the network's answers for a slice into those that are reported, on the grid of the stored slice.
+    """Turn the network's answers for a slice into those that are reported, on the grid of the slice as it was read.
 
     Args:
         tasks: of the network.
-        transform: the preprocessing of the slices; what has the pixels of the image goes through it backwards.
+        transform: the preprocessing of the slices; answers of dense tasks go through it backwards.
     """
 
     def __init__(self, tasks: Sequence[Task], transform: InvertibleTransform) -> None:

@@ -37,9 +37,8 @@ WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "load", "run", "workf
 class Worklist:
     """The scans that this process has to predict, in the order of their paths, and the folder of their results.
 
-    The folder of a scan gets its name when everything in it is written: one with predictions.json in it is done. Scans that
-    are done with the same input, weights and knobs are not predicted again. Of several processes started by torchrun, each
-    takes every WORLD_SIZE-th scan.
+    A folder of a scan that holds predictions.json is done; it is not predicted again with the same input, weights and knobs.
+    Of several processes started by torchrun, each takes every WORLD_SIZE-th scan.
 
     Args:
         source: file, folder or glob pattern; None for no scans.
@@ -48,9 +47,6 @@ class Worklist:
     Attributes:
         scans: of this process, done or not.
         failures: {"scan", "reason", "log"} of what could not be predicted so far.
-
-    Raises:
-        UserError: of `find_scans`.
     """
 
     def __init__(self, source, output_dir) -> None:
@@ -65,11 +61,7 @@ class Worklist:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder while the block runs, and remove what killed runs have left in it.
-
-        Raises:
-            UserError: if another run has the folder.
-        """
+        """Keep other runs out of the folder while the block runs, and remove what killed runs have left in it."""
         if self.processes > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=7))  # the others may have much longer to go
         try:
@@ -92,14 +84,7 @@ class Worklist:
             folders[:] = [name for name in folders if not LEFTOVER.fullmatch(name)]
 
     def pending(self, stamp: Callable[[Scan], str]) -> list[Scan]:
-        """The scans that are not done.
-
-        Args:
-            stamp: what the results of a scan depend on: see `Model.stamp`.
-
-        Raises:
-            UserError: if something else than results of a scan lies where its results belong.
-        """
+        """The scans whose results are not there with their `Model.stamp`; a UserError if something else lies in the place."""
         done = ((read_prediction(self.folder / scan.name) or {}).get("stamp") for scan in self.scans)
         pending = [scan for scan, found in zip(self.scans, done) if found != stamp(scan)]
         for scan in pending:
@@ -121,7 +106,7 @@ class Worklist:
 
     @contextmanager
     def publish(self, scan: Scan) -> Iterator[Path]:
-        """Yield a new folder, which replaces the older results of the scan when the block ends; it is removed where that fails."""
+        """Yield a new folder, which replaces older results of the scan when the block ends, and is removed where it fails."""
         with self.attempt(scan), replacing_folder(self.folder / scan.name) as new:
             yield new
 
@@ -153,11 +138,7 @@ class Worklist:
         """Write failures.csv, of this run, and scans.csv, slices.csv and lesions.csv over everything else in the folder.
 
         Older results of a scan that fails now stay in their folder but are not in the tables, except those of a DICOM series
-        none of whose files can be read: such a series cannot be recognised. Of several processes the first one writes, when
-        all are ready.
-
-        Args:
-            tasks: whose columns the tables have.
+        none of whose files can be read: such a series cannot be recognised. Of several processes the first one writes.
 
         Raises:
             UserError: if nothing at all could be predicted.

@@ -55,7 +55,7 @@ class Reconstruction(Task):
     def row(self, answer: torch.Tensor, view, result) -> dict:
         """Mean of |input - rebuilt| over the square that the network sees, in the unit of the window.
 
-        With `save_reconstruction` the rebuilt slice is stored in HU (within the window) or 0 to 255, and the error of its pixels.
+        With `save_reconstruction` the rebuilt slice, in HU or 0 to 255, and the error of its pixels are stored.
         """
         error, rebuilt = answer
         if self.dense:

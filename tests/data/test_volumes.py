@@ -243,7 +243,7 @@ def test_an_enhanced_image_of_several_frames_is_one_scan(tmp_path, write_dicom):
 
 @pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.nrrd", "x.mha"])
 def test_volumes_of_every_format_are_read_slice_by_slice(tmp_path, name):
-    voxels = np.random.default_rng(0).integers(-1000, 1000, (24, 50, 40)).astype(np.int16)  # slices, rows, columns
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (24, 100, 80)).astype(np.int16)  # slices, rows, columns
     image = sitk.GetImageFromArray(voxels)
     image.SetSpacing((0.7, 0.8, 2.5))
     image.SetOrigin((3, 4, 5))

@@ -111,11 +111,13 @@ def test_a_slice_and_a_picture(model, folder, tmp_path):
 
 
 def test_save_writes_what_the_command_writes(model, weights, folder, chestct, tmp_path):
-    done = chestct(folder / "a.nii.gz", tmp_path / "out", "--checkpoint", weights, "--score_threshold", 0.06, "--batch_size", 3)
+    knobs = ("--checkpoint", weights, "--score_threshold", 0.06, "--batch_size", 3)
+    done = chestct(folder / "a.nii.gz", tmp_path / "out", *knobs)
     assert done.returncode == 0, done.stderr[-2000:]
     for _ in range(2):  # an older result is replaced
         model.predict(folder / "a.nii.gz").save(tmp_path / "saved")
-    written, saved = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tmp_path / "out/a.nii.gz", tmp_path / "saved"))
+    folders = (tmp_path / "out/a.nii.gz", tmp_path / "saved")
+    written, saved = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
     assert saved == written and len(saved) > 8
 
 
@@ -128,7 +130,8 @@ def test_nothing_is_saved_over_the_files_of_another_program(model, folder, tmp_p
 def state():
     root = logging.getLogger()
     random = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
-    return random, torch.get_num_threads(), os.getcwd(), list(sys.path), sys.excepthook, list(root.handlers), root.level, root.disabled
+    logs = list(root.handlers), root.level, root.disabled
+    return random, logs, torch.get_num_threads(), os.getcwd(), list(sys.path), sys.excepthook
 
 
 def test_the_process_stays_as_it_was_and_nothing_is_written(checkpoint, folder, tmp_path, monkeypatch, capfd):
@@ -144,7 +147,8 @@ def test_the_configuration_of_the_command_is_what_runs(checkpoint, folder, tmp_p
     config = json.loads((tmp_path / "configs/inference.json").read_text())
     config["preprocessing"]["transforms"] += [{"_target_": "ScaleIntensityd", "keys": "image", "minv": 0.0, "maxv": 0.0}]
     (tmp_path / "configs/inference.json").write_text(json.dumps(config))
-    edited, shipped = (Model.load(checkpoint, **knobs).predict(folder / "a.nii.gz") for knobs in ({"bundle_root": tmp_path}, {}))
+    knobs = ({"bundle_root": tmp_path}, {})
+    edited, shipped = (Model.load(checkpoint, **of_model).predict(folder / "a.nii.gz") for of_model in knobs)
     assert edited.slices[0]["probabilities"] == edited.slices[1]["probabilities"], "every slice is black"
     assert edited.classes != shipped.classes and edited.stamp != shipped.stamp
     (tmp_path / "overlay.json").write_text('{"tasks": {"classification": 1.0}}')
@@ -157,7 +161,7 @@ def test_the_configuration_of_the_command_is_what_runs(checkpoint, folder, tmp_p
     [
         (["nowhere"], "input: nowhere: no such file or folder"),
         ([3], "found a int, expected a path, an image of nibabel or SimpleITK, or an array"),
-        ([chest()], "spacing: found none, expected the mm between slices, rows and columns"),
+        ([chest()], "spacing: found none, expected mm between slices, rows and columns"),
         ([chest(), (1, 1)], "spacing: found (1, 1), expected 3 numbers in mm above 0"),
         ([chest(), (1, 1, 0)], "spacing: found (1, 1, 0), expected 3 numbers"),
         ([chest(), SIDES, (0, 1)], "window: found int16 values from -1000 to 60, expected 8-bit values or 0 to 1"),
@@ -196,7 +200,7 @@ def test_knobs_are_checked(checkpoint, knobs, message):
 
 
 def test_the_package_alone_imports_no_torch():
-    script = f"import sys, bundle; assert bundle.__version__ == {bundle.__version__!r} and not {{'torch', 'monai'}} & set(sys.modules)"
+    script = "import sys, bundle; assert bundle.__version__ and not {'torch', 'monai'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
     assert bundle.Model is Model
     with pytest.raises(AttributeError, match="has no attribute 'Modell'"):

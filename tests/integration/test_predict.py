@@ -4,10 +4,8 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -164,17 +162,3 @@ def test_a_disk_that_fills_up_ends_in_one_line(studies, chestct_command, tmp_pat
     assert "1 scans, 1 failures" in done.stdout + done.stderr
 
 
-def test_killed_in_between_nothing_half_written_has_a_name(first, studies, chestct, chestct_command, tmp_path):
-    knobs = ("--score_threshold", 0.06, "--batch_size", 3)
-    process = subprocess.Popen(chestct_command(studies, tmp_path, *knobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob(".tmp.*/overlays/0001.jpg")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed in the middle of a volume"
-    assert "volume.nii.gz" not in names(tmp_path) and not (tmp_path / "volume.nii.gz").exists()
-    for folder in (tmp_path / name for name in names(tmp_path)):
-        assert (folder / "report.html").stat().st_size > 0
-    assert chestct(studies, tmp_path, *knobs).returncode == 0
-    assert names(tmp_path) == names(first) and not list(tmp_path.rglob(".tmp*"))
-    for name in ("scans.csv", "slices.csv", "lesions.csv", "failures.csv"):
-        assert table(tmp_path / name) == table(first / name)
