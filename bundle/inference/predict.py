@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from ignite.engine import Events
@@ -80,7 +81,7 @@ class Model:
             if checkpoint is not None:
                 parser["checkpoint"] = Path(checkpoint)  # no text, in which some characters have a meaning
             check_config(parser.get(), "inference")
-            parser["input"], parser["workflow"] = None, _Running(parser)
+            parser["input"], parser["workflow"] = None, SimpleNamespace(parser=parser)  # MONAI's runner makes a workflow
             parser.get_parsed_content("load")
             return parser.get_parsed_content("predictor")
 
@@ -140,13 +141,6 @@ class Model:
     def stamp(self, scan: Scan) -> str:
         """What the results of a scan depend on: its files, the weights and the knobs."""
         return text_hash(f"{scan.stamp} {self.fingerprint}")
-
-
-class _Running:
-    """What stands for the workflow, which MONAI's runner makes, in the configuration of `Model.load`."""
-
-    def __init__(self, parser: ConfigParser) -> None:
-        self.parser = parser
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import nibabel
 import numpy as np
-import torch
 from monai.data import MetaTensor
 
 from bundle.data.transforms import to_file_grid
