@@ -63,7 +63,7 @@ class Scan:
         path: its file, or the folder of its series, as messages name it.
         shape: of the grid, along the file's own axes: three.
         affine: (4, 4) from voxel index to RAS in mm; None where the file has no geometry.
-        files: whose change makes it another scan.
+        files: whose change makes it another scan; none of one in memory.
 
     Attributes:
         kind: "picture", "volume" or "dicom".
@@ -105,7 +105,7 @@ class Scan:
             size = f"{sides[0]} x {sides[1]} pixels"
             raise UserError(f"found axial slices of {size}, expected no side {MAX_SIDES} times the other")
         self.sources = [(self.path, index) for index in range(len(self))]
-        self.files = [os.fspath(file) for file in files or [path]]
+        self.files = [os.fspath(file) for file in ([path] if files is None else files)]
         self._seen = self._look()
         self.stamp = hashlib.sha256(repr(self._seen[0]).encode()).hexdigest()
 
@@ -142,7 +142,7 @@ class Scan:
         except OSError:
             unchanged = False
         if not unchanged:
-            raise UserError(f"{self.path}: changed while it was read, expected whole files; predict it again when they are there")
+            raise UserError(f"{self.path}: changed while it was read, expected whole files; predict it again later")
 
     def close(self) -> None:
         """Let go of what is open; the next slice opens it again."""
@@ -255,7 +255,7 @@ class NiftiScan(Scan):
             sides = [*header.get_zooms(), 1.0][:3]
             affine = np.diag([-sides[0], -sides[1], sides[2], 1])
         affine = np.diag([MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0]) @ affine
-        super().__init__(name, path, image.shape, affine, [path if os.path.isfile(path) else os.devnull])
+        super().__init__(name, path, image.shape, affine, [path] if os.path.isfile(path) else [])
         self.oriented = oriented
         self.warnings += [] if oriented else [NOT_ORIENTED]
         self.warnings += [NO_THICKNESS] if len(image.shape) < 3 else []

@@ -23,7 +23,7 @@ class ArrayScan(Scan):
     """
 
     def __init__(self, voxels: np.ndarray, affine: np.ndarray, window: Sequence[float] | None = None) -> None:
-        super().__init__("array", "array", voxels.shape, affine, files=[os.devnull])
+        super().__init__("array", "array", voxels.shape, affine, files=[])
         self.voxels, self.window = voxels.reshape(self.shape), window
         self.stamp = _hash(repr((self.shape, affine.tolist(), window)).encode(), voxels)
 
@@ -42,7 +42,7 @@ class PictureArray(Scan):
     hounsfield = False
 
     def __init__(self, pixels: np.ndarray) -> None:
-        super().__init__("array", "array", pixels.shape[::-1], None, files=[os.devnull])
+        super().__init__("array", "array", pixels.shape[::-1], None, files=[])
         self.pixels, self.stamp = pixels, _hash(repr(pixels.shape).encode(), pixels)
 
     def _plane(self, index: int) -> np.ndarray:

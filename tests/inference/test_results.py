@@ -276,7 +276,7 @@ def test_a_file_that_grows_while_it_is_read_gives_no_result(tmp_path):
     write_pictures(tmp_path / "in", ["a.png", "b.png"])
     assert list(predict(tmp_path / "in", tmp_path / "out", Copying())) == ["a.png"]
     (failure,) = table(tmp_path / "out/failures.csv")
-    reason = "changed while it was read, expected whole files; predict it again when they are there"
+    reason = "changed while it was read, expected whole files; predict it again later"
     assert failure == {"scan": "b.png", "reason": f"{tmp_path}/in/b.png: {reason}", "log": ""}
 
 
