@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +26,6 @@ from bundle.inference.worklist import Worklist
 from bundle.inference.writer import write_result
 from bundle.networks import Novelty
 from bundle.tasks import Task
-
-logger = logging.getLogger(__name__)
 
 
 class Model:
@@ -170,11 +167,10 @@ def predict_scans(worklist: Worklist, model: Model) -> None:
         pending = worklist.pending(model.stamp)
         with ThreadPoolExecutor(1) as pool:  # a result is written while the next scan is predicted
             writing = None
-            for number, scan in enumerate(pending, start=1):
+            for scan in pending:
                 result = None
                 with worklist.attempt(scan):
                     result = model.run(scan)
-                    logger.info(f"[{number}/{len(pending)}] {scan.name}: {result.summary()}")
                 if writing:
                     writing.result()
                 writing = result and pool.submit(write, scan, result)

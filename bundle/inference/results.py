@@ -75,11 +75,6 @@ class Result:
         image = self.volumes["mask"].image()
         return nibabel.Nifti1Image(np.asarray(image.dataobj).swapaxes(0, 1), None) if self.scan.kind == "picture" else image
 
-    def summary(self) -> str:
-        """One line: what each task says of the scan, and the number of warnings."""
-        parts = [task.summary(self.entries[task.name]) for task in self.tasks]
-        return ", ".join(filter(None, [*parts, f"{len(self.warnings)} warnings" if self.warnings else ""]))
-
     def save(self, folder) -> None:
         """Write what `chestct predict` writes for the scan: docs/outputs.md. An older result in the folder is replaced.
 

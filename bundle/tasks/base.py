@@ -172,10 +172,6 @@ class Task:
         """Lesions in the scan that have boxes, of an entry of predictions.json: see `bundle.tasks.lesions.link_boxes`."""
         return []
 
-    def summary(self, entry) -> str:
-        """A few words on the scan for the console, of an entry of predictions.json."""
-        return ""
-
     def caption(self, row: Mapping) -> list[str]:
         """What the line below the picture of a slice says."""
         return []

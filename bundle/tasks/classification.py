@@ -133,9 +133,6 @@ class Classification(Task):
         agreeing = int((np.argmax(rows, axis=1) == self.classes.index(predicted)).sum())
         return {"predicted": predicted, "probabilities": mean, "slices": len(rows), "agreeing": agreeing}
 
-    def summary(self, entry: Mapping) -> str:
-        return f"{entry['predicted']} ({entry['probabilities'][entry['predicted']]:.0%})"
-
     def probabilities(self, entry: Mapping) -> dict[str, float]:
         return entry["probabilities"]
 

@@ -157,9 +157,6 @@ class Detection(Task):
     def caption(self, row: Mapping) -> list[str]:
         return [f"{len(row['boxes'])} box" + ("" if len(row["boxes"]) == 1 else "es")]
 
-    def summary(self, entry: Sequence[Mapping]) -> str:
-        return f"{len(entry)} lesion" + "s" * (len(entry) != 1) + " with a box"
-
     def lesions(self, entry: Sequence[Mapping]) -> list[dict]:
         return list(entry)
 

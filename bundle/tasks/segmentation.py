@@ -155,12 +155,6 @@ class Segmentation(Task):
                 found["share_of_lung"] = round(found["volume_ml"] / lung["volume_ml"], 6)
         return found
 
-    def summary(self, entry: Mapping) -> str:
-        sizes = {name: f"{found['pixels']} px" for name, found in entry.items()}
-        shares = {name: found["share_of_lung"] for name, found in entry.items() if found["share_of_lung"] is not None}
-        sizes |= {name: f"{share:.1%} of the lung" for name, share in shares.items()}
-        return ", ".join(f"{name} {size}" for name, size in sizes.items())
-
     def caption(self, row: Mapping) -> list[str]:
         sizes = {name: f"{pixels} px" for name, pixels in row["lesion_pixels"].items()}
         sizes |= {name: f"{area / 100:.1f} cm²" for name, area in (row["lesion_mm2"] or {}).items()}
