@@ -67,10 +67,9 @@ def lung_mask(hu: np.ndarray, spacing: Sequence[float], longest: int | None = No
     below -950 HU, or -900 HU at the border, which the foam of a table does not reach but lung in a cropped volume does; one
     below 2 cm2 is removed. The shell of a table is thin enough to be closed, so that its foam belongs to the air around it.
     Holes up to 10 cm2 (vessels, nodules) are filled. Padding (-2000, -3024) is air. Wrongly counted as lung: a trachea behind
-    a thin wall, and bowel gas mixed with faeces.
-    Slices are reduced by averaging, by a whole number, to about `longest` pixels along their longer side.
+    a thin wall, and bowel gas mixed with faeces. Larger slices are averaged to about `longest` pixels along the longer side.
     """
-    if longest and (step := round(max(hu.shape) / longest)) > 1:
+    if longest and (step := min(round(max(hu.shape) / longest), *hu.shape)) > 1:
         rows, columns = (size // step for size in hu.shape)
         small = hu[: rows * step, : columns * step].reshape(rows, step, columns, step).mean((1, 3))
         found = lung_mask(small, [side * step for side in spacing]).repeat(step, 0).repeat(step, 1)
