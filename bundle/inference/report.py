@@ -162,7 +162,7 @@ def _where_to_look(slices: Sequence[Mapping]) -> list[tuple[int, str]]:
     if best[surest]:
         lesion = best[surest]["lesion"]
         places.append((surest, f"surest box, {'' if lesion is None else f'lesion {lesion}, '}score {score[surest]:.2f}"))
-    return places or [(len(slices) // 2, "no lesion found; the middle of the scan")]
+    return places or [(len(slices) // 2, "no lesion found" + "; the middle of the scan" * (len(slices) > 1))]
 
 
 def _companded(pixels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:

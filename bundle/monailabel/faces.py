@@ -27,17 +27,13 @@ MODEL = "models/model.pt"  # in the folder of a face, where MONAI Label reads it
 def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path]:
     """Make the bundles chest_ct_segmentation, chest_ct_classification and chest_ct_detection.
 
-    Each has configs/inference.json (the segmentation configs/train.json too), configs/metadata.json, models/model.pt, and a
-    link to this package. What is there is replaced, but weights only if `checkpoint` is given: they may have been trained on
-    in MONAI Label.
+    Each has its configs, models/model.pt and a link to this package. What is there is replaced, but weights only if
+    `checkpoint` is given: they may have been trained on in MONAI Label.
 
     Args:
         output_dir: folder to make them in: `model` of the app.
         checkpoint: weights of all faces. Without it a face keeps its weights; a new one gets those of this package.
         configs: overlays on configs/inference.json and configs/train.json.
-
-    Returns:
-        The folders.
 
     Raises:
         UserError: if the weights are of another network, or lack the head of a face; of `merge_overlays`.
@@ -99,24 +95,23 @@ def face_config(source: str, part: str, configs: Sequence = ()) -> dict:
 
 
 def face_metadata(task: str, model: Mapping) -> dict:
-    """metadata.json of a face: configs/metadata.json, with the format of its one answer to a volume, of `read_model`'s model."""
+    """metadata.json of a face: configs/metadata.json, with the format of a volume and its answer as MONAI Label reads it.
+
+    Args:
+        task: of the face.
+        model: of `read_model`.
+    """
     names = {
         SEGMENTATION: ["background", *model["segmentation_classes"]],
         CLASSIFICATION: model["classes"],
         DETECTION: ["lesion"],
     }[task]
-    image = {"type": "image", "spatial_shape": ["*", "*", "*"], "is_patch_data": False, "value_range": []}
-    volume = {**image, "format": "hounsfield", "modality": "CT", "num_channels": 1, "dtype": "float32"}
-    pred = {
-        SEGMENTATION: {**image, "format": "segmentation", "dtype": "uint8"},
-        CLASSIFICATION: {**image, "type": "probabilities", "format": "classes", "spatial_shape": [], "dtype": "float32"},
-        DETECTION: {**image, "type": "tuples", "format": "points", "spatial_shape": ["n", 6], "dtype": "float32"},
-    }[task] | {"num_channels": len(names), "channel_def": {str(index): name for index, name in enumerate(names)}}
     metadata = json.loads((ROOT / "configs/metadata.json").read_text())
     metadata = {key: value for key, value in metadata.items() if not key.endswith("_data_format")}
-    inputs, outputs = {"image": {**volume, "channel_def": {"0": "image"}}}, {"pred": pred}
-    what = {"task": f"{task.capitalize()} of a chest CT volume, slice by slice"}
-    return {**metadata, **what, "network_data_format": {"inputs": inputs, "outputs": outputs}}
+    image = {"type": "image", "format": "hounsfield", "spatial_shape": ["*"] * 3, "channel_def": {"0": "image"}}
+    pred = {"type": task, "channel_def": {str(index): name for index, name in enumerate(names)}}
+    metadata["network_data_format"] = {"inputs": {"image": image}, "outputs": {"pred": pred}}
+    return metadata | {"task": f"{task.capitalize()} of a chest CT volume, slice by slice"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

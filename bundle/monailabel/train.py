@@ -37,7 +37,7 @@ def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
         limit: the most slices; at most half of them with lesion, so that those without are learnt too, evenly spaced.
 
     Returns:
-        Records as in a datalist, with a `VolumeSlice` for a path, and the mask "empty" where there is no lesion.
+        Records as in a datalist, with a `VolumeSlice` for a path.
 
     Raises:
         UserError: naming the files, if they cannot be read, or differ in size or in the places of their slices.
