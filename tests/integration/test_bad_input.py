@@ -139,7 +139,7 @@ CASES = {
         EVALUATE,
         ["--checkpoint", "DATA/other.pt"],
         other_weights,
-        r"DATA/other.pt: found encoder.features.0.weight \(64, 1, 3, 3\), expected \(8, 1, 3, 3\); it was made with another",
+        r"DATA/other.pt: found encoder.model.conv_stem.weight absent, expected \(24, 1, 3, 3\); it was made with another",
     ],
 }
 

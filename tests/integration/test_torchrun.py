@@ -40,7 +40,7 @@ MULTI_TRAIN = ("train", "preset_smoke", "multi_gpu_train")
 # All that may differ between processes is off: what is drawn for each image, and the statistics of a batch.
 SAME = {
     "tasks": "{'classification': 1.0}",
-    "backbone": "vgg13",
+    "backbone": "test_efficientnet_ln",
     "augmentation": "{'_target_': 'Compose', 'transforms': []}",
     "max_epochs": 3,
 }
