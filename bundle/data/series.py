@@ -336,7 +336,8 @@ def _fill_blanks(frames: Sequence[Frame]) -> None:
         for group in _divide(frames, attrgetter(*(name for name in COMMON if name != field))):
             values = {getattr(frame, field) for frame in group}
             numbers = {frame.number for frame in group}
-            if len(values) == 2 and "" in values and _is_stack(group) and len(numbers) in (1, len(group)):
+            joined = any(getattr(group[0], name) for name in IDENTITY[:4] if name != field)  # two unnamed patients may be there
+            if joined and len(values) == 2 and "" in values and len(numbers) in (1, len(group)) and _is_stack(group):
                 for frame in group:
                     setattr(frame, field, max(values))
 

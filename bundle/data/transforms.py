@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.batch import plain
+from bundle.data.series import AIR
 from bundle.data.volumes import open_scan
 from bundle.errors import UserError
 from bundle.lungs import lung_region
@@ -109,7 +110,7 @@ class LoadSliced(MapTransform):
             )
         if labels.meta["picture"] and not labels.any():
             _check_hidden(record[key])
-        values = labels.as_tensor()
+        values = torch.where(labels.as_tensor() == AIR, 0, labels.as_tensor())  # air was NaN
         return values.round() if (values - values.round()).abs().max() < 1e-3 else values  # 0.9999999 is 1
 
 

@@ -39,11 +39,15 @@ def several(folder, *series) -> None:
         dicoms(folder, name=f"{number} {{}}", **tags)
 
 
+BLANK = dict.fromkeys(("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"), "")
+
+
 @pytest.mark.parametrize(
     "series",
     [
         [{"PatientID": "a"}, {"PatientID": "b"}],
-        [{"PatientID": p, "SeriesInstanceUID": "", "StudyInstanceUID": "", "FrameOfReferenceUID": ""} for p in "ab"],
+        [{"PatientID": p, **BLANK} for p in "ab"],
+        [{"PatientID": "", "slices": range(5), **BLANK}, {"PatientID": "b", "slices": range(5, 10), **BLANK}],
         [{"PatientID": "", "PatientName": p, "SeriesInstanceUID": ""} for p in "ab"],
         [{"StudyInstanceUID": s} for s in ("1.1", "1.2")],
         [{"ConvolutionKernel": k} for k in ("B30f", "B70f")],
@@ -57,7 +61,8 @@ def several(folder, *series) -> None:
 def test_two_scans_in_one_folder_stay_two(tmp_path, series):
     several(tmp_path / "in", *series)
     scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
-    assert failures == [] and [len(scan) for scan in scans] == [10, 10] and len({scan.name for scan in scans}) == 2
+    expected = [len(tags.get("slices", range(10))) for tags in series]
+    assert failures == [] and [len(scan) for scan in scans] == expected and len({scan.name for scan in scans}) == 2
 
 
 @pytest.mark.parametrize("tags", [{"SliceThickness": 10}, {"SliceThickness": 5}, {"SliceThickness": None}])

@@ -193,10 +193,11 @@ def test_an_image_in_two_records_is_refused(folder, datalist, split, again):
 
 
 @pytest.mark.parametrize("field", ["mask", "instances"])
-@pytest.mark.parametrize("mode", ["P", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("mode", ["P", "LA", "RGB", "RGBA", "L compressed by JPEG"])
 def test_a_mask_whose_grey_values_are_not_its_labels_is_refused(folder, datalist, field, mode):
-    Image.new(mode, (COLUMNS, ROWS)).save(folder / "colour.png")
-    datalist["training"][0] |= {field: "colour.png"}
+    name = "smeared.jpg" if "JPEG" in mode else "colour.png"
+    Image.new(mode.split()[0], (COLUMNS, ROWS)).save(folder / name)
+    datalist["training"][0] |= {field: name}
     expected = f"{field}: found a picture of mode {mode}, expected a grey one, whose values are labels; see docs/data.md"
     assert complaint(datalist, folder) == f"training[0] a.png: {expected}"
 

@@ -202,7 +202,7 @@ def test_a_mask_that_hides_its_lesion_is_refused(record, tmp_path, mode, where):
 
 def test_values_of_a_mask_next_to_whole_numbers_are_those(record, tmp_path):
     labels = np.zeros((COLUMNS, ROWS, 1), np.float32)
-    labels[:10], labels[10:30] = 0.9999999, 2.0000002
+    labels[:10], labels[10:30], labels[30:] = 0.9999999, 2.0000002, np.nan
     nib.save(nib.Nifti1Image(labels, np.diag([-1, -1, 1, 1])), tmp_path / "labels.nii")
     sample = LoadSliced(2)({"image": record["image"], "mask": str(tmp_path / "labels.nii")})
     assert sample["mask"].sum((1, 2)).tolist() == [10 * ROWS, 20 * ROWS]

@@ -60,7 +60,7 @@ def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
         found = f"found a header that turns the mask otherwise than {path} and lays it elsewhere"
         expected = "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
         raise UserError(f"{mask_path}: {found}, {expected}")
-    return volume, mask.pixels
+    return volume, np.maximum(mask.pixels, 0)  # NaN has become air
 
 
 def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> str:
