@@ -336,7 +336,7 @@ def _fill_blanks(frames: Sequence[Frame]) -> None:
         for group in _divide(frames, attrgetter(*(name for name in COMMON if name != field))):
             values = {getattr(frame, field) for frame in group}
             numbers = {frame.number for frame in group}
-            joined = any(getattr(group[0], name) for name in IDENTITY[:4] if name != field)  # two unnamed patients may be there
+            joined = any(getattr(group[0], name) for name in IDENTITY[:4] if name != field)  # else nobody is named
             if joined and len(values) == 2 and "" in values and len(numbers) in (1, len(group)) and _is_stack(group):
                 for frame in group:
                     setattr(frame, field, max(values))

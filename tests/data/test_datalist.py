@@ -87,10 +87,17 @@ BAD_RECORDS = {
     "class text": ({"class": "1"}, "class: found '1', expected a whole number from 0 to 2, or " + LIST),
     "boxes as shares": (
         {"boxes": [[0.1, 0.2, 0.3, 0.4]]},
-        "boxes: found [0.1, 0.2, 0.3, 0.4], expected pixels, not shares of the image; multiply x by its width and y by its height",
+        "boxes: found [0.1, 0.2, 0.3, 0.4], expected pixels, not shares of the image; "
+        "multiply x by its width and y by its height",
     ),
-    "x2 below x1": ({"boxes": [[50, 30, 40, 40]]}, "boxes: found [50, 30, 40, 40], expected x1 < x2 and y1 < y2, not [x, y, width, height]"),
-    "y2 equals y1": ({"boxes": [[50, 30, 60, 30]]}, "boxes: found [50, 30, 60, 30], expected x1 < x2 and y1 < y2, not [x, y, width, height]"),
+    "x2 below x1": (
+        {"boxes": [[50, 30, 40, 40]]},
+        "boxes: found [50, 30, 40, 40], expected x1 < x2 and y1 < y2, not [x, y, width, height]",
+    ),
+    "y2 equals y1": (
+        {"boxes": [[50, 30, 60, 30]]},
+        "boxes: found [50, 30, 60, 30], expected x1 < x2 and y1 < y2, not [x, y, width, height]",
+    ),
     "beyond the right": (
         {"boxes": [[50, 30, 60.5, 40]]},
         "boxes: found [50, 30, 60.5, 40] outside the image, expected x from 0 to 60 and y from 0 to 40",
@@ -103,8 +110,14 @@ BAD_RECORDS = {
         {"boxes": [[-1, 0, 5, 5]]},
         "boxes: found [-1, 0, 5, 5] outside the image, expected x from 0 to 60 and y from 0 to 40",
     ),
-    "three numbers": ({"boxes": [[1, 2, 3]]}, "boxes: found [1, 2, 3], expected four finite numbers [x1, y1, x2, y2] with decimal points"),
-    "NaN": ({"boxes": [[1, 2, math.nan, 4]]}, "boxes: found [1, 2, nan, 4], expected four finite numbers [x1, y1, x2, y2] with decimal points"),
+    "three numbers": (
+        {"boxes": [[1, 2, 3]]},
+        "boxes: found [1, 2, 3], expected four finite numbers [x1, y1, x2, y2] with decimal points",
+    ),
+    "NaN": (
+        {"boxes": [[1, 2, math.nan, 4]]},
+        "boxes: found [1, 2, nan, 4], expected four finite numbers [x1, y1, x2, y2] with decimal points",
+    ),
     "one box, not a list of boxes": (
         {"boxes": [1, 2, 3, 4]},
         "boxes: found 1, expected four finite numbers [x1, y1, x2, y2] with decimal points (and 3 more complaints)",
