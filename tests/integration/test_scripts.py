@@ -1,5 +1,8 @@
 """The scripts, started as a user would."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +38,20 @@ def test_benchmark_of_a_scan_compares_the_backends(phantom_dir, tmp_path):
         speed, difference = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith(backend))
         assert len(speed) == 4 and min(map(float, speed)) > 0
         assert len(difference) == 7 and max(map(float, difference)) < 1e-3
+
+
+def test_the_quickstart_ends_with_a_report_and_a_network_that_has_learned(tmp_path):
+    text = (ROOT / "scripts/quickstart.sh").read_text().replace('. "$(dirname "$0")/environment.sh"\n', "")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"loss by epoch: █[▁-█]+ \d", done.stdout) and "Done in" in done.stdout
+    out = tmp_path / "output/quickstart"
+    assert len(list(out.glob("report/*/report.html"))) == 1 and (out / "run/evaluation/failures.png").is_file()
+    report = json.loads((out / "run/evaluation/metrics.json").read_text())
+    assert report["segmentation"]["dice"]["value"] >= 0.5
+    assert report["classification"]["accuracy"]["value"] >= 0.5  # measured 0.72; chance is 0.33
+    assert report["detection"]["ap10"]["value"] >= 0.3
 
 
 @pytest.mark.parametrize(
