@@ -38,6 +38,7 @@ RUNS = {  # config files, what is run by default, description, knobs that --help
         "checkpoint split tasks bootstrap regions failures with_images evaluation_dir",
     ),
 }
+RUNNER_OPTIONS = {"--input": "INPUT", "--config_file": "--config FILE"}  # that the commands set; the runner takes the last
 OPTIONS = ("--output_dir", "--config", "--verbose", "--help")  # everything else with two dashes is a knob
 
 
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = parser.parse_args(rest)
     with exit_in_one_line():
         if known.command in RUNS:
+            for option in RUNNER_OPTIONS.keys() & {word.split("=")[0] for word in knobs}:
+                raise UserError(f"{option}: found an option of MONAI's runner, expected {RUNNER_OPTIONS[option]}")
             sys.argv = ["monai.bundle", *_runner_arguments(known), *knobs]
         else:
             {"prepare": _prepare, "info": _info}[known.command](known)

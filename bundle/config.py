@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
@@ -22,7 +21,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import merge_kv
 
-from bundle.errors import UserError
+from bundle.errors import UserError, no_warnings
 
 SCHEMA = json.loads(Path(__file__).with_name("knobs.json").read_text(encoding="utf-8"))
 WORKFLOWS = ("train", "evaluate", "inference")  # the config files; evaluate.json lies over train.json
@@ -81,8 +80,7 @@ def merge_overlays(file, overlays: Sequence) -> dict:
             raise UserError(f"{overlay}: cannot be read ({' '.join(str(error).split())}), expected JSON or YAML") from None
         for id, value in changes.items():
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the runner will say it
+                with no_warnings():  # the runner will say it
                     merge_kv(parser, id, value)
             except (KeyError, IndexError, TypeError, ValueError):
                 raise UserError(

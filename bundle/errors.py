@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 
 class UserError(ValueError):
@@ -52,6 +54,31 @@ def _join_threads(seconds: float = 2.0) -> None:
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
             thread.join(seconds)
+
+
+_lock, _blocks, _filters = threading.Lock(), [], ExitStack()
+if hasattr(os, "fork"):  # so that a process of a DataLoader does not begin with a lock that nobody will release
+    os.register_at_fork(before=_lock.acquire, after_in_child=_lock.release, after_in_parent=_lock.release)
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Ignore warnings of libraries, which may quote the patient, in all threads until the last such block ends.
+
+    Blocks of `warnings.catch_warnings` that overlap in two threads would restore each other's filters.
+    """
+    with _lock:
+        if not _blocks:
+            _filters.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _blocks.append(None)
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks.pop()
+            if not _blocks:
+                _filters.close()
 
 
 def user_message(error: BaseException | None) -> str | None:

@@ -70,6 +70,8 @@ def test_a_command_runs_an_id_of_configs_with_knobs_anywhere_among_its_words(arg
         (["train"], "the following arguments are required: -o/--output_dir; see chestct train --help"),
         (["predict", "x", "y", "-o", "z"], "unrecognized arguments: y; see chestct --help"),
         (["predict", "x", "-o", "y", "--config", "my.json"], "--config: found no file my.json, expected changes "),
+        (["predict", "x", "-o", "y", "--input=z"], "--input: found an option of MONAI's runner, expected INPUT"),
+        (["train", "-o", "y", "--config_file", "my.json"], "--config_file: found an option of MONAI's runner, "),
         (["predict", "x", "-o", "y", "--config", "BROKEN"], "BROKEN: cannot be read ("),
         (
             ["predict", "x", "-o", "y", "--config", "multi_gpu_train"],

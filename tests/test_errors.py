@@ -1,9 +1,10 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 
-from bundle.errors import UserError, exit_in_one_line, user_message
+from bundle.errors import UserError, exit_in_one_line, no_warnings, user_message
 from bundle.names import check_tasks
 
 REFUSED = """
@@ -65,6 +66,19 @@ def test_a_command_ends_in_one_line_at_a_user_error_alone(capsys):
     for bug, kind in ((lambda: open("none"), FileNotFoundError), (lambda: float("x"), ValueError)):
         with pytest.raises(kind), exit_in_one_line():
             bug()
+
+
+def test_warnings_of_threads_that_overlap_are_all_ignored_and_then_shown_again():
+    """One thread begins, a second begins, the first ends, the second goes on."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        one, other = no_warnings(), no_warnings()
+        one.__enter__(), other.__enter__()
+        one.__exit__(None, None, None)
+        warnings.warn("Invalid value DOE^JOHN")
+        other.__exit__(None, None, None)
+        warnings.warn("news")
+    assert [str(warning.message) for warning in shown] == ["news"]
 
 
 def test_the_message_is_the_innermost_user_error():

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import stat
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from bundle.data import series
 from bundle.data.series import AIR, DIRECTORY, Frame
-from bundle.errors import UserError
+from bundle.errors import UserError, no_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +67,7 @@ class Scan:
     Attributes:
         kind: "picture", "volume" or "dicom".
         hounsfield: whether values are Hounsfield units.
+        input_axes: axes of `shape` in the order in which a user counts them: a picture has its rows first.
         axis: array axis of `shape` that the axial slices are stacked along, the one nearest to the patient's axis.
         positions: in mm along the normal of the slices, for each; None without geometry, as are thickness and spacing.
         thickness: mm that each slice stands for: half the way to both neighbours.
@@ -84,6 +84,7 @@ class Scan:
 
     kind = "volume"
     hounsfield = oriented = True
+    input_axes = (0, 1, 2)
     positions = thickness = spacing = _voxels = None
 
     def __init__(
@@ -184,8 +185,7 @@ class Scan:
         """
         file = self.sources[index][0]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with no_warnings():
                 plane = np.asarray(self._plane(index), np.float32)
         except Exception as error:  # readers raise anything: one line instead of a library's traceback
             raise unreadable(file, error) from None
@@ -216,6 +216,7 @@ class PictureScan(Scan):
 
     kind = "picture"
     hounsfield = False
+    input_axes = (1, 0, 2)
 
     def __init__(self, name: str, path) -> None:
         with Image.open(path) as picture:
@@ -382,8 +383,7 @@ def open_scan(path, name: str | None = None) -> Scan:
     """The scan in a single file; a UserError names the file in one line if its header cannot be read."""
     path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with no_warnings():
             return _reader(path)(name or path.name, str(path))
     except Exception as error:  # readers raise anything: one line instead of a library's traceback
         raise unreadable(path, error) from None
@@ -524,8 +524,7 @@ def _is_image(path: Path) -> bool:
 
 def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[Frame]:
     """Frames of a DICOM file; none of one that is no axial image, which is counted under its study."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with no_warnings():
         header = series.read_header(path)
         reason = series.exclusion_reason(header)
         if reason and reason != DIRECTORY:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import re
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from pydicom.uid import generate_uid
 from pydicom.valuerep import DA, TM
 
 from bundle.data.series import Frame, read_header
-from bundle.errors import UserError
+from bundle.errors import UserError, no_warnings
 from bundle.inference.overlay import LESIONS
 
 logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # it logs names of patients; what matters is raised
@@ -69,8 +68,7 @@ def write_dicom(folder, frames: Sequence[Frame], prediction: Mapping, labels: np
         Kind -> name of the files that were written.
     """
     files, segmentation, noted = {}, None, prediction["warnings"]
-    with warnings.catch_warnings(), _noting(noted, "DICOM object"):
-        warnings.simplefilter("ignore")  # they quote the patient
+    with no_warnings(), _noting(noted, "DICOM object"):
         headers = read_headers(frames)
         if labels is not None:
             with _noting(noted, "DICOM Segmentation"):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import nibabel
 import numpy as np
 
-from bundle.data.volumes import NiftiScan, Scan, find_scans
+from bundle.data.volumes import NO_THICKNESS, NiftiScan, Scan, find_scans
 from bundle.errors import UserError
 
 
@@ -25,6 +25,7 @@ class ArrayScan(Scan):
     def __init__(self, voxels: np.ndarray, affine: np.ndarray, window: Sequence[float] | None = None) -> None:
         super().__init__("array", "array", voxels.shape, affine, files=[])
         self.voxels, self.window = voxels.reshape(self.shape), window
+        self.warnings += [NO_THICKNESS] if voxels.ndim < 3 else []
         self.stamp = _hash(repr((self.shape, affine.tolist(), window)).encode(), voxels)
 
     def _plane(self, index: int) -> np.ndarray:
@@ -40,6 +41,7 @@ class PictureArray(Scan):
 
     kind = "picture"
     hounsfield = False
+    input_axes = (1, 0, 2)
 
     def __init__(self, pixels: np.ndarray) -> None:
         super().__init__("array", "array", pixels.shape[::-1], None, files=[])
@@ -60,7 +62,7 @@ def as_scan(source, spacing: Sequence[float] | None = None, window: Sequence[flo
     if isinstance(source, (str, os.PathLike)):
         return _only_scan(source)
     if isinstance(source, nibabel.spatialimages.SpatialImage):
-        return _from_nibabel(nibabel.Nifti1Image.from_image(source))
+        return _from_nibabel(source)
     if kind == "SimpleITK":
         return _from_simpleitk(source)
     if not is_array:
@@ -72,15 +74,18 @@ def _only_scan(path) -> Scan:
     scans, failures = find_scans(path)
     if not scans:
         raise UserError(failures[0]["reason"])
+    scans[0].warnings += [f"left out {len(failures)} files that cannot be read"] if failures else []
     if len(scans) > 1:
         names = ", ".join(scan.name for scan in scans[:5]) + ", …" * (len(scans) > 5)
         raise UserError(f"{path}: found {len(scans)} scans ({names}), expected one; `chestct predict` takes a folder of scans")
     return scans[0]
 
 
-def _from_nibabel(image: nibabel.Nifti1Image) -> Scan:
-    file = image.get_filename()
-    scan = NiftiScan(os.path.basename(file or "image"), file or "image", image)
+def _from_nibabel(source: nibabel.spatialimages.SpatialImage) -> Scan:
+    if source.affine is None:
+        raise UserError("found an image of nibabel without an affine, expected one with it")
+    image, file = nibabel.Nifti1Image.from_image(source), source.get_filename() or "image"
+    scan = NiftiScan(os.path.basename(file), file, image)
     data = [] if nibabel.is_proxy(image.dataobj) else [np.asarray(image.dataobj)]
     scan.stamp = _hash(scan.stamp.encode() + image.header.binaryblock, *data)
     return scan
@@ -96,7 +101,9 @@ def _from_simpleitk(image) -> Scan:
         raise UserError(f"found an image of {dimensions} dimensions, expected 2 or 3")
     affine[:dimensions, :dimensions] = np.reshape(image.GetDirection(), (dimensions, dimensions)) * image.GetSpacing()
     affine[:dimensions, 3] = image.GetOrigin()
-    return ArrayScan(SimpleITK.GetArrayViewFromImage(image).T, np.diag([-1.0, -1, 1, 1]) @ affine)
+    scan = ArrayScan(SimpleITK.GetArrayViewFromImage(image).T, np.diag([-1.0, -1, 1, 1]) @ affine)
+    scan.image = image  # a view does not keep the voxels in memory
+    return scan
 
 
 def _from_array(array: np.ndarray, spacing: Sequence[float] | None, window: Sequence[float] | None) -> Scan:
@@ -116,16 +123,14 @@ def _from_array(array: np.ndarray, spacing: Sequence[float] | None, window: Sequ
         if array.dtype != np.uint8 and (array.dtype.kind != "f" or array.min() < 0 or array.max() > 1):
             found = f"{array.dtype} values from {array.min()} to {array.max()}"
             raise UserError(f"window: found {found}, expected 8-bit values or 0 to 1; leave window out if the values are HU")
-    affine = np.zeros((4, 4))  # rows run to posterior, columns to the left, slices to the head
-    if array.ndim == 2:
-        affine[[1, 0, 2, 3], range(4)] = -sides[0], -sides[1], 1, 1
-    else:
-        affine[[2, 1, 0, 3], range(4)] = sides[0], -sides[1], -sides[2], 1
-    return ArrayScan(array, affine, window)
+    affine = np.diag([-sides[-1], -sides[-2], *sides[:-2], 1, 1][:4])  # columns run to the left, rows to posterior
+    scan = ArrayScan(array.T, affine, window)  # x = column in boxes
+    scan.input_axes = (1, 0, 2) if array.ndim == 2 else (2, 1, 0)
+    return scan
 
 
 def _hash(description: bytes, *arrays: np.ndarray) -> str:
     found = hashlib.sha256(description)
     for array in arrays:
-        found.update(np.ascontiguousarray(array))
+        found.update(array.ravel("K"))  # no copy of a volume
     return found.hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import torch
@@ -53,6 +54,7 @@ class Model:
     ) -> None:
         self.evaluator, self.postprocessing, self.tasks, self.novelty = evaluator, postprocessing, list(tasks), novelty
         self.name, self.fingerprint, self.keep_identifiers = dict(name or {}), fingerprint, keep_identifiers
+        self._lock = Lock()
         evaluator.interrupt_resume_enabled = False  # after an error ignite would resume the run that failed
 
     @classmethod
@@ -95,7 +97,7 @@ class Model:
         Raises:
             UserError: in one line, if `source` is no scan or several, or cannot be read.
         """
-        with _undisturbed():
+        with self._lock, _undisturbed():  # one evaluator: threads that share a model wait for each other
             scan = as_scan(source, spacing, window)
             try:
                 return self.run(scan)

@@ -72,8 +72,11 @@ class Result:
         """0, or 1 + lesion class, on the grid of the input; of a picture (rows, columns, 1). None if nothing was segmented."""
         if "mask" not in self.volumes:
             return None
-        image = self.volumes["mask"].image()
-        return nibabel.Nifti1Image(np.asarray(image.dataobj).swapaxes(0, 1), None) if self.scan.kind == "picture" else image
+        image, order = self.volumes["mask"].image(), self.scan.input_axes
+        if order == (0, 1, 2):
+            return image
+        affine = None if self.scan.affine is None else image.affine[:, [*order, 3]]
+        return nibabel.Nifti1Image(np.asarray(image.dataobj).transpose(order), affine)
 
     def save(self, folder) -> None:
         """Write what `chestct predict` writes for the scan: docs/outputs.md. An older result in the folder is replaced.

@@ -64,7 +64,7 @@ def write_result(result: Result, folder: Path) -> None:
     result.pictures.draw_overlays(folder / files["overlays"], result.slices, captions)
     result.pictures.report.write(folder / files["report"], prediction, result.tasks)
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
-    logger.info(result)
+    logger.info("; ".join([str(result), *prediction["warnings"][len(result.warnings) :]]))  # with those of what was written
 
 
 def read_identifiers(scan: Scan) -> dict[str, str]:

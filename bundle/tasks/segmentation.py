@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -15,7 +14,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from torch import nn
 
 from bundle.data.batch import plain
-from bundle.errors import UserError
+from bundle.errors import UserError, no_warnings
 from bundle.lungs import lung_region
 from bundle.names import EMPTY_MASK, MASK, SEGMENTATION, SOURCE, TARGET
 from bundle.networks.heads import DECODER, DenseHead
@@ -93,8 +92,7 @@ class Segmentation(Task):
             "specificity": tn / (tn + fp),
         }
         if thorough:
-            with warnings.catch_warnings():  # of empty masks, which have no distance
-                warnings.simplefilter("ignore")
+            with no_warnings():  # of empty masks, which have no distance
                 distance = compute_hausdorff_distance(mask, truth, include_background=True, percentile=95)
             both = mask.flatten(2).any(2) & truth.flatten(2).any(2)
             figures["hd95"] = torch.where(both, distance.float(), torch.nan)

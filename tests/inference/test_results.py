@@ -217,7 +217,8 @@ def test_a_smaller_picture_comes_back_as_a_picture(tmp_path):
     assert prediction["lung"] is None and row["lung_mm2"] is None and row["position_mm"] is None
 
 
-def test_dicom_comes_back_as_nifti_in_its_own_geometry(tmp_path, write_dicom):
+def test_dicom_comes_back_as_nifti_in_its_own_geometry(tmp_path, write_dicom, caplog):
+    caplog.set_level("INFO", "bundle")
     path = write_dicom(tmp_path / "IM0001", drawn(), spacing=(0.75, 1.5), orientation=(-1, 0, 0, 0, 1, 0))
     (prediction,) = predict(path, tmp_path / "out").values()
     folder = tmp_path / "out" / prediction["scan"]
@@ -227,6 +228,20 @@ def test_dicom_comes_back_as_nifti_in_its_own_geometry(tmp_path, write_dicom):
     np.testing.assert_allclose(mask.affine[:3, 3], [50, 40, 30])
     np.testing.assert_allclose(mask.affine[:3, :2].T, [[1.5, 0, 0], [0, -0.75, 0]], atol=1e-6)
     np.testing.assert_allclose(prediction["slices"][0]["boxes"][0]["box"], [30, 8, 54, 20], atol=0.01)
+    assert "; no DICOM Segmentation is written: found no FrameOfReferenceUID" in caplog.text, "in the line of the scan"
+
+
+def test_lung_is_looked_for_without_a_pixel_spacing(tmp_path, write_dicom):
+    (tmp_path / "in").mkdir()
+    series = pydicom.uid.generate_uid()
+    for index, hu in enumerate([*np.moveaxis(chest(2), 2, 0), np.full((64, 64), 40)]):
+        dataset = pydicom.dcmread(write_dicom(tmp_path / f"in/{index}", hu))
+        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
+        del dataset.PixelSpacing
+        dataset.save_as(tmp_path / f"in/{index}")
+    (prediction,) = predict(tmp_path / "in", tmp_path / "out").values()
+    assert prediction["hounsfield"] and prediction["classification"]["slices"] == 2, "two slices with lung"
+    assert prediction["lung"] is None and {row["lung_mm2"] for row in prediction["slices"]} == {None}
 
 
 def test_real_dicom_keeps_its_size_and_place(real_data, tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 import bundle
+from bundle.data.volumes import NO_THICKNESS
 from bundle.errors import UserError
 from bundle.files import ROOT
 from bundle.inference import Model
@@ -99,6 +101,8 @@ def test_every_kind_of_input_gives_the_same_result(model, folder):
         for one, other in zip(found.lesions, expected.lesions, strict=True):
             assert one["score"] == pytest.approx(other["score"], abs=1e-5), name
             assert one["center_mm"] == pytest.approx(other["center_mm"], abs=0.02), name
+            if name != "nibabel, turned":  # x is the column
+                assert one["box"] == pytest.approx(other["box"], abs=0.02) and one["slices"] == other["slices"], name
         shape = getattr(arguments[0], "shape", None)
         assert shape is None or found.mask.shape == tuple(shape), name
 
@@ -112,6 +116,26 @@ def test_a_slice_and_a_picture(model, folder, tmp_path):
     one, alone = model.predict(folder / "series/1"), model.predict(chest()[1], SIDES[1:])
     assert one.classes == alone.classes and alone.mask.shape == (56, 64, 1)
     np.testing.assert_array_equal(in_space(one.mask), in_space(alone.mask))
+    assert NO_THICKNESS in alone.warnings and NO_THICKNESS not in one.warnings
+
+
+def test_threads_that_share_a_model_get_their_own_results(model):
+    scans = [chest(), np.full_like(chest(), 40)]
+    alone = [model.predict(scan, SIDES).slices for scan in scans]
+    with ThreadPoolExecutor(4) as pool:
+        together = [found.slices for found in pool.map(lambda scan: model.predict(scan, SIDES), scans * 2)]
+    assert together == alone * 2 and alone[0] != alone[1]
+
+
+def test_files_of_a_folder_that_cannot_be_read_are_a_warning(model, folder, tmp_path):
+    shutil.copy(folder / "a.nii.gz", tmp_path)
+    (tmp_path / "b.nii.gz").write_bytes(b"broken")
+    assert "left out 1 files that cannot be read" in model.predict(tmp_path).warnings
+
+
+def test_an_image_of_simpleitk_lives_as_long_as_its_result(model, folder):
+    scan = model.predict(SimpleITK.ReadImage(str(folder / "a.nii.gz"))).scan
+    assert isinstance(scan.image, SimpleITK.Image), "its voxels are read by a view"
 
 
 def test_save_writes_what_the_command_writes(model, weights, folder, chestct, tmp_path):
@@ -164,6 +188,7 @@ def test_the_configuration_of_the_command_is_what_runs(checkpoint, folder, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([nibabel.Nifti1Image(chest(), None)], "found an image of nibabel without an affine"),
         (["nowhere"], "input: nowhere: no such file or folder"),
         ([3], "found a int, expected a path, an image of nibabel or SimpleITK, or an array"),
         ([chest()], "spacing: found none, expected mm between slices, rows and columns"),
