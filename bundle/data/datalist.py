@@ -172,20 +172,25 @@ def annotated_tasks(record: Mapping) -> tuple[str, ...]:
     return tuple(task for task, field in ANNOTATION.items() if field in record) + (RECONSTRUCTION,)
 
 
-def select(datalist: Mapping, split: str, tasks: Iterable, dataset_dir="", leave_out: Sequence[str] = ()) -> list[dict]:
+def select(
+    datalist: Mapping, split: str, tasks: Iterable, dataset_dir="", leave_out: Sequence[str] = (), seen: Iterable[str] = ()
+) -> list[dict]:
     """Records of a split that are annotated for at least one of the tasks, with paths joined to `dataset_dir`.
 
     Args:
         split: one of `SPLITS`, or left_out for what `leave_out`, sources, takes away from training and validation.
+        seen: sources that the weights were trained on.
 
     Raises:
-        UserError: if the split or a source is unknown, or no record is left.
+        UserError: if the split or a source is unknown, a source left out was seen, or no record is left.
     """
     if split not in (*SPLITS, LEFT_OUT):
         raise UserError(f"split: found {split!r}, expected one of {', '.join((*SPLITS, LEFT_OUT))}")
     sources = {record.get(SOURCE) for name in SPLITS for record in datalist.get(name, [])} - {None}
     if unknown := set(leave_out) - sources:
         raise UserError(f"leave_out: found {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(sources))}")
+    if split == LEFT_OUT and (known := set(leave_out) & set(seen)):
+        raise UserError(f"leave_out: found {', '.join(sorted(known))}, expected sources that the weights were not trained on")
     if split == LEFT_OUT:
         found = [record for name in SPLITS[:2] for record in datalist.get(name, []) if record.get(SOURCE) in leave_out]
     else:

@@ -50,7 +50,7 @@ MANY = 10  # slices: from here on a series is a scan even if its positions say n
 BOLUS_TIME, BOLUS_THICKNESS = 0.9, 5  # s between images and mm: a monitored slice is repeated slowly, and is thick
 # What the slices of a scan have in common. A blank text says nothing, see `_fill_blanks`.
 IDENTITY = ("patient", "study", "series", "frame_of_reference", "kernel")
-COMMON = (*IDENTITY, "size", "modality")
+COMMON = (*IDENTITY, "size", "unknown")
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class Frame:
     @property
     def normal(self) -> np.ndarray:
         """Unit vector across the slice, in LPS."""
-        return np.cross(self.orientation[:3], self.orientation[3:])
+        return _normal(self.orientation)
 
     @property
     def height(self) -> float:
@@ -220,6 +220,7 @@ def _text(header: pydicom.Dataset, *names: str) -> str:
 
 
 _interned = lru_cache(maxsize=256)(tuple)  # of numbers that many headers share in memory
+_normal = lru_cache(maxsize=256)(lambda orientation: np.cross(orientation[:3], orientation[3:]))  # slow, and asked often
 
 
 def _value(header: pydicom.Dataset, name: str):
@@ -369,11 +370,15 @@ def _on_one_grid(one: Frame, other: Frame) -> bool:
 
 
 def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Folders are parts of one scan unless they hold the same places, or unless nothing but the places joins them."""
+    """Folders are parts of one scan unless they hold the same places, or unless nothing but the places joins them.
+
+    Archives give each file a folder of its own: then the places of all of them count.
+    """
     folders = _divide(frames, attrgetter("folder"))
     places = [{frame.place for frame in folder} for folder in folders]
     repeated = sum(map(len, places)) - len(set().union(*places))
-    joined = 2 * repeated <= min(map(len, places)) and (frames[0].series or _is_stack(frames))
+    fewest = len(frames) if MANY <= len(frames) == len(folders) else min(map(len, places))
+    joined = 2 * repeated <= fewest and (frames[0].series or _is_stack(frames))
     return [list(frames)] if joined else folders
 
 

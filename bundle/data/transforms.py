@@ -70,11 +70,7 @@ class LoadSliced(MapTransform):
     def __call__(self, record):
         sample = dict(record)
         image_path = str(record[IMAGE])
-        sample[RECORD] = {
-            IMAGE: image_path,
-            GROUP: record.get(GROUP, image_path),
-            SOURCE: record.get(SOURCE, "unknown"),
-        }
+        sample[RECORD] = {IMAGE: image_path, GROUP: record.get(GROUP, image_path), SOURCE: record.get(SOURCE, "unknown")}
         sample[IMAGE] = image = self.load(record[IMAGE])
         if MASK in record:
             empty = record[MASK] == EMPTY_MASK

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import itertools
 import logging
 import os
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from bundle.data import series
 from bundle.data.series import AIR, DIRECTORY, Frame
 from bundle.errors import UserError, no_warnings
+from bundle.files import text_hash
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Scan:
         self.sources = [(self.path, index) for index in range(len(self))]
         self.files = [os.fspath(file) for file in ([path] if files is None else files)]
         self._seen = self._look()
-        self.stamp = hashlib.sha256(repr(self._seen[0]).encode()).hexdigest()
+        self.stamp = text_hash(repr(self._seen[0]))
 
     def _measure(self, rows: int, columns: int) -> None:
         """Positions, thickness and spacing of the slices, whose rows and columns run along these array axes."""
@@ -572,5 +572,5 @@ def _series_names(groups: Sequence[Sequence[Frame]], root: Path) -> list[str]:
     names = []
     for levels in keys:
         folder, told_apart_by = next((key for key in levels if counts[key] == 1), levels[-1])
-        names.append(_name(Path(folder, f"series_{hashlib.sha256(str(told_apart_by).encode()).hexdigest()[:8]}"), root))
+        names.append(_name(Path(folder, f"series_{text_hash(str(told_apart_by))[:8]}"), root))
     return names

@@ -3,7 +3,4 @@
 from bundle.evaluation.gallery import FailureGallery
 from bundle.evaluation.handler import MultiTaskMetrics
 
-__all__ = [
-    "FailureGallery",
-    "MultiTaskMetrics",
-]
+__all__ = ["FailureGallery", "MultiTaskMetrics"]

@@ -6,16 +6,5 @@ from bundle.networks.novelty import Novelty, read_novelty
 from bundle.networks.views import TaskView, TensorView
 from bundle.networks.weights import load_weights, read_weights, shipped_checkpoint
 
-__all__ = [
-    "Encoder",
-    "EnsembleNet",
-    "MultiTaskNet",
-    "Novelty",
-    "TaskView",
-    "TensorView",
-    "freeze_encoder",
-    "load_weights",
-    "read_novelty",
-    "read_weights",
-    "shipped_checkpoint",
-]
+__all__ = ["Encoder", "EnsembleNet", "MultiTaskNet", "Novelty", "TaskView", "TensorView", "freeze_encoder", "load_weights"]
+__all__ += ["read_novelty", "read_weights", "shipped_checkpoint"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from monai.bundle import ConfigParser
 from bundle.config import check_config, overlay
 from bundle.data.datalist import LEFT_OUT
 from bundle.errors import UserError
+from bundle.files import text_hash
 from bundle.networks import EnsembleNet
 from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
 from bundle.tasks import open_network, trained_tasks
@@ -149,7 +149,7 @@ class Study:
             )
         # Sorted by id alone: within an entry the order may count, as that of the stages does.
         identity = json.dumps(sorted(item for item in merged.items() if item[0] not in SPEED))
-        folder = self.output_dir / hashlib.sha256(identity.encode()).hexdigest()[:12]
+        folder = self.output_dir / text_hash(identity)[:12]
         places = {**self.entries, "output_dir": str(folder)}
         # An id without use is an error, and not every experiment, nor every stage of one, has a use for these.
         places["+initialize"] = [f"$({', '.join(f'@{id}' for id in SCALE_IDS if id in merged)})"]

@@ -16,7 +16,7 @@ from torch import nn
 from bundle.data.batch import plain
 from bundle.errors import UserError, no_warnings
 from bundle.lungs import lung_region
-from bundle.names import EMPTY_MASK, MASK, SEGMENTATION, SOURCE, TARGET
+from bundle.names import ANNOTATED, EMPTY_MASK, MASK, SEGMENTATION, SOURCE, TARGET
 from bundle.networks.heads import DECODER, DenseHead
 from bundle.tasks.base import Figures, Task, mean_figures
 from bundle.tasks.lesions import volume_ml
@@ -183,9 +183,10 @@ class Segmentation(Task):
 
 
 def _falsely_marked(mask: torch.Tensor, truth: torch.Tensor, batch: Mapping) -> torch.Tensor:
-    """(B, 1): 1 where more than `FALSE_SHARE` of the lung is marked, NaN where there is a lesion, or no lung."""
+    """(B, 1): 1 where more than `FALSE_SHARE` of the lung is marked, NaN where there is a lesion, no lung or no annotation."""
     found = torch.full((len(mask), 1), torch.nan)
-    for index in (~truth.flatten(1).any(1)).nonzero().flatten().tolist():
+    free = batch[ANNOTATED][SEGMENTATION].cpu() & ~truth.flatten(1).any(1)
+    for index in free.nonzero().flatten().tolist():
         if lung := lung_region(batch[TARGET][index, 0].cpu().numpy()).sum():
             found[index] = float(mask[index].any(0).sum() > FALSE_SHARE * lung)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ import torch
 
 from bundle.config import leaves
 from bundle.errors import UserError
-from bundle.files import file_hash, list_files, listed_files, locked, remove_listed_files, stop_listing, write_json
+from bundle.files import file_hash, list_files, listed_files, locked, remove_listed_files, stop_listing, text_hash, write_json
 
 # What MONAI adds where an experiment is tracked, and a curriculum hands on to its stages.
 TRACKING = {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
@@ -87,8 +86,8 @@ def hash_inputs(datalist, init_checkpoint) -> dict[str, str]:
     """SHA-256 of the files that a run starts from, if they are there; the datalist by its content."""
     hashes = {"init_checkpoint": file_hash(init_checkpoint)} if init_checkpoint else {}
     if datalist and Path(datalist).is_file():
-        content = json.dumps(json.loads(Path(datalist).read_text()), sort_keys=True)
-        hashes["datalist"] = hashlib.sha256(content.encode()).hexdigest()
+        content = json.loads(Path(datalist).read_text(encoding="utf-8-sig"))
+        hashes["datalist"] = text_hash(json.dumps(content, sort_keys=True))
     return {name: digest for name, digest in hashes.items() if digest}
 
 

@@ -39,6 +39,20 @@ def several(folder, *series) -> None:
         dicoms(folder, name=f"{number} {{}}", **tags)
 
 
+@pytest.mark.parametrize(("more", "lengths"), [({"slices": [3]}, [10]), ({"AcquisitionNumber": 2}, [10, 10])])
+def test_a_folder_for_each_slice_as_in_archives(tmp_path, more, lengths):
+    dicoms(tmp_path / "in", name="{}/IM")
+    dicoms(tmp_path / "in", name="again {}/IM", **more)
+    scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and [len(scan) for scan in scans] == lengths
+
+
+def test_a_slice_without_rescaling_is_not_mixed_with_others(tmp_path):
+    dicoms(tmp_path / "in", lambda dataset, z: delattr(dataset, "RescaleIntercept") if z == 4 else None)
+    scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and sorted((len(scan), scan.hounsfield) for scan in scans) == [(1, False), (9, True)]
+
+
 BLANK = dict.fromkeys(("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"), "")
 
 

@@ -342,6 +342,8 @@ def test_a_source_that_is_left_out_is_in_neither_split_and_measured_apart(datali
     ]
     with pytest.raises(UserError, match="leave_out: found y, expected some of x"):
         select(datalist, "training", some_tasks("reconstruction"), "", ["y"])
+    with pytest.raises(UserError, match="leave_out: found x, expected sources that the weights were not trained on"):
+        select(datalist, "left_out", some_tasks("reconstruction"), "", ["x"], ["w", "x"])
 
 
 def test_selection_joins_the_paths_of_annotations(datalist):

@@ -19,7 +19,7 @@ def logits(mask):
 
 
 def segmentation(pred, truth, with_distance=True):
-    batch = {"mask": truth, "target": torch.zeros_like(pred)}
+    batch = {"mask": truth, "target": torch.zeros_like(pred), "annotated": {"segmentation": torch.ones(1, dtype=bool)}}
     return SEGMENTATION.cases(logits(pred), batch, with_distance)[0]
 
 
@@ -59,11 +59,13 @@ def test_marks_in_a_healthy_lung_count_from_a_hundredth_of_it(chest_slice):
     image, lungs = (torch.from_numpy(array)[None, None].float() for array in chest_slice)
     none, some, many = (torch.zeros_like(lungs) for _ in range(3))
     some[..., 60, 100:120], many[..., 50:60, 100:120] = 1, 1  # 20 and 200 of about 4,400 pixels
-    batch = {"mask": none, "target": image}
+    batch = {"mask": none, "target": image, "annotated": {"segmentation": torch.tensor([True])}}
     marked = [SEGMENTATION.cases(logits(mask), batch, True)[0]["falsely_marked"] for mask in (none, some, many)]
     assert marked == [0, 0, 1]
     assert math.isnan(SEGMENTATION.cases(logits(many), {**batch, "mask": some}, True)[0]["falsely_marked"]), "a lesion"
     assert math.isnan(SEGMENTATION.cases(logits(many), {**batch, "target": none}, True)[0]["falsely_marked"]), "no lung"
+    batch["annotated"] = {"segmentation": torch.tensor([False])}
+    assert math.isnan(SEGMENTATION.cases(logits(many), batch, True)[0]["falsely_marked"]), "not annotated"
 
 
 def test_channels_of_the_segmentation_are_averaged():

@@ -90,7 +90,8 @@ def test_weights_that_would_be_removed_are_refused_as_a_start(begun):
 def test_what_means_the_same_is_the_same_run(begun, tmp_path, datalist, monkeypatch):
     monkeypatch.chdir(tmp_path)
     moved = Path(shutil.move(tmp_path / "data", tmp_path / "moved"))
-    (moved / "datalist.json").write_text(json.dumps(json.loads((moved / "datalist.json").read_text()), indent=4))
+    content = json.loads((moved / "datalist.json").read_text())
+    (moved / "datalist.json").write_text(json.dumps(content, indent=4), encoding="utf-8-sig")
     weights = Path(shutil.move(tmp_path / "weights.pt", tmp_path / "other.pt"))
     config = {**CONFIG, "dataset_dir": str(moved), "output_dir": "./run", "train": {"pretrained": "./weights/rgb.pth"}}
     open_run("./run", config, True, weights, moved / "datalist.json")

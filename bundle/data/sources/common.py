@@ -24,7 +24,6 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation", 
 SPLIT_NAMES |= {"training": "training", "validation": "validation"}
 # Connected parts of a mask below this many pixels are dust of the annotation, not lesions to be found.
 MIN_LESION_PIXELS = 20
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 
 
 def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[str, dict[str, str]]]:

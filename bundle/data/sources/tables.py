@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bundle.data.sources.common import COMPLAINT, MIN_LESION_PIXELS, PICTURES, SIZE, SPLIT_NAMES, Records
+from bundle.data.sources.common import COMPLAINT, MIN_LESION_PIXELS, SIZE, SPLIT_NAMES, Records
 from bundle.data.sources.common import lesions, look_up, read_labels, read_rows, write_picture
 from bundle.data.sources.known import IMPLIED, OBJECTS, SPLIT, Known, recognise
+from bundle.data.volumes import PICTURES
 from bundle.errors import UserError
 from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
 
