@@ -26,11 +26,12 @@ for exporter in ("onnxscript", "onnx_ir"):
 
 
 def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False) -> nn.Module:
-    """Return the network, or one with the same answers that runs in another library.
+    """Return the network, or one with the same answers that runs in another library, on the CPU with float32.
+
+    Weights are loaded before its first call.
 
     Args:
-        network: whose weights are loaded before the first call.
-        backend: torch (the network itself), onnxruntime or openvino, which run on the CPU with float32.
+        backend: torch (the network itself), onnxruntime or openvino.
         amp: whether the caller uses mixed precision, which only torch supports.
 
     Raises:

@@ -59,9 +59,7 @@ def write_dicom(folder, frames: Sequence[Frame], prediction: Mapping, labels: np
     """Write segmentation.dcm and report.dcm; why one is not written becomes a warning of the prediction.
 
     Args:
-        folder: of the files.
         frames: of the slices, in order.
-        prediction: content of predictions.json.
         labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class; None where nothing is segmented.
 
     Returns:

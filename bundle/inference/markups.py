@@ -14,13 +14,7 @@ SCHEMA += "markups-schema-v1.0.3.json#"
 
 
 def write_markups(path, lesions: Sequence[Mapping], affine, axial_axis: int) -> None:
-    """Write a markups file of 3D Slicer (.mrk.json): a region of interest (ROI) along the axes of the scan for each lesion.
-
-    Args:
-        path: of the file.
-        lesions: of `bundle.tasks.lesions.link_boxes`.
-        affine, axial_axis: see `lesion_axes`.
-    """
+    """Write a .mrk.json of 3D Slicer: for each lesion of `link_boxes` a region of interest (ROI) along `lesion_axes`."""
     orientation = lesion_axes(affine, axial_axis).ravel().round(9).tolist()
     markups = [_roi(lesion, orientation) for lesion in lesions]
     Path(path).write_text(json.dumps({"@schema": SCHEMA, "markups": markups}, indent=1) + "\n")
@@ -29,11 +23,8 @@ def write_markups(path, lesions: Sequence[Mapping], affine, axial_axis: int) -> 
 def lesion_axes(affine, axial_axis: int) -> np.ndarray:
     """Axes of the boxes of a scan's lesions: columns of a right-handed rotation (3, 3) in LPS.
 
-    They run along the two axes of the stored slice and across the slices. Of a tilted gantry it is the nearest rotation.
-
-    Args:
-        affine: (4, 4) from voxel index to RAS in mm.
-        axial_axis: the array axis across the slices.
+    They run along the two axes of the stored slice and across the slices, which `axial_axis` counts; `affine` (4, 4) leads
+    from voxel index to RAS in mm. Of a tilted gantry it is the nearest rotation.
     """
     in_plane = [axis for axis in range(3) if axis != axial_axis]
     axes = np.diag([-1, -1, 1]) @ np.asarray(affine, float)[:3, [*in_plane, axial_axis]]

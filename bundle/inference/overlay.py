@@ -17,17 +17,13 @@ LINE, MARGIN = 24, 16
 
 
 def draw_overlay(path, pixels, spacing, labels, boxes, scores, probabilities: Mapping | None, caption: str) -> None:
-    """Write a picture of a slice in radiological orientation with lesions, boxes with scores and class probabilities.
-
-    The rows of all arrays run to posterior, the columns to the patient's left, as in `bundle.data.volumes.Scan.read`.
+    """Write a picture of a slice, turned as by `Scan.read`, with lesions, boxes with scores and class probabilities.
 
     Args:
-        path: of the picture, a JPEG or what else the name says.
         pixels: (rows, columns) in [0, 1].
-        spacing: (row, column) in mm, for the proportion of the picture; None for square pixels.
+        spacing: (row, column) in mm; None for square pixels.
         labels: (rows, columns), 0 or 1 + segmentation class; None without segmentation.
-        boxes: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column.
-        scores: (N,).
+        boxes, scores: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column; (N,).
         probabilities: class to probability; None for no bars.
         caption: one line below, shortened if it is too long.
     """

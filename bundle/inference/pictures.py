@@ -21,23 +21,14 @@ QUALITY = 92  # of the JPEG that an overlay is drawn on
 
 
 class Pictures:
-    """Pictures of the slices of a scan, added one by one.
-
-    Attributes:
-        report: the page with those added so far.
-    """
+    """Pictures of the slices of a scan, added one by one, and `report`, the page with them."""
 
     def __init__(self, scan: Scan) -> None:
         self.scan, self.report = scan, Report(scan.spacing, len(scan))
         self.slices: list[tuple[bytes, bytes | None, np.ndarray, np.ndarray]] = []
 
     def add(self, view, row: Mapping) -> None:
-        """Add the next slice.
-
-        Args:
-            view: a `bundle.inference.results.SliceView`.
-            row: the slice in predictions.json.
-        """
+        """Add the next slice: its `bundle.inference.results.SliceView` and its row in predictions.json."""
         pixels, found = view.slice[0].numpy(), row.get("boxes", [])
         boxes = torch.tensor([box["box"] for box in found], dtype=torch.float32).reshape(-1, 4)
         boxes = move_boxes(boxes, torch.linalg.inv(view.slice.affine)).numpy()
@@ -50,13 +41,7 @@ class Pictures:
         self.slices.append((shown.getvalue(), labels, boxes, scores))
 
     def draw_overlays(self, folder: Path, rows: Sequence[Mapping], captions: Sequence[Sequence[str]]) -> None:
-        """Draw every slice with lesions, boxes and class probabilities, on all cores: NNNN.jpg in a new folder.
-
-        Args:
-            folder: that does not exist.
-            rows: the slices in predictions.json.
-            captions: parts of the line below each picture.
-        """
+        """Draw every slice on all cores, as NNNN.jpg in a new folder; `rows` of predictions.json, `captions` in parts."""
         folder.mkdir()
 
         def draw(picture: tuple, row: Mapping, caption: Sequence[str]) -> None:

@@ -33,12 +33,10 @@ class Model:
     """The network with everything around it, as configs/inference.json describes it: `Model.load().predict(scan)`.
 
     Args:
-        evaluator: of configs/inference.json, whose batches are single slices when an iteration is completed.
-        postprocessing: of a slice with its answers: `postprocessing` of the same.
+        evaluator, postprocessing: of configs/inference.json; batches are single slices when an iteration is completed.
         tasks: that are answered.
         novelty: distance from the training data, or None where that is not known.
-        name: see `model_name`.
-        fingerprint: text that stands for the weights and knobs, see `fingerprint`.
+        name, fingerprint: see `model_name` and `fingerprint`.
         keep_identifiers: write names and ids of DICOM headers into predictions.json.
     """
 
@@ -59,9 +57,7 @@ class Model:
 
     @classmethod
     def load(cls, checkpoint=None, config: Sequence = (), **knobs) -> Model:
-        """Make a model of weights, by configs/inference.json.
-
-        The state of the process (random numbers, logging, threads) stays as it is.
+        """Make a model of weights, by configs/inference.json; random numbers, logging and threads stay as they are.
 
         Args:
             checkpoint: path of weights; without one, those of this package.
@@ -108,8 +104,7 @@ class Model:
         """Run the evaluator over the slices of a scan; a thread beside it collects and draws the answers.
 
         Raises:
-            UserError: if a slice cannot be read, or if the files of the scan change meanwhile, perhaps as the cause of
-                another exception.
+            UserError: perhaps as the cause of another exception: a slice cannot be read, or the files change meanwhile.
         """
         collector, pictures, loader = Collector(scan, self.tasks, self.novelty), Pictures(scan), self.evaluator.data_loader
         loader.dataset.data = slices_of([scan])

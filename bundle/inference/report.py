@@ -34,9 +34,8 @@ REBUILT = (256, 80)
 class Report:
     """Collect the slices of a scan one by one, compressed at once, and write the page.
 
-    The rows of all arrays run to posterior, the columns to the patient's left, as in `bundle.data.volumes.Scan.read`. Slices
-    in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both are stored as
-    JPEG, so that the page shows approximate values.
+    Arrays are turned as by `Scan.read`. Slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest
+    to their highest value; both are stored as JPEG, so that the page shows approximate values.
 
     Args:
         spacing: mm between rows and between columns; None where that is not known.
@@ -60,16 +59,11 @@ class Report:
         scores: np.ndarray,
         intensity_range: tuple[float, float],
     ) -> None:
-        """Add the next slice.
+        """Add the next slice: `index` of the scan, `pixels` (rows, columns), in HU if `hounsfield`.
 
         Args:
-            index: of the slice in the scan.
-            pixels: (rows, columns), HU or any other unit.
-            hounsfield: whether they are HU.
-            labels: (rows, columns), 0 or 1 + segmentation class; None where nothing is segmented.
+            labels, boxes, scores: as in `draw_overlay`.
             reconstruction: (rows, columns) in [0, 1]; None without one.
-            boxes: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column.
-            scores: (N,).
             intensity_range: values of `pixels` that are 0 and 1 of the reconstruction.
         """
         codes, ends = _companded(pixels) if hounsfield else _stretched(pixels, intensity_range)
@@ -96,13 +90,7 @@ class Report:
             self.fineness += 1
 
     def write(self, path, prediction: Mapping, tasks: Sequence[Task]) -> None:
-        """Write the page.
-
-        Args:
-            path: of the HTML file.
-            prediction: content of predictions.json, its slices in the order in which they were added.
-            tasks: that were answered: each has a card on the page.
-        """
+        """Write the page of a predictions.json whose slices were added in its order; each task has a card."""
         environment = jinja2.Environment(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )

@@ -22,11 +22,11 @@ SAMPLES = "samples"  # of a batch
 
 
 class LoadScanSlice(Transform):
-    """Read slice `index` of `scan` as "image", and keep a copy of it as "slice": see `Scan.read`."""
+    """Read slice `index` of `scan` as "image" and, to be kept as it is, as "slice": see `Scan.read`."""
 
     def __call__(self, sample: dict) -> dict:
         image = sample[SCAN].read(sample[INDEX])
-        return {**sample, IMAGE: image, SLICE: image.clone()}
+        return {INDEX: sample[INDEX], IMAGE: image, SLICE: image.clone()}  # no scan, which a worker would send with each
 
 
 def slices_of(scans: Iterable[Scan]) -> list[dict]:

@@ -42,7 +42,7 @@ class Worklist:
 
     Args:
         source: file, folder or glob pattern; None for no scans.
-        output_dir: folder of the results.
+        output_dir: of the results.
 
     Attributes:
         scans: of this process, done or not.

@@ -66,13 +66,8 @@ def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path
 def face_config(source: str, part: str, configs: Sequence = ()) -> dict:
     """Config of a face: one of the bundle's, overlays, then what configs/monailabel/faces.json changes; no id without use.
 
-    MONAI Label needs under `preprocessing`, `postprocessing` and `inferer` what is done to a volume. What is done to a slice
-    is called slice_preprocessing and so on there.
-
-    Args:
-        source: inference or train.
-        part: of faces.json: a task or train.
-        configs: overlays.
+    MONAI Label needs under `preprocessing`, `postprocessing` and `inferer` what is done to a volume; what is done to a slice
+    is called slice_preprocessing and so on there. `source` is inference or train, `part` of faces.json a task or train.
     """
     config = merge_overlays(ROOT / f"configs/{source}.json", configs)
     changes = json.loads((ROOT / "configs/monailabel/faces.json").read_text())
@@ -95,12 +90,7 @@ def face_config(source: str, part: str, configs: Sequence = ()) -> dict:
 
 
 def face_metadata(task: str, model: Mapping) -> dict:
-    """metadata.json of a face: configs/metadata.json, with the format of a volume and its answer as MONAI Label reads it.
-
-    Args:
-        task: of the face.
-        model: of `read_model`.
-    """
+    """metadata.json of a face: configs/metadata.json, with the format of a volume and its answer as MONAI Label reads it."""
     names = {
         SEGMENTATION: ["background", *model["segmentation_classes"]],
         CLASSIFICATION: model["classes"],

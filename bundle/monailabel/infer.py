@@ -40,8 +40,8 @@ class VolumeInferer(Inferer):
 
     Args:
         model: whose tasks are answered; its evaluator gets that network.
-        monte_carlo: keep the network's dropout on. MONAI's DataLoader resets torch's random numbers whenever one is made, unless
-            it has a generator of its own, as in faces.json.
+        monte_carlo: keep the network's dropout on. MONAI's DataLoader resets torch's random numbers whenever one is made,
+            unless it has a generator of its own, as in faces.json.
     """
 
     def __init__(self, model: Model, monte_carlo: bool = False) -> None:

@@ -30,14 +30,11 @@ class VolumeSlice(NamedTuple):
 
 
 def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
-    """Records of the slices of a labelled volume to train on.
+    """Records, as in a datalist with `VolumeSlice` for paths, of the slices of a labelled volume to train on.
 
     Args:
         volume: {"image", "label"}, paths of files on one grid.
         limit: the most slices; at most half of them with lesion, so that those without are learnt too, evenly spaced.
-
-    Returns:
-        Records as in a datalist, with a `VolumeSlice` for a path.
 
     Raises:
         UserError: naming the files, if they cannot be read, or differ in size or in the places of their slices.
