@@ -77,8 +77,8 @@ def _record(row: Mapping, known: Known | None, place: str, folder: Path, export:
     try:
         row = row | (known.fields(row) if known else {})
         record = {IMPLIED: known.implied(row)} if known else {}
-    except ValueError as error:
-        raise UserError(f"{place}: {error}, expected the table of {known.source}") from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{place}: found {type(error).__name__} {error}, expected the table of {known.source}") from None
     cells = {field: next(filter(None, map(row.get, names)), "") for field, names in COLUMNS.items()}
     files = {field: folder / cells[field].replace("\\", "/") for field in (IMAGE, MASK, OBJECTS, INSTANCES)}
     if not cells[IMAGE]:

@@ -87,8 +87,11 @@ def test_public_data_sets(public, merged, name, row, annotated, with_implied, im
 
 
 def test_a_damaged_cell_of_a_public_data_set_is_named(public, merged):
-    with pytest.raises(UserError, match="line 2: could not convert string to float: 'x', expected the table of covid_volumes"):
+    with pytest.raises(UserError, match="line 2: found ValueError could not .*: 'x', expected the table of covid_volumes"):
         merged(public("covid_volumes", "a.png,m.png,p,c_1,x,d,train"))
+    folder = public("mosmed_slices", "a.png,other,CT-0,s1,train,x")
+    with pytest.raises(UserError, match="line 2: found KeyError 'official_split', expected the table of medseg_covid19"):
+        merged(f"medseg_covid19_official={folder}")
 
 
 def test_a_table_of_ones_own_may_share_a_column_with_a_public_one(table, merged):
