@@ -383,13 +383,23 @@ def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
 
 
 def _by_acquisition(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Where slices lie at the same place: by the first attribute that tells most of them apart."""
+    """Where slices lie at the same place or stacks overlap: by the first attribute that tells most of them apart."""
     repeated = _repeated(frames)
-    for field in ("acquisition", "thickness", "image_type") if repeated else ():
+    for field in ("acquisition", "thickness", "image_type"):
         parts = _divide(frames, attrgetter(field))
-        if len(parts) > 1 and min(map(len, parts)) > 1 and sum(map(_repeated, parts)) < repeated / 2:
-            return parts
+        if len(parts) > 1 and min(map(len, parts)) > 1:
+            if sum(map(_repeated, parts)) < repeated / 2 or not repeated and _overlap(parts):
+                return parts
     return [list(frames)]
+
+
+def _overlap(parts: Sequence[Sequence[Frame]]) -> bool:
+    """Whether these are stacks that make none together, and half of one lies in another: slabs overlap by less."""
+    if not all(map(_is_stack, parts)) or _is_stack([frame for part in parts for frame in part]):
+        return False
+    ends = sorted((min(heights), max(heights)) for heights in ([frame.height for frame in part] for part in parts))
+    pairs = zip(ends, ends[1:])
+    return any(2 * (min(top, high) - low) > min(top - bottom, high - low) for (bottom, top), (low, high) in pairs)
 
 
 def _repeated(frames: Sequence[Frame]) -> int:

@@ -79,6 +79,19 @@ def test_two_scans_in_one_folder_stay_two(tmp_path, series):
     assert failures == [] and [len(scan) for scan in scans] == expected and len({scan.name for scan in scans}) == 2
 
 
+@pytest.mark.parametrize("tags", [{"AcquisitionNumber": 2}, {"SliceThickness": 1}])
+@pytest.mark.parametrize(("up", "lengths"), [(2, [10, 10]), (2.5, [20]), (42, [20]), (52, [20])])
+def test_two_stacks_are_two_scans_unless_they_interleave_evenly_or_hardly_overlap(tmp_path, tags, up, lengths):
+    dicoms(tmp_path / "in")
+
+    def lift(dataset, z):
+        dataset.ImagePositionPatient = [-140, -123, -1000 + 5 * z + up]
+
+    dicoms(tmp_path / "in", lift, name="other {}", **tags)
+    scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and [len(scan) for scan in scans] == lengths
+
+
 @pytest.mark.parametrize("tags", [{"SliceThickness": 10}, {"SliceThickness": 5}, {"SliceThickness": None}])
 def test_a_monitored_slice_without_times_is_no_scan(tmp_path, tags):
     dicoms(tmp_path / "in")
