@@ -68,7 +68,6 @@ def make_slice(
     """Draw one slice as radiologists see it: the patient's right on the left of the picture, the spine below.
 
     Args:
-        rng: source of everything random.
         size: rows and columns in pixels, at least 64.
         label: 0 normal, 1 COVID-19 (hazy opacities in both lungs), 2 lung cancer (one to three nodules of 20 to 40 mm).
         patient: of `make_patient` with the same size; drawn where there is none.
@@ -174,8 +173,6 @@ def make_phantom(
         folder: to make, with datalist.json, images (NIfTI in HU), masks and instances (PNG).
         size: rows and columns of the slices.
         groups: number of patients for training, validation and test, at least 3 each.
-        slices_per_group: slices of a patient.
-        seed: of everything random.
 
     Raises:
         UserError: if an argument is out of range, or the folder holds something else.

@@ -448,7 +448,7 @@ def study_of(frame: Frame) -> tuple[str, str]:
 
 
 def study_of_header(path, header: pydicom.Dataset) -> tuple[str, str]:
-    """`study_of` for a file that has no frame."""
+    """The same for a file that has no frame."""
     return _text(header, "PatientID", "PatientName"), _text(header, "StudyInstanceUID") or os.path.dirname(path)
 
 

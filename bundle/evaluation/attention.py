@@ -41,9 +41,7 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
     """Draw Grad-CAM of the predicted class for the first slices of each class, and average it over all slices.
 
     Args:
-        network: with its weights.
         batches: of `bundle.data.batch.collate`.
-        classes: names.
         path: of the PNG, a row for each class. Beside it, NAME_mean.png shows the mean heat of each class, and the outline
             of where at least half of its slices have lung, without any image.
         columns: slices drawn of each class.
@@ -51,9 +49,6 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
     Returns:
         class name -> {"slices", "heat_in_lung", "lung"}: number, and the mean shares of the heat and of the picture (which
         evenly spread heat would have) that lie in the lungs. Slices without a lung or without heat do not count.
-
-    Raises:
-        UserError: if the network has no classification, or no slice is annotated with a class.
     """
     if CLASSIFICATION not in network.heads:
         raise UserError(f"tasks: found {', '.join(network.heads)}, expected {CLASSIFICATION} among them for Grad-CAM")

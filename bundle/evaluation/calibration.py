@@ -37,9 +37,6 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) 
 
     Returns:
         The temperature: above 1 if the network was too sure.
-
-    Raises:
-        UserError: if the network has no classification, no slice is annotated for it, or no temperature fits.
     """
     if CLASSIFICATION not in network.heads:
         raise UserError(f"tasks: found {', '.join(network.heads)}, expected {CLASSIFICATION} among them to calibrate it")

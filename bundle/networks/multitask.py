@@ -76,9 +76,6 @@ class MultiTaskNet(nn.Module):
 
         Returns:
             By task, what its head gives (see `bundle.tasks`), and in evaluation mode `EMBEDDING`: see `embed`.
-
-        Raises:
-            UserError: if the channels or the size of the image do not fit, naming the nearest size that does.
         """
         self._check(tuple(image.shape))
         features, output = self.encoder(image), {}

@@ -87,7 +87,6 @@ class Study:
         Every configuration is checked before the first run begins. The first seed of all experiments comes before the second.
 
         Args:
-            experiments: what to run.
             jobs: runs at a time, each in a process with its share of the threads.
             arms: patterns of names, such as "covid_ct*"; other arms are not run.
 

@@ -28,9 +28,6 @@ def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) 
         of the hull in LPS; "size_mm" of the hull along the two axes of the stored slice and across the slices; "volume_ml",
         area of the instance masks times slice thickness; "score", the highest; "boxes" [{"slice", "box", "score"}]}.
         Values in mm and mL are None where the scan has no geometry.
-
-    Raises:
-        UserError: if `min_iou` is out of range.
     """
     if not 0 < min_iou <= 1:
         raise UserError(f"link_iou: found {min_iou}, expected a number above 0 and up to 1")

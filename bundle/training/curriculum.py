@@ -44,8 +44,7 @@ def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> Non
         config_dir: folder of train.json, evaluate.json, metadata.json and logging.conf; that of the workflow by default.
 
     Raises:
-        UserError: if `tasks` was changed, a stage has no tasks or an unknown id, or was begun with another configuration.
-        UserError: of `bundle.training.run_folder`, if the folder is in use or holds files of the user.
+        UserError: for stages that cannot be trained, see `_stage_configs`, or of `bundle.training.run_folder`.
     """
     folder, config_dir = Path(output_dir), Path(config_dir or workflow.config_root_path)
     configs = _stage_configs(workflow, folder, config_dir)

@@ -34,11 +34,8 @@ def open_run(output_dir, config: Mapping, resume: bool = True, init_checkpoint=N
     The first of several processes does all this, and the others wait. `close_run` ends it.
 
     Args:
-        output_dir: folder of the run, made if missing.
         config: raw configuration, see `bundle.config.raw_config`.
         resume: go on from the folder's last checkpoint if there is one; False removes the files of the manifest first.
-        init_checkpoint: weights that the run starts from.
-        datalist: file of the records.
 
     Raises:
         UserError: if another training writes to the folder, its run has another configuration, a file of the user would be

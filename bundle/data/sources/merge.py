@@ -122,10 +122,9 @@ def merge(
         arguments: of `find_layouts`.
         output_dir: made if missing; paths in the datalist are relative to it.
         classes: names of the classes 0, 1, 2 …; a layout's classes are found in them by name.
-        seed: of the draw.
         implied: add what annotations of the training split imply for other tasks (`bundle.data.sources.known`); the datalist
             counts it under "implied", source -> field -> slices.
-        categories: of COCO files.
+        categories: of COCO files that are read.
 
     Raises:
         UserError: in one line, if no folder can be read; of a single one, why.
