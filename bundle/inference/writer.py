@@ -104,6 +104,10 @@ def replacing_folder(place: Path) -> Iterator[Path]:
         if place.exists():  # moved away as a whole: a process killed while it removes the files would leave some
             os.replace(place, old)
         os.replace(new, place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            os.replace(old, place)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

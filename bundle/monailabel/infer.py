@@ -84,11 +84,12 @@ class SegmentationInferer(VolumeInferer):
 
         Returns:
             One dictionary: "pred" (1, X, Y, Z) uint8, 0 or the number of the lesion class (1 + channel), on the grid of the
-            volume; "result", the entries of predictions.json. Under Monte-Carlo dropout "pred" is float32 (channels, X, Y,
+            volume; "result", entries of predictions.json. Under Monte-Carlo dropout "pred" is float32 (channels, X, Y,
             Z), probabilities of lesion, and "result" is empty.
         """
         found = self.predict(inputs, network)
-        volumes, result = [found.volumes["mask"].voxels()], {task.name: found.entries[task.name] for task in self.model.tasks}
+        result = {task.name: found.entries[task.name] for task in self.model.tasks} | {"warnings": found.warnings}
+        volumes = [found.volumes["mask"].voxels()]
         if self.monte_carlo:
             kinds = [kind for kind in found.volumes if kind.startswith("probability")]
             volumes, result = [found.volumes[kind].voxels() / np.float32(255) for kind in kinds], {}

@@ -53,6 +53,23 @@ def picture(tmp_path):
     return tmp_path / "in/a.png"
 
 
+def test_older_results_come_back_if_new_ones_cannot_take_their_place(picture, tmp_path, monkeypatch):
+    worklist, calls, replace = Worklist(picture, tmp_path / "out"), [], os.replace
+    write_results(worklist, worklist.scans[0], model="older")
+
+    def refuse_the_second(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise PermissionError(13, "Permission denied")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", refuse_the_second)
+    write_results(worklist, worklist.scans[0], model="newer")
+    assert "cannot be written (Permission denied)" in worklist.failures[0]["reason"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+    assert json.loads((tmp_path / "out/a.png/predictions.json").read_text())["model"] == "older"
+
+
 def test_results_take_the_place_of_older_ones_whole(picture, tmp_path, monkeypatch):
     for run in ("one", "two"):
         worklist = Worklist(picture, tmp_path / "out")
