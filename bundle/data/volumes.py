@@ -565,7 +565,7 @@ def _series_names(groups: Sequence[Sequence[Frame]], root: Path) -> list[str]:
         spacing = first.spacing and tuple(np.round(first.spacing, 3).tolist())
         levels = [(first.series, first.size, turn), (first.series, first.size, turn, spacing)]
         levels.append((*levels[1], first.study, first.frame_of_reference, first.kernel))
-        levels.append((*levels[2], first.patient, first.acquisition, first.thickness, first.image_type))
+        levels.append((*levels[2], first.patient, first.acquisition, first.thickness, first.image_type, first.unknown))
         levels.append((*levels[3], first.instance))
         keys.append([(folder, level) for level in levels])
     counts = Counter(key for levels in keys for key in levels)
