@@ -39,14 +39,15 @@ def replacing(path) -> Iterator[Path]:
         list_file(path)
         os.replace(temporary, path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         if temporary is not None:
             with suppress(OSError):  # of a disk that has gone away: the first error says more
                 temporary.unlink(missing_ok=True)
 
 
-def _unwritable(path, error: OSError) -> UserError:
+def unwritable(path, error: OSError) -> UserError:
+    """What a user reads of a file or folder that cannot be written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error}); check the disk and its permissions")
 
 
@@ -68,7 +69,7 @@ def locked(folder) -> Iterator[None]:
             who = holder.read_text(encoding="utf-8")
         raise UserError(f"{folder}: in use by {who}; wait for its end, or set another folder") from None
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     try:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", holder)

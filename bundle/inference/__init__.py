@@ -8,27 +8,10 @@ from bundle.inference.predict import Model, predict_scans
 from bundle.inference.results import Result
 from bundle.inference.slices import AnswersToSlice, LoadScanSlice, ReadAhead, SplitBatch, collate, slices_of
 from bundle.inference.worklist import Worklist, fingerprint
-from bundle.inference.writer import write_result
 from bundle.networks import read_novelty
 
-__all__ = [
-    "AnswersToSlice",
-    "FlipInferer",
-    "LoadScanSlice",
-    "Model",
-    "ReadAhead",
-    "Result",
-    "SplitBatch",
-    "Worklist",
-    "accelerate",
-    "collate",
-    "fingerprint",
-    "model_name",
-    "predict_scans",
-    "read_novelty",
-    "slices_of",
-    "write_result",
-]
+__all__ = ["AnswersToSlice", "FlipInferer", "LoadScanSlice", "Model", "ReadAhead", "Result", "SplitBatch", "Worklist"]
+__all__ += ["accelerate", "collate", "fingerprint", "model_name", "predict_scans", "read_novelty", "slices_of"]
 
 
 def model_name(checkpoint) -> dict[str, str]:

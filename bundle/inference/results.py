@@ -84,7 +84,7 @@ class Result:
         Raises:
             UserError: if the folder holds something else, or cannot be written.
         """
-        from bundle.inference.writer import save_result  # brings what draws and writes, which takes a second to import
+        from bundle.inference.writer import save_result  # which imports this module
 
         save_result(self, folder)
 

@@ -21,7 +21,7 @@ import bundle
 from bundle import files
 from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError, user_message
-from bundle.files import file_hash, text_hash, write_table
+from bundle.files import file_hash, text_hash, unwritable, write_table
 from bundle.inference.writer import PREDICTIONS, UNFINISHED, check_place, read_prediction, replacing_folder
 from bundle.tasks import Task
 
@@ -114,8 +114,7 @@ class Worklist:
         """Record in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
         row = {"scan": scan.name, "reason": user_message(error)}
         if row["reason"] is None and isinstance(error, OSError) and error.strerror:
-            place = self.folder / scan.name
-            row["reason"] = f"{place}: cannot be written ({error.strerror}); check the disk and its permissions"
+            row["reason"] = str(unwritable(self.folder / scan.name, error))
         elif row["reason"] is None:
             cause = error
             while cause.__cause__ is not None:  # MONAI wraps what a transform raises

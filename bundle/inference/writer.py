@@ -14,6 +14,7 @@ from pathlib import Path
 from bundle.data.series import read_header
 from bundle.data.volumes import Scan
 from bundle.errors import UserError
+from bundle.files import unwritable
 from bundle.inference.markups import write_markups
 from bundle.inference.results import Result
 
@@ -35,7 +36,7 @@ def save_result(result: Result, folder) -> None:
         with replacing_folder(folder) as new:
             write_result(result, new)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); check the disk and its permissions") from error
+        raise unwritable(folder, error) from error
 
 
 def write_result(result: Result, folder: Path) -> None:

@@ -7,15 +7,5 @@ from bundle.monailabel.faces import FACES, make_faces
 from bundle.monailabel.infer import ClassificationInferer, LesionDetector, LoadVolumed, SegmentationInferer, TakeAnswerd
 from bundle.monailabel.train import LoadVolumeSliced, VolumeDataset, publish
 
-__all__ = [
-    "FACES",
-    "ClassificationInferer",
-    "LesionDetector",
-    "LoadVolumeSliced",
-    "LoadVolumed",
-    "SegmentationInferer",
-    "TakeAnswerd",
-    "VolumeDataset",
-    "make_faces",
-    "publish",
-]
+__all__ = ["FACES", "ClassificationInferer", "LesionDetector", "LoadVolumeSliced", "LoadVolumed", "SegmentationInferer"]
+__all__ += ["TakeAnswerd", "VolumeDataset", "make_faces", "publish"]
