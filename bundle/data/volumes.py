@@ -270,7 +270,7 @@ class NiftiScan(Scan):
         return plane * np.float32(slope) + np.float32(intercept)
 
     def _open(self) -> tuple:
-        """Stored values, slope and intercept. A compressed file whose planes lie one after the other is read plane by plane."""
+        """Stored values, slope and intercept. A compressed file of planes one after the other is read plane by plane."""
         data = (self._image or _load_nifti(self.path)).dataobj
         if not nibabel.is_proxy(data):
             return data.reshape(self.shape), 1, 0
