@@ -1,4 +1,4 @@
-"""Ratios measured in one run: what sharing one encoder saves, what the engine costs, how fast the data pipeline is.
+"""Ratios measured in one run: what sharing one encoder saves, what the engine and the parts of a step cost, how fast the data are.
 
 With --scan instead: how fast the backends of prediction are, and how far their answers agree. The absolute times of a machine
 vary from minute to minute; so what is compared runs in turns, and a ratio is the median over the turns.
@@ -29,6 +29,7 @@ from bundle.data.volumes import find_scans
 from bundle.errors import UserError, exit_in_one_line
 from bundle.data.batch import prepare_batch
 from bundle.training.run_folder import environment
+from bundle.training.loss import MultiTaskLoss
 from bundle.training.trainer import MultiTaskTrainer, loss_terms
 from bundle.inference.backends import PACKAGES, accelerate, one_by_one, run_onnxruntime
 from bundle.inference.slices import collate, slices_of
@@ -38,6 +39,7 @@ from bundle.names import DETECTION, IMAGE, TASKS
 CONFIGS = Path(__file__).parents[1] / "configs"
 TORCH, ALONE = "torch", "torch, one by one"  # rows of the comparison of backends
 WARM_UP = 2  # turns that are not counted
+LAYOUTS = ("contiguous_format", "channels_last")  # of torch
 
 
 def open_config(files: Sequence[str], **entries) -> ConfigParser:
@@ -141,6 +143,37 @@ def training_step(parser: ConfigParser, turns: int) -> dict:
         "ratio": median(ours / plain for ours, plain in pairs),
         "loss_difference": max(differences),
     }
+
+
+def step_parts(parser: ConfigParser, turns: int) -> dict[str, dict[str, float]]:
+    """Forward and backward pass of one training batch by part, with weights in both memory layouts, in turns.
+
+    Returns:
+        By layout: seconds of the encoder, and of the head and loss of each task, without the encoder below it.
+    """
+    trainer: MultiTaskTrainer = parser.get_parsed_content("train::trainer")
+    image, label, _, arguments = prepare_batch(next(iter(trainer.data_loader)), trainer.state.device)
+    network, tasks = deepcopy(trainer.network).train(), {task.name: task for task in trainer.loss_function.tasks}
+    heads = network.heads
+    taken = {layout: {part: [] for part in ("encoder", *tasks)} for layout in LAYOUTS}
+    for _ in range(1 + turns):
+        for layout, parts in taken.items():
+            network.heads = heads
+            network.to(memory_format=getattr(torch, layout))
+            for part, seconds in parts.items():
+                kept = [part] if part in tasks else []
+                network.heads = torch.nn.ModuleDict({name: heads[name] for name in kept})
+                begin = timer()
+                if kept:
+                    MultiTaskLoss([tasks[part]])(network(image, **arguments), label).backward()
+                else:
+                    sum(feature.mean() for feature in network.encoder(image)).backward()
+                seconds.append(timer() - begin)
+                network.zero_grad()
+    medians = {layout: {part: median(values[1:]) for part, values in parts.items()} for layout, parts in taken.items()}
+    for parts in medians.values():
+        parts.update({name: parts[name] - parts["encoder"] for name in tasks})
+    return medians
 
 
 def data_pipeline(parser: ConfigParser, turns: int) -> float:
@@ -255,11 +288,13 @@ def _differences(answers: Mapping, expected: Mapping) -> Iterator[tuple[str, flo
 
 
 def report(parser: ConfigParser, turns: int) -> str:
-    """All three measurements as text: machine and configuration, then a line for each ratio with its parts and goal."""
+    """All measurements as text: machine and configuration, then a line for each ratio with its parts and goal."""
     get = parser.get_parsed_content
     shared, step, samples = sharing(parser, turns), training_step(parser, turns), data_pipeline(parser, max(1, turns // 4))
     size, batch_size = get("image_size"), get("batch_size")
     times, parameters = shared["seconds"], shared["parameters"]
+    parts = step_parts(parser, max(1, turns // 4))
+    totals = {layout: sum(seconds.values()) for layout, seconds in parts.items()}
     rate = batch_size / step["seconds"]["trainer"]
     lines = [
         _machine(get("device")),
@@ -277,6 +312,10 @@ def report(parser: ConfigParser, turns: int) -> str:
         f"losses differ by {step['loss_difference']:.1g})",
         f"data pipeline : training, samples per second             {samples / rate:7.1f}  (goal: at least 5; "
         f"{samples:.1f} : {rate:.2f})",
+        "",
+        f"{'part of a step':16}" + "".join(f"{layout:>19}" for layout in LAYOUTS) + "   seconds, forward and backward",
+        *(f"{part:16}" + "".join(f"{parts[layout][part]:19.3f}" for layout in LAYOUTS) for part in parts[LAYOUTS[0]]),
+        f"channels_last : contiguous_format                        {totals[LAYOUTS[1]] / totals[LAYOUTS[0]]:7.2f}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bundle.names import TASKS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,6 +29,8 @@ def test_benchmark_prints_three_ratios_from_any_directory(phantom_dir, tmp_path)
         "data pipeline : training, samples per second",
     ]
     assert all(float(line.split("(goal")[0].split()[-1]) > 0 for line in lines)
+    parts = done.stdout[done.stdout.index("part of a step") :]
+    assert all(f"\n{part} " in parts for part in ("encoder", *TASKS)) and "channels_last : contiguous_format" in parts
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
