@@ -66,6 +66,7 @@ def predict(source, output_dir, network=None, **knobs):
     workflow = ConfigWorkflow(str(ROOT / "configs/inference.json"), logging_file=False, **config)
     workflow.parser["model"] = "$bundle.tasks.read_model(None, @network_knobs)"
     workflow.parser["run"] = workflow.parser["run"][1:]  # no weights to load
+    workflow.parser["predictor"]["novelty"] = None  # the reference that is shipped is of other weights
     workflow.parser["network"] = "$@stand_in.to(@device)"
     workflow.parser["stand_in"] = network or Bright()
     workflow.initialize()
