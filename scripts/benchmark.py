@@ -1,4 +1,4 @@
-"""Ratios measured in one run: what sharing one encoder saves, what the engine and the parts of a step cost, how fast the data are.
+"""Ratios measured in one run: what sharing an encoder saves, what the engine and the parts of a step cost, how fast the data are.
 
 With --scan instead: how fast the backends of prediction are, and how far their answers agree. The absolute times of a machine
 vary from minute to minute; so what is compared runs in turns, and a ratio is the median over the turns.
@@ -65,7 +65,7 @@ def sharing(parser: ConfigParser, turns: int) -> dict:
     """
     definition = parser.get_parsed_content("network_def", instantiate=False)
     parser.ref_resolver.remove_resolved_content("network_def")  # it is to be instantiated for whoever asks next
-    device, size = parser.get_parsed_content("device"), parser.get_parsed_content("image_size")
+    device, size = parser.get_parsed_content("device"), parser.get_parsed_content("model")["image_size"]
     networks = {"all tasks": definition.instantiate(tasks=TASKS).to(device).eval()}
     weights = networks["all tasks"].state_dict()
     for task in TASKS:
@@ -206,7 +206,7 @@ def backends(parser: ConfigParser, turns: int, exported: Sequence[str] = ()) -> 
     network = get("multitask_net").eval()
     if get("checkpoint"):
         load_weights(network, get("checkpoint"), strict=True)
-    images = _slices(get("input"), get("output_dir"), get("preprocessing"), get("image_size"))
+    images = _slices(get("input"), get("output_dir"), get("preprocessing"), get("model")["image_size"])
     rows = {TORCH: network, ALONE: partial(one_by_one, network)}
     rows |= {backend: accelerate(network, backend) for backend in PACKAGES if backend != TORCH}
     rows |= {Path(path).name: read_exported(path, list(network.heads)) for path in exported}
@@ -291,14 +291,14 @@ def report(parser: ConfigParser, turns: int) -> str:
     """All measurements as text: machine and configuration, then a line for each ratio with its parts and goal."""
     get = parser.get_parsed_content
     shared, step, samples = sharing(parser, turns), training_step(parser, turns), data_pipeline(parser, max(1, turns // 4))
-    size, batch_size = get("image_size"), get("batch_size")
+    size, batch_size = get("model")["image_size"], get("batch_size")
     times, parameters = shared["seconds"], shared["parameters"]
     parts = step_parts(parser, max(1, turns // 4))
     totals = {layout: sum(seconds.values()) for layout, seconds in parts.items()}
     rate = batch_size / step["seconds"]["trainer"]
     lines = [
         _machine(get("device")),
-        f"{get('backbone')}, {size} x {size} pixels, {len(get('train::data'))} training records, seed {get('seed')}, "
+        f"{get('model')['backbone']}, {size} x {size} pixels, {len(get('train::data'))} training records, seed {get('seed')}, "
         f"median of {turns} turns",
         "",
         f"{'network':16}{'s per image':>12}{'parameters':>12}",
@@ -323,12 +323,12 @@ def report(parser: ConfigParser, turns: int) -> str:
 def report_backends(parser: ConfigParser, turns: int, exported: Sequence[str] = ()) -> str:
     """The measurement of `backends` as text: machine and configuration, speed, and agreement with torch."""
     get, measured = parser.get_parsed_content, backends(parser, turns, exported)
-    size, batch_size, difference = get("image_size"), get("batch_size"), measured["difference"]
+    size, batch_size, difference = get("model")["image_size"], get("batch_size"), measured["difference"]
     weights = Path(get("checkpoint")).name if get("checkpoint") else "random weights"
     heading = "slices/s   torch : it   torch one by one : it   s of first call"
     lines = [
         f"{_machine(get('device'))}; {', '.join(f'{name} {version(name)}' for name in PACKAGES if name != TORCH)}",
-        f"{get('backbone')}, {weights}, {size} x {size} pixels, batch of {batch_size}, "
+        f"{get('model')['backbone']}, {weights}, {size} x {size} pixels, batch of {batch_size}, "
         f"{measured['detections']:.1f} detections in a slice, median of {turns} turns",
         "",
         f"{'backend':20}{heading}",
