@@ -428,7 +428,7 @@ def _is_numbered(frames: Sequence[Frame]) -> bool:
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
-    """Drop what is no scan beside a scan of its study (`_extra`): the scans, and by study the numbers of what was dropped."""
+    """Drop localizers and similar extras (`_extra`) of a study with a scan: the scans left, and by study what was dropped."""
     kept, left_out = [], defaultdict(Counter)
     for study in _divide(groups, lambda group: study_of(group[0])):
         scans = [group for group in study if not _extra(group, 0)]

@@ -207,7 +207,7 @@ class Scan:
 
 def _turn_to_view(affine: np.ndarray) -> np.ndarray:
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise UserError("found an affine that is no map to space")
+        raise UserError("found an affine that does not map to space")
     return orientations.ornt_transform(nibabel.io_orientation(affine), orientations.axcodes2ornt("PLS")).astype(int)
 
 
@@ -446,8 +446,8 @@ def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
     """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches; only headers are read.
 
     Images are files with an extension of `EXTENSIONS`, and DICOM and NIfTI files of any name; hidden files and links to
-    folders are skipped. What is no axial image is excluded, as is what `series.drop_extras` names; the warnings of the
-    other scans of the study list it.
+    folders are skipped. Images that are not axial and the extras of `series.drop_extras` are excluded; the warnings of the
+    other scans of the study list them.
 
     Args:
         source: file, folder or pattern with * ? or [.
@@ -523,7 +523,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[Frame]:
-    """Frames of a DICOM file; none of one that is no axial image, which is counted under its study."""
+    """Frames of a DICOM file; none if it is not an axial image: such files are counted by study."""
     with no_warnings():
         header = series.read_header(path)
         reason = series.exclusion_reason(header)

@@ -45,7 +45,7 @@ def test_what_is_no_pyramid_is_refused_in_one_line(backbone, message):
 
 
 def vgg(backbone):
-    """State_dict as torchvision's, but for the biggest layers of the classifier, which play no part."""
+    """State_dict with torchvision's keys, without the two largest layers of its classifier, which the encoder ignores."""
     layers = make_layers(cfgs["B"], batch_norm=backbone == "vgg13_bn")
     return {**layers.state_dict(prefix="features."), "classifier.6.bias": torch.zeros(1000)}
 
