@@ -1,7 +1,6 @@
 """Fixtures that every test may use: the real data where they are, and a small phantom data set."""
 
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,6 @@ from monai.bundle import ConfigParser
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from bundle.data.phantom import make_phantom
-
-
-@pytest.fixture(autouse=True)
-def leave_no_signal_handler():
-    """Put the handler of SIGCHLD back: a data loader with workers leaves PyTorch's own, which later tests run commands under."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, handler)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -166,13 +167,19 @@ def run_onnxruntime(path: str, threads: int) -> Callable[[np.ndarray], list[np.n
     return lambda array: session.run(None, {argument.name: array})
 
 
-def _openvino(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+@cache
+def _openvino_core():
+    """The one core of this process: each gives its thread a stack for signals, and freeing two in turn brings back a freed stack."""
     import openvino
 
+    return openvino.Core()
+
+
+def _openvino(path: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",  # the default is bf16 where the processor has it
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",  # one request at a time
     }
-    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    request = _openvino_core().compile_model(path, "CPU", settings).create_infer_request()
     return lambda array: list(request.infer([array], share_inputs=True).to_tuple())

@@ -1,6 +1,8 @@
 """The other backends answer as torch does, from the weights of the moment, and say in one line what they cannot do."""
 
 import importlib.util
+import os
+import signal
 
 import pytest
 import torch
@@ -92,6 +94,18 @@ def test_openvino_keeps_float32():
         found = Exported(layer, image, "openvino")(image)
         exact = layer(image)  # its weights went through bf16
     assert (found - exact).abs().max() < rounding / 100
+
+
+def test_signals_arrive_after_openvino_models_were_freed():
+    """A child, as the fault is a SIGSEGV: OpenVINO's stack for signals had been freed, and Python's handlers run on it."""
+    models = [Exported(nn.Linear(3, 2), torch.zeros(2, 3), "openvino") for _ in range(2)]
+    while models:
+        models.pop(0)
+    if not (child := os.fork()):
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        signal.raise_signal(signal.SIGUSR1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_number_of_rows_is_free():
