@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -18,14 +18,16 @@ from operator import attrgetter
 import numpy as np
 import pydicom
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pydicom.uid import MediaStorageDirectoryStorage
 from scipy import ndimage
 
 from bundle.errors import UserError
 
-# Fields of a frame that are the text of a tag, and what else is looked at of a header: a whole one takes 50 KB of memory.
+# Fields of a frame that are the text of a tag.
 TEXTS = {
+    "patient_id": "PatientID",
+    "patient_name": "PatientName",
     "study": "StudyInstanceUID",
     "series": "SeriesInstanceUID",
     "instance": "SOPInstanceUID",
@@ -36,20 +38,26 @@ TEXTS = {
     "modality": "Modality",
     "photometric": "PhotometricInterpretation",
 }
-TAGS = (*TEXTS.values(), "PatientID", "PatientName", "AcquisitionNumber", "TemporalPositionIdentifier", "AcquisitionTime")
-TAGS += ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PixelRepresentation", "BitsAllocated", "BitsStored")
-TAGS += ("InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope")
-TAGS += ("RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence")
-TAGS += ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+# What may tell the images of one place apart: the phases of a heart or of contrast, two energies, series that were merged.
+MARKS = ("AcquisitionNumber", "TemporalPositionIdentifier", "SeriesNumber", "SeriesDescription", "KVP", "TriggerTime")
+MARKS += ("TemporalPositionIndex", "FrameAcquisitionNumber", "NominalPercentageOfCardiacPhase", "StackID")
+# What is looked at of a header, since a whole one takes 50 KB of memory.
+TAGS = (*TEXTS.values(), *MARKS, "AcquisitionTime", "ContentTime", "SharedFunctionalGroupsSequence")
+TAGS += ("PerFrameFunctionalGroupsSequence", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PixelRepresentation")
+TAGS += ("BitsAllocated", "BitsStored", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+TAGS += ("SliceThickness", "RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit")
+TAGS += ("ModalityLUTSequence",)
 
-LOCALIZERS, DIRECTORY = "localizers", "a directory of files (DICOMDIR)"
+LOCALIZERS, DIRECTORY, NOT_AXIAL = "localizers", "a directory of files (DICOMDIR)", "images that are not axial"
 NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
 GREY = ("MONOCHROME1", "MONOCHROME2", "")
 AIR, TOO_DENSE = -1024, 30000  # HU: of air, and from where on a value around the field of view is padding that no tag names
+SAME_PLACE = 0.01  # mm: slices that are nearer show one place
 MANY = 10  # slices: from here on a series is a scan even if its positions say nothing
 BOLUS_TIME, BOLUS_THICKNESS = 0.9, 5  # s between images and mm: a monitored slice is repeated slowly, and is thick
+PATIENT = ("patient_id", "patient_name")
 # What the slices of a scan have in common. A blank text says nothing, see `_fill_blanks`.
-IDENTITY = ("patient", "study", "series", "frame_of_reference", "kernel")
+IDENTITY = (*PATIENT, "study", "series", "frame_of_reference", "kernel")
 COMMON = (*IDENTITY, "size", "unknown")
 
 
@@ -64,19 +72,21 @@ class Frame:
     path: str
     index: int  # in the file
     size: tuple[int, int]  # columns, rows
-    patient: str
+    patient_id: str
+    patient_name: str
     study: str
     series: str
     instance: str
     sop_class: str
     frame_of_reference: str
-    acquisition: str
     kernel: str
     image_type: str
     modality: str
     photometric: str
+    marks: tuple[str, ...]  # of `MARKS`, then the dimension indices
     number: float | None
     time: float | None
+    content_time: float | None
     padding: tuple[int, int] | None
     position: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
@@ -87,29 +97,32 @@ class Frame:
     unknown: str = ""
 
     @property
+    def patient(self) -> str:
+        return self.patient_id or self.patient_name
+
+    @property
+    def folder(self) -> str:
+        return os.path.dirname(self.path)
+
+    @property
     def placed(self) -> bool:
         """Whether it is known where the frame lies."""
         return None not in (self.position, self.orientation, self.spacing)
 
     @property
-    def normal(self) -> np.ndarray:
+    def normal(self) -> tuple[float, ...]:
         """Unit vector across the slice, in LPS."""
         return _normal(self.orientation)
 
     @property
     def height(self) -> float:
         """Position along the normal, which runs to the head."""
-        normal = self.normal
-        return float(np.array(self.position) @ normal) * (-1.0 if normal[2] < 0 else 1.0)
+        height = sum(a * b for a, b in zip(self.position, self.normal))
+        return -height if self.normal[2] < 0 else height
 
     @property
-    def place(self) -> float | str:
-        """What no two slices of a scan have in common."""
-        return round(self.height, 2) if self.placed else f"{self.number} {self.index}"
-
-    @property
-    def folder(self) -> str:
-        return os.path.dirname(self.path)
+    def axial(self) -> bool:
+        return not self.orientation or abs(self.normal[2]) >= 0.7
 
 
 def starts_as_dicom(start: bytes) -> bool:
@@ -120,27 +133,28 @@ def starts_as_dicom(start: bytes) -> bool:
 def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
     """Header of a DICOM image, or only some of its tags; pydicom raises anything if it is damaged."""
     with open(path, "rb") as file:
-        start = file.read(132)
+        return _read_header(file, tags)
+
+
+def _read_header(file, tags: Sequence[str] | None) -> pydicom.Dataset:
+    """The same of an open file, which then stands at its pixels."""
+    start = file.read(132)
     if not starts_as_dicom(start):
         raise UserError("found no DICOM header")
     force = start[128:] != b"DICM"
-    if not force and read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+    if not force and read_file_meta_info(file.name).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         raise UserError("found a deflated file, expected another transfer syntax")  # its size in memory is not known
-    return pydicom.dcmread(path, stop_before_pixels=True, force=force, specific_tags=tags and list(tags))
+    file.seek(0)
+    return pydicom.dcmread(file, stop_before_pixels=True, force=force, specific_tags=tags and list(tags))
 
 
 def exclusion_reason(header: pydicom.Dataset) -> str:
-    """What an object is called that is not an axial image; empty for one that is."""
+    """What an object is called that is no image of a scan; empty for one that is."""
     if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         return DIRECTORY
     if "Rows" not in header or "Columns" not in header or _text(header, "Modality") in NO_IMAGE:
         return "objects without images"
-    if "LOCALIZER" in _text(header, "ImageType").upper():
-        return LOCALIZERS
-    orientation = _numbers(_look(header, 0, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
-    if orientation and abs(np.cross(orientation[:3], orientation[3:])[2]) < 0.7:
-        return "images that are not axial"
-    return ""
+    return LOCALIZERS if "LOCALIZER" in _text(header, "ImageType").upper() else ""
 
 
 def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
@@ -151,41 +165,46 @@ def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
     shared = {field: _text(header, tag) for field, tag in TEXTS.items()} | {
         "path": str(path),
         "size": (int(header.Columns), int(header.Rows)),
-        "patient": _text(header, "PatientID", "PatientName"),
-        "acquisition": _text(header, "AcquisitionNumber", "TemporalPositionIdentifier"),
         "number": _number(_value(header, "InstanceNumber")),
-        "time": _number(_value(header, "AcquisitionTime")),
         "padding": _padding(header),
     }
     return [_frame(header, index, shared) for index in range(count)]
 
 
 def _frame(header: pydicom.Dataset, index: int, shared: dict) -> Frame:
-    spacing = _numbers(_look(header, index, "PixelMeasuresSequence", "PixelSpacing"), 2)
-    orientation = _numbers(_look(header, index, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
+    layers = _layers(header, index)
+    spacing = _numbers(_look(layers, "PixelSpacing"), 2)
+    orientation = _numbers(_look(layers, "ImageOrientationPatient"), 6)
+    dimensions = _look(layers, "DimensionIndexValues")
     frame = Frame(
         index=index,
-        position=_numbers(_look(header, index, "PlanePositionSequence", "ImagePositionPatient"), 3),
+        marks=_interned((*(str(_look(layers, name) or "") for name in MARKS), *map(str, np.atleast_1d(dimensions or [])))),
+        time=_number(_look(layers, "FrameAcquisitionDateTime") or _look(layers, "AcquisitionTime")),
+        content_time=_number(_look(layers, "ContentTime")),
+        position=_numbers(_look(layers, "ImagePositionPatient"), 3),
         orientation=_interned(orientation) if orientation and any(orientation) else None,
         spacing=_interned(spacing) if spacing and min(spacing) > 0 else None,
-        thickness=_number(_look(header, index, "PixelMeasuresSequence", "SliceThickness")),
-        slope=_number(_look(header, index, "PixelValueTransformationSequence", "RescaleSlope")),
-        intercept=_number(_look(header, index, "PixelValueTransformationSequence", "RescaleIntercept")),
+        thickness=_number(_look(layers, "SliceThickness")),
+        slope=_number(_look(layers, "RescaleSlope")),
+        intercept=_number(_look(layers, "RescaleIntercept")),
         **shared,
     )
-    unit = _look(header, index, "PixelValueTransformationSequence", "RescaleType")
-    frame.unknown = _unknown_values(frame, header, str(unit or "HU").upper())
+    frame.unknown = _unknown_values(frame, header, str(_look(layers, "RescaleType") or "HU").upper())
     return frame
 
 
-def _look(header: pydicom.Dataset, index: int, sequence: str, attribute: str):
-    """An attribute in a sequence of a frame's functional groups, or else in the header."""
+def _layers(header: pydicom.Dataset, index: int) -> list[pydicom.Dataset]:
+    """Where a frame's attributes are, nearest first: the functional groups of the frame, those of all frames, the header."""
+    layers = []
     for name, item in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
         groups = header.get(name)
-        inner = groups[item].get(sequence) if groups and len(groups) > item else None
-        if inner and attribute in inner[0]:
-            return _value(inner[0], attribute)
-    return _value(header, attribute)
+        if groups and len(groups) > item:
+            layers += [group.value[0] for group in groups[item] if group.VR == "SQ" and group.value]
+    return [*layers, header]
+
+
+def _look(layers: Sequence[pydicom.Dataset], name: str):
+    return next((value for layer in layers if (value := _value(layer, name)) not in (None, "")), None)
 
 
 def _unknown_values(frame: Frame, header: pydicom.Dataset, unit: str) -> str:
@@ -219,8 +238,8 @@ def _text(header: pydicom.Dataset, *names: str) -> str:
     return sys.intern("|".join(str(value) for name in names if (value := header.get(name)) not in (None, "")).strip())
 
 
-_interned = lru_cache(maxsize=256)(tuple)  # of numbers that many headers share in memory
-_normal = lru_cache(maxsize=256)(lambda orientation: np.cross(orientation[:3], orientation[3:]))  # slow, and asked often
+_interned = lru_cache(maxsize=256)(tuple)  # of values that many headers share in memory
+_normal = lru_cache(maxsize=256)(lambda orientation: tuple(np.cross(orientation[:3], orientation[3:]).tolist()))
 
 
 def _value(header: pydicom.Dataset, name: str):
@@ -246,101 +265,123 @@ def _numbers(values, count: int) -> tuple[float, ...] | None:
     return numbers if len(numbers) == count and None not in numbers else None
 
 
-def read_pixels(frame: Frame) -> np.ndarray:
-    """float32 (columns, rows) of a frame: HU of CT; otherwise grey values, luminance of colours, low values dark.
+class Pixels:
+    """The pixels of a DICOM file, whose header is parsed once for all its frames; pydicom raises anything if it is damaged."""
 
-    In HU, padding that is connected to the border is air. pydicom and its decoders raise anything if the pixels are damaged.
-    """
-    header = read_header(frame.path, None)
-    pixels = _decode(frame, header)
-    if frame.photometric == "PALETTE COLOR":
-        pixels = pydicom.pixels.apply_color_lut(pixels, header)
-    if pixels.ndim == 3:
-        pixels = pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])
-    if pixels.shape != frame.size[::-1]:
-        raise UserError(f"found pixels of shape {pixels.shape}")
-    if header.get("ModalityLUTSequence"):
-        values = pydicom.pixels.apply_modality_lut(pixels, header).astype(np.float32)
-    else:
-        values = pixels * np.float32(frame.slope or 1) + np.float32(frame.intercept or 0)
-    if frame.unknown:
-        return (values.max() - values if frame.photometric == "MONOCHROME1" else values).T
-    low, high = frame.padding or (np.inf, -np.inf)
-    padded = ((pixels >= low) & (pixels <= high)) | (values > TOO_DENSE)
-    if padded.any():
-        labels, _ = ndimage.label(padded)
-        outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-        values[np.isin(labels, outside[outside > 0])] = AIR
-    return values.T
+    def __init__(self, path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self.header = _read_header(file, None)
+            implicit, little = self.header.original_encoding
+            plain = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+            self.syntax = self.header.file_meta.get("TransferSyntaxUID", plain)
+            if not self.syntax.is_transfer_syntax:
+                raise UserError(f"found the private transfer syntax {self.syntax}, expected a standard one")
+            tag = np.frombuffer(file.read(8 if implicit else 12), "<u2" if little else ">u2")
+            self.start = file.tell()
+        if len(tag) < 4:
+            raise UserError("found no pixels after the header")
+        self.keyword = pydicom.datadict.keyword_for_tag((int(tag[0]), int(tag[1])))
 
+    def stored(self, index: int) -> np.ndarray:
+        """Stored values of a frame: (rows, columns) or, of RGB, (rows, columns, 3)."""
+        options = pydicom.pixels.as_pixel_options(self.header, pixel_keyword=self.keyword)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                return pydicom.pixels.get_decoder(self.syntax).as_array(file, index=index, **options)[0]
+        except RuntimeError as error:
+            if "missing dependencies" not in str(error):
+                raise
+            packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+            raise UserError(f"found {self.syntax.name}, for which no decoder is installed: pip install {packages}") from None
 
-def _decode(frame: Frame, header: pydicom.Dataset) -> np.ndarray:
-    """Stored values (rows, columns) or, of RGB, (rows, columns, 3)."""
-    source, syntax = frame.path, header.file_meta.get("TransferSyntaxUID")
-    if syntax is None:
-        source = pydicom.dcmread(frame.path, force=True)
-        implicit = source.original_encoding[0]
-        source.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-    elif not syntax.is_transfer_syntax:
-        raise UserError(f"found the private transfer syntax {syntax}, expected a standard one")
-    try:
-        return pydicom.pixels.pixel_array(source, index=frame.index)
-    except RuntimeError as error:
-        if "missing dependencies" not in str(error):
-            raise
-        packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise UserError(f"found {syntax.name}, for which no decoder is installed: pip install {packages}") from None
+    def read(self, frame: Frame) -> np.ndarray:
+        """float32 (columns, rows): HU of CT; otherwise grey values, luminance of colours, low values dark.
+
+        In HU, padding that is connected to the border is air.
+        """
+        pixels = self.stored(frame.index)
+        if frame.photometric == "PALETTE COLOR":
+            pixels = pydicom.pixels.apply_color_lut(pixels, self.header)
+        if pixels.ndim == 3:
+            pixels = pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])
+        if pixels.shape != frame.size[::-1]:
+            raise UserError(f"found pixels of shape {pixels.shape}")
+        if self.header.get("ModalityLUTSequence"):
+            values = pydicom.pixels.apply_modality_lut(pixels, self.header).astype(np.float32)
+        else:
+            values = pixels * np.float32(frame.slope or 1) + np.float32(frame.intercept or 0)
+        if frame.unknown:
+            return (values.max() - values if frame.photometric == "MONOCHROME1" else values).T
+        low, high = frame.padding or (np.inf, -np.inf)
+        padded = ((pixels >= low) & (pixels <= high)) | (values > TOO_DENSE)
+        if padded.any():
+            labels, _ = ndimage.label(padded)
+            outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+            values[np.isin(labels, outside[outside > 0])] = AIR
+        return values.T
 
 
 def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Divide frames into scans by patient, study, series, frame of reference, kernel, grid (with a tolerance) and acquisition.
+    """Divide frames into scans by patient, study, series, frame of reference, kernel, grid (with a tolerance) and phase.
 
-    An identifier that is blank, or that an anonymiser has made anew for each slice, is ignored where the slices are a regular
-    stack without it. Files of one series may lie in several folders.
+    An identifier that is blank, or that an anonymiser has made anew for each slice, is ignored where the slices are regular
+    stacks without it. Files of one series may lie in several folders.
     """
     _drop_scrambled(frames)
     _fill_blanks(frames)
     groups = _divide(frames, attrgetter(*COMMON))
-    for divide in (_by_grid, _by_folder, _by_acquisition):
+    for divide in (_by_grid, _by_folder, _by_phase):
         groups = [part for group in groups for part in divide(group)]
     return groups
 
 
 def _drop_scrambled(frames: Sequence[Frame]) -> None:
-    """Blank the identifiers that are others in every slice of what is one series without them."""
+    """Blank the identifiers that differ in every slice of what is one series without them."""
     for group in _divide(frames, attrgetter("series")):
         named = bool(group[0].series)
-        fields = _scrambled(group, ["study", "frame_of_reference"] + ["patient"] * named)
-        if fields and (_is_stack(group) or named and "patient" not in fields):
-            _blank(group, fields)
+        fields = _scrambled(group, ("study", "frame_of_reference") + PATIENT * named)
+        if fields and (named and not {*PATIENT} & {*fields} or _are_stacks(group)):
+            _set(group, dict.fromkeys(fields, ""))
     seen = Counter(frame.series for frame in frames)
     alone = [frame for frame in frames if seen[frame.series] == 1]
     for alike in _divide(alone, attrgetter("patient", "size", "kernel", "modality", "thickness")):
         for group in _by_grid(alike):
-            if _is_stack(group) or _is_numbered(group):
-                _blank(group, _scrambled(group, ("series", "study", "frame_of_reference")))
+            if _are_stacks(group) or _is_numbered(group):
+                _set(group, dict.fromkeys(_scrambled(group, ("series", "study", "frame_of_reference")), ""))
 
 
 def _scrambled(frames: Sequence[Frame], fields: Iterable[str]) -> list[str]:
     return [field for field in fields if 2 < len(frames) == len({getattr(frame, field) for frame in frames})]
 
 
-def _blank(frames: Sequence[Frame], fields: Iterable[str]) -> None:
+def _set(frames: Sequence[Frame], values: Mapping[str, str]) -> None:
     for frame in frames:
-        for field in fields:
-            setattr(frame, field, "")
+        for field, value in values.items():
+            setattr(frame, field, value)
 
 
 def _fill_blanks(frames: Sequence[Frame]) -> None:
-    """Give slices without an identifier the one that the others of their stack have."""
-    for field in IDENTITY:
-        for group in _divide(frames, attrgetter(*(name for name in COMMON if name != field))):
-            values = {getattr(frame, field) for frame in group}
-            numbers = {frame.number for frame in group}
-            joined = any(getattr(group[0], name) for name in IDENTITY[:4] if name != field)  # else nobody is named
-            if joined and len(values) == 2 and "" in values and len(numbers) in (1, len(group)) and _is_stack(group):
-                for frame in group:
-                    setattr(frame, field, max(values))
+    """Give slices without an identifier the one that the others of their stack have, where all else agrees.
+
+    All else is every other identifier, or, where several are blank here and there, one that names somebody.
+    """
+    others = [[name for name in IDENTITY if name != field] for field in IDENTITY]
+    for known in [*others, *([name] for name in IDENTITY[:-1])]:
+        for group in _divide(frames, attrgetter(*known, "size", "unknown")):
+            if any(getattr(group[0], name) for name in known if name != "kernel"):
+                _fill(group)
+
+
+def _fill(group: Sequence[Frame]) -> None:
+    values = {field: {getattr(frame, field) for frame in group} for field in IDENTITY}
+    several = [field for field in IDENTITY if len(values[field] - {""}) > 1]
+    for part in _divide(group, lambda frame: tuple(getattr(frame, field) for field in several)):
+        found = {field: {getattr(frame, field) for frame in part} for field in IDENTITY}
+        blank = {field: max(texts) for field, texts in found.items() if len(texts) > 1}
+        if blank and len({(frame.number, frame.marks) for frame in part}) in (1, len(part)) and _are_stacks(part):
+            _set(part, blank)
 
 
 def _divide(items: Iterable, key: Callable) -> list[list]:
@@ -374,22 +415,65 @@ def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
 
     Archives give each file a folder of its own: then the places of all of them count.
     """
-    folders = _divide(frames, attrgetter("folder"))
-    places = [{frame.place for frame in folder} for folder in folders]
+    place, folders = dict(zip(map(id, frames), _places(frames))), _divide(frames, attrgetter("folder"))
+    places = [{place[id(frame)] for frame in folder} for folder in folders]
     repeated = sum(map(len, places)) - len(set().union(*places))
     fewest = len(frames) if MANY <= len(frames) == len(folders) else min(map(len, places))
     joined = 2 * repeated <= fewest and (frames[0].series or _is_stack(frames))
     return [list(frames)] if joined else folders
 
 
-def _by_acquisition(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Where slices lie at the same place or stacks overlap: by the first attribute that tells most of them apart."""
+def _places(frames: Sequence[Frame]) -> list:
+    """What two slices of a scan never have in common: the number of each one's place, from the feet to the head."""
+    heights = np.array([frame.height if frame.placed else np.nan for frame in frames])
+    order = np.argsort(heights)  # unknown ones last
+    numbers = np.empty(len(frames), int)
+    numbers[order] = np.cumsum(np.r_[0, np.diff(heights[order]) > SAME_PLACE])
+    return [int(at) if frame.placed else (frame.number, frame.index) for at, frame in zip(numbers, frames)]
+
+
+def _repeated(frames: Sequence[Frame]) -> int:
+    return len(frames) - len(set(_places(frames)))
+
+
+def _by_phase(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Where slices lie at one place or stacks overlap: by the first attribute that tells most of them apart, or by order."""
     repeated = _repeated(frames)
-    for field in ("acquisition", "thickness", "image_type"):
-        parts = _divide(frames, attrgetter(field))
+    marks = [lambda frame, index=index: frame.marks[index : index + 1] for index in range(len(frames[0].marks))]
+    for mark in (*marks, attrgetter("thickness"), attrgetter("image_type"), _corner):
+        parts = _divide(frames, mark)
         if len(parts) > 1 and min(map(len, parts)) > 1:
             if sum(map(_repeated, parts)) < repeated / 2 or not repeated and _overlap(parts):
-                return parts
+                return [finer for part in parts for finer in _by_phase(part)]
+    return _by_order(frames) if repeated else [list(frames)]
+
+
+def _corner(frame: Frame) -> tuple[float, ...] | None:
+    """Where the first pixel of a slice lies along its rows and columns, to 1 mm: elsewhere in another field of view."""
+    if not frame.placed:
+        return None
+    return tuple(float(np.round(np.dot(frame.position, axis))) for axis in (frame.orientation[:3], frame.orientation[3:]))
+
+
+def _by_order(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """By time or number, where half of the places are shown again: sweep after sweep, or at each place one after the other."""
+    place = dict(zip(map(id, frames), _places(frames)))
+    times = Counter(place.values())
+    if len(times) < 3 or 2 * sum(count > 1 for count in times.values()) < len(times):
+        return [list(frames)]  # one place over time, or copies of a few slices
+    for field in ("time", "content_time", "number", "index"):
+        value = attrgetter(field)
+        if None in map(value, frames) or len({(place[id(frame)], value(frame)) for frame in frames}) < len(frames):
+            continue
+        sweeps, seen, turns, turn = [], {*times}, defaultdict(list), Counter()
+        for frame in sorted(frames, key=value):
+            if (at := place[id(frame)]) in seen:
+                sweeps, seen = [*sweeps, []], set()
+            sweeps[-1].append(frame)
+            seen.add(at)
+            turns[turn[at]].append(frame)
+            turn[at] += 1
+        return sweeps if len(sweeps) == len(turns) else list(turns.values())
     return [list(frames)]
 
 
@@ -402,8 +486,8 @@ def _overlap(parts: Sequence[Sequence[Frame]]) -> bool:
     return any(2 * (min(top, high) - low) > min(top - bottom, high - low) for (bottom, top), (low, high) in pairs)
 
 
-def _repeated(frames: Sequence[Frame]) -> int:
-    return len(frames) - len({frame.place for frame in frames})
+def _are_stacks(frames: Sequence[Frame]) -> bool:
+    return all(map(_is_stack, _by_phase(frames)))
 
 
 def _is_stack(frames: Sequence[Frame]) -> bool:
@@ -428,13 +512,13 @@ def _is_numbered(frames: Sequence[Frame]) -> bool:
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
-    """Drop localizers and similar extras (`_extra`) of a study with a scan: the scans left, and by study what was dropped."""
+    """Drop what is not axial, and extras (`_extra`) of a study with a scan: the scans left, and by study what was dropped."""
     kept, left_out = [], defaultdict(Counter)
     for study in _divide(groups, lambda group: study_of(group[0])):
         scans = [group for group in study if not _extra(group, 0)]
         largest = max((len(group) for group in scans if not _one_place(group)), default=0)
         for group in study:
-            kind = _extra(group, largest) if scans else ""
+            kind = _extra(group, largest) if scans else NOT_AXIAL * (not group[0].axial)
             if kind:
                 left_out[study_of(group[0])][kind] += len(group)
             else:
@@ -449,7 +533,8 @@ def study_of(frame: Frame) -> tuple[str, str]:
 
 def study_of_header(path, header: pydicom.Dataset) -> tuple[str, str]:
     """The same for a file that has no frame."""
-    return _text(header, "PatientID", "PatientName"), _text(header, "StudyInstanceUID") or os.path.dirname(path)
+    patient, study = (_text(header, "PatientID") or _text(header, "PatientName")), _text(header, "StudyInstanceUID")
+    return patient, study or os.path.dirname(path)
 
 
 def _extra(group: Sequence[Frame], largest: int) -> str:
@@ -458,6 +543,8 @@ def _extra(group: Sequence[Frame], largest: int) -> str:
     Slices that time the contrast or test are few, thick, or the same place again and again.
     """
     first = group[0]
+    if not first.axial:
+        return NOT_AXIAL
     if first.photometric not in GREY:
         return "images in colour"
     if "DERIVED" in first.image_type.upper() and not any(frame.placed for frame in group):
@@ -473,8 +560,7 @@ def _extra(group: Sequence[Frame], largest: int) -> str:
 
 def _one_place(group: Sequence[Frame]) -> bool:
     """Whether several files show one place."""
-    files, places = {frame.path for frame in group}, {frame.place for frame in group}
-    return len(files) > 1 and len(places) == 1 and group[0].placed
+    return len({frame.path for frame in group}) > 1 and group[0].placed and len(set(_places(group))) == 1
 
 
 def _is_bolus(group: Sequence[Frame]) -> bool:
@@ -501,7 +587,7 @@ def order_frames(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
         notes.append(f"left out {len(frames) - len(placed)} images without a position")
     order = sorted(placed, key=lambda frame: (frame.height, *_order(frame)))
     heights = [frame.height for frame in order]
-    kept = [frame for frame, low, high in zip(order, [-np.inf, *heights], heights) if high - low > 1e-3]
+    kept = [frame for frame, low, high in zip(order, [-np.inf, *heights], heights) if high - low > SAME_PLACE]
     if len(kept) < len(order):
         notes.append(f"left out {len(order) - len(kept)} images at the place of another one")
     shared = len({frame.path for frame in kept}) - len({frame.instance or frame.path for frame in kept})
@@ -517,14 +603,15 @@ def _order(frame: Frame) -> tuple:
 
 def _say_nothing(frames: Sequence[Frame]) -> bool:
     """Whether the same position of many different images is an anonymiser's work, or that of a file of many frames."""
-    if len(frames) < 2 or len({frame.place for frame in frames}) > 1:
+    if len(frames) < 2 or len(set(_places(frames))) > 1:
         return False
     if len({frame.path for frame in frames}) == 1:
         return True
     numbers = {frame.number for frame in frames}
     if len(frames) < MANY or numbers != {None} and len(numbers) < len(frames):
         return False
-    return not np.array_equal(read_pixels(frames[0]), read_pixels(frames[len(frames) // 2]))
+    first, other = frames[0], frames[len(frames) // 2]
+    return not np.array_equal(Pixels(first.path).read(first), Pixels(other.path).read(other))
 
 
 def measure_gaps(heights: np.ndarray) -> tuple[list[float], list[str]]:
@@ -549,6 +636,6 @@ def affine_of(frames: Sequence[Frame]) -> np.ndarray:
     if len(frames) > 1:
         affine[:3, 2] = np.subtract(last.position, first.position) / (len(frames) - 1)
     else:
-        affine[:3, 2] = first.normal * np.sign(first.normal[2] or 1) * float(first.thickness or 1)
+        affine[:3, 2] = np.array(first.normal) * np.sign(first.normal[2] or 1) * float(first.thickness or 1)
     affine[:3, 3] = first.position
     return np.diag([-1.0, -1, 1, 1]) @ affine

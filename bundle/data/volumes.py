@@ -127,10 +127,10 @@ class Scan:
         return {**self.__dict__, "_voxels": None}  # every process opens its own
 
     def _look(self) -> tuple[list[tuple], list[int]]:
-        """Name, size and time of each file, and how many files lie in the folders of a series."""
+        """Name, size and time of each file, and the time of the folders of a series, in which files come and go."""
         states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in self.files]
         folders = sorted({os.path.dirname(file) or "." for file in self.files}) if len(self.files) > 2 else []
-        return states, [sum(entry.is_file() for entry in os.scandir(folder)) for folder in folders]
+        return states, [os.stat(folder).st_mtime_ns for folder in folders]
 
     def check_unchanged(self) -> None:
         """Check that the files are those that were found, and that a series has got no further ones.
@@ -358,7 +358,10 @@ class DicomScan(Scan):
             self.warnings.append(NO_THICKNESS)
 
     def _plane(self, index: int) -> np.ndarray:
-        return series.read_pixels(self.frames[index])
+        frame = self.frames[index]
+        if self._voxels is None or self._voxels.path != frame.path:
+            self._voxels = series.Pixels(frame.path)
+        return self._voxels.read(frame)
 
 
 def check_shape(shape: Sequence[int], dtype: np.dtype) -> None:
@@ -411,11 +414,22 @@ def _reader(path: Path) -> Callable[[str, str], Scan]:
 
 
 def _open_dicom(name: str, path: str) -> Scan:
+    scans = _open_dicoms(name, path)
+    if len(scans) > 1:
+        raise UserError(f"found {len(scans)} scans (phases, say), expected one; `chestct predict` reads each of them")
+    return scans[0]
+
+
+def _open_dicoms(name: str, path: str) -> list[Scan]:
+    """The scans in one file: several phases or fields of view."""
     header = series.read_header(path)
     reason = series.exclusion_reason(header)
-    if reason and reason != series.LOCALIZERS:
+    groups = [] if reason not in ("", series.LOCALIZERS) else series.group_frames(series.frames_of(path, header))
+    if groups and not all(group[0].axial for group in groups):
+        reason = series.NOT_AXIAL
+    if reason not in ("", series.LOCALIZERS):
         raise UserError(f"found {reason}, expected an axial image{'; give its folder' if reason == DIRECTORY else ''}")
-    return DicomScan(name, path, series.frames_of(path, header))
+    return [DicomScan(f"{name}_{n}" if len(groups) > 1 else name, path, group) for n, group in enumerate(groups, 1)]
 
 
 READERS: dict[tuple[str, ...], Callable[[str, str], Scan]] = {PICTURES: PictureScan, NIFTI: NiftiScan, ITK: ItkScan}
@@ -472,8 +486,10 @@ def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise UserError("found no regular file, expected an image")
-            if path == Path(source) or _reader(path) is not _open_dicom:
+            if _reader(path) is not _open_dicom:
                 scans.append(open_scan(path, _name(path, root)))
+            elif path == Path(source):
+                scans += _open_dicoms(path.name, str(path))
             else:
                 frames += _read_frames(path, excluded)
         except Exception as error:  # readers raise anything on damaged files
@@ -523,7 +539,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[Frame]:
-    """Frames of a DICOM file; none if it is not an axial image: such files are counted by study."""
+    """Frames of a DICOM file; none if it is no image of a scan: such files are counted by study."""
     with no_warnings():
         header = series.read_header(path)
         reason = series.exclusion_reason(header)
@@ -565,8 +581,8 @@ def _series_names(groups: Sequence[Sequence[Frame]], root: Path) -> list[str]:
         spacing = first.spacing and tuple(np.round(first.spacing, 3).tolist())
         levels = [(first.series, first.size, turn), (first.series, first.size, turn, spacing)]
         levels.append((*levels[1], first.study, first.frame_of_reference, first.kernel))
-        levels.append((*levels[2], first.patient, first.acquisition, first.thickness, first.image_type, first.unknown))
-        levels.append((*levels[3], first.instance))
+        levels.append((*levels[2], first.patient, first.marks, first.thickness, first.image_type, first.unknown))
+        levels.append((*levels[3], first.instance, first.index))
         keys.append([(folder, level) for level in levels])
     counts = Counter(key for levels in keys for key in levels)
     names = []

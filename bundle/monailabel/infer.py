@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -18,19 +20,26 @@ from bundle.inference.predict import Model
 from bundle.inference.results import Result
 from bundle.networks import MultiTaskNet
 
+logger = logging.getLogger(__name__)
+
 
 class LoadVolumed(MapTransform):
     """Read a volume by `bundle.data.volumes`, so that prediction, training and MONAI Label see the same values and geometry.
 
-    Returns a MetaTensor (1, X, Y, Z) of float32 with its affine to RAS in mm, and the metadata that MONAI Label looks for.
+    Makes a MetaTensor (1, X, Y, Z) of float32 with its affine to RAS in mm and, in `meta`, what MONAI Label looks for,
+    "hounsfield", and "warnings" of the reader, which are logged too, as one text.
     """
 
     def __call__(self, data):
         data = dict(data)
         for key in self.keys:
             scan = open_scan(data[key])
-            affine = torch.as_tensor(np.eye(4) if scan.affine is None else scan.affine)
+            warnings = scan.warnings + ["the file has no geometry: lengths count 1 mm for a pixel"] * (scan.affine is None)
+            for warning in warnings:
+                logger.warning(f"{scan.path}: {warning}")
+            affine = torch.as_tensor(np.diag([-1.0, -1, 1, 1]) if scan.affine is None else scan.affine)  # as ITK reads it
             meta = {"filename_or_obj": scan.path, "original_affine": affine, "spatial_shape": scan.shape, "space": "RAS"}
+            meta |= {"hounsfield": scan.hounsfield, "warnings": "\n".join(warnings)}
             data[key] = MetaTensor(torch.from_numpy(scan.read_volume())[None], affine=affine, meta=meta)
         return data
 
@@ -54,7 +63,10 @@ class VolumeInferer(Inferer):
             raise UserError(f"volume: found a batch of shape {tuple(inputs.shape)}, expected one volume of one channel")
         tasks = [task.name for task in self.model.tasks]
         self.model.evaluator.network = _AskedNetwork(network, tasks, self.monte_carlo)
-        return self.model.run(ArrayScan(inputs[0, 0].numpy(force=True), affine_of(inputs)))
+        scan = ArrayScan(inputs[0, 0].numpy(force=True), affine_of(inputs))
+        scan.hounsfield = bool(np.all(np.asarray(inputs.meta.get("hounsfield", True))))  # one of each in a batch
+        scan.warnings += "".join(inputs.meta.get("warnings", "")).splitlines()
+        return self.model.run(scan)
 
 
 def affine_of(volume: MetaTensor) -> np.ndarray:

@@ -194,11 +194,11 @@ def dicoms(folder: Path, change=lambda dataset, z: None, name="{}", slices=range
 
 
 def scrambled(*fields):
-    return lambda dataset, z: [setattr(dataset, field, f"1.{z}.9") for field in fields]
+    return lambda dataset, z: [setattr(dataset, field, generate_uid()) for field in fields]
 
 
 def stored(dataset, pixels, **tags) -> None:
-    dataset.PixelData = pixels.tobytes()
+    dataset.PixelData = pixels if isinstance(pixels, bytes) else pixels.tobytes()
     for name, value in tags.items():
         setattr(dataset, name, value)
 
@@ -237,6 +237,9 @@ DICOM: dict[str, dict] = {
     "kernel in every other slice": {"change": lambda d, z: setattr(d, "ConvolutionKernel", "B30f" if z % 2 else "")},
     "frame of reference in some": {"change": lambda d, z: setattr(d, "FrameOfReferenceUID", "1.2" if z > 6 else "")},
     "patient in some": {"change": lambda d, z: setattr(d, "PatientID", "p" if z > 6 else "")},
+    "name in some, kernel in others": {
+        "change": lambda d, z: stored(d, d.PixelData, PatientName="a^b" * (z % 2), ConvolutionKernel="B30f" * (z < 6))
+    },
     "two acquisitions one after the other": {"change": lambda d, z: setattr(d, "AcquisitionNumber", 1 + z // 5)},
     "reformatted": {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED"]},
     "padding without a tag": {
@@ -282,24 +285,28 @@ def copies_in_one_folder(folder):
         shutil.copy(path, folder / f"copy of {path.name}")
 
 
-@container
-def enhanced(folder):
-    """One file of frames in no order, its geometry and rescaling in functional groups."""
-    order = (3, 1, 0, 2, 9, 8, 4, 5, 7, 6)
+def enhanced(folder, phases=1, mark=lambda frame, phase, z: None):
+    """One file of frames in no order, its geometry and rescaling in functional groups; phase n is n HU denser."""
+    order = [(phase, z) for z in (3, 1, 0, 2, 9, 8, 4, 5, 7, 6) for phase in range(phases)]
     gone = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"]
     gone += ["RescaleSlope", "RescaleIntercept"]
     dataset, shared, (measures, plane, values) = dicom(0, **dict.fromkeys(gone)), Dataset(), (Dataset() for _ in range(3))
-    dataset.NumberOfFrames, dataset.PixelData = 10, b"".join((HU.T[z] + 1024).astype("<u2").tobytes() for z in order)
+    dataset.NumberOfFrames = len(order)
+    dataset.PixelData = b"".join((HU.T[z] + 1024 + phase).astype("<u2").tobytes() for phase, z in order)
     measures.PixelSpacing, measures.SliceThickness, plane.ImageOrientationPatient = [2.2, 2.2], 5, [1, 0, 0, 0, 1, 0]
     values.RescaleSlope, values.RescaleIntercept, values.RescaleType = 1, -1024, "HU"
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
     shared.PixelValueTransformationSequence = [values]
     dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], []
-    for z in order:
+    for phase, z in order:
         frame, position = Dataset(), Dataset()
         position.ImagePositionPatient, frame.PlanePositionSequence = [-140, -123, -1000 + 5 * z], [position]
+        mark(frame, phase, z)
         dataset.PerFrameFunctionalGroupsSequence.append(frame)
     dataset.save_as(folder / "x", enforce_file_format=True)
+
+
+CONTAINERS["enhanced"] = enhanced
 
 
 @container

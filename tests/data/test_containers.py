@@ -7,10 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from containers import CENTRE, CONTAINERS, HU, dicom, dicoms, itk, nifti
+from containers import CENTRE, CONTAINERS, HU, UIDS, dicom, dicoms, enhanced, itk, nifti, scrambled, stored
+from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 from pydicom.uid import HTJ2KLossless, JPEGLosslessSV1, RLELossless
 
+from bundle.data import series
 from bundle.data.volumes import find_scans, open_scan
 from bundle.errors import UserError
 from bundle.lungs import lung_mask
@@ -83,6 +85,79 @@ def test_two_scans_in_one_folder_stay_two(tmp_path, series):
     scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
     expected = [len(tags.get("slices", range(10))) for tags in series]
     assert failures == [] and [len(scan) for scan in scans] == expected and len({scan.name for scan in scans}) == 2
+
+
+PHASES = {
+    "acquisition": lambda phase, z: {"AcquisitionNumber": phase},
+    "time": lambda phase, z: {"AcquisitionTime": f"10101{phase}"},
+    "content time": lambda phase, z: {"ContentTime": f"10101{phase}.5"},
+    "kernel": lambda phase, z: {"ConvolutionKernel": ("B30f", "B70f")[phase]},
+    "series number": lambda phase, z: {"SeriesNumber": phase},
+    "energy": lambda phase, z: {"KVP": 80 + 60 * phase},
+    "numbers that run on": lambda phase, z: {"InstanceNumber": 10 * phase + z},
+    "numbers that alternate": lambda phase, z: {"InstanceNumber": phase + 2 * z},
+    "one slice less": lambda phase, z: {"InstanceNumber": 10 * phase + z},
+    "another field of view": lambda phase, z: {"ImagePositionPatient": [60 * phase, -123, -1000 + 5 * z]},
+}
+
+
+@pytest.mark.parametrize("fields", [(), ("SeriesInstanceUID",), UIDS], ids=len)
+@pytest.mark.parametrize("name", PHASES)
+def test_two_phases_are_two_scans_whatever_tells_them_apart(tmp_path, fields, name):
+    def change(dataset, z):
+        stored(dataset, (HU.T[z] + 1024 + phase).astype("<u2"), **PHASES[name](phase, z))
+        scrambled(*fields)(dataset, z)
+
+    for phase in (0, 1):
+        slices = [z for z in range(10) if name != "one slice less" or not phase or z != 4]
+        dicoms(tmp_path / "in", change, name=f"{phase} {{}}", slices=slices)
+    scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+    assert failures == [] and len(scans) == 2 and len({scan.name for scan in scans}) == 2
+    denser = [{int(value) for value in np.unique(scan.read_volume()[0, 0] + 1000)} for scan in scans]
+    assert sorted(map(sorted, denser)) == [[0], [1]] and sum(map(len, scans)) == 19 + (name != "one slice less")
+
+
+def content(frame, **tags):
+    frame.FrameContentSequence = [Dataset()]
+    for tag, value in tags.items():
+        setattr(frame.FrameContentSequence[0], tag, value)
+
+
+def cardiac(frame, phase, z):
+    frame.CardiacSynchronizationSequence = [Dataset()]
+    frame.CardiacSynchronizationSequence[0].NominalPercentageOfCardiacPhase = 40.0 + 35 * phase
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        lambda frame, phase, z: content(frame, TemporalPositionIndex=phase + 1),
+        lambda frame, phase, z: content(frame, FrameAcquisitionNumber=phase + 1),
+        lambda frame, phase, z: content(frame, DimensionIndexValues=[1, z + 1, phase + 1]),
+        cardiac,
+        lambda frame, phase, z: None,
+    ],
+)
+def test_phases_of_a_multi_frame_file_are_scans(tmp_path, mark, monkeypatch):
+    enhanced(tmp_path, 3, mark)
+    for source in (tmp_path, tmp_path / "x"):
+        scans, failures = find_scans(source)
+        assert failures == [] and [len(scan) for scan in scans] == [10] * 3 and len({scan.name for scan in scans}) == 3
+    parsed, read_header = [], series._read_header
+    monkeypatch.setattr(series, "_read_header", lambda file, tags: parsed.append(file) or read_header(file, tags))
+    for phase, scan in enumerate(scans):
+        np.testing.assert_array_equal(scan.read_volume(), HU + phase)
+    assert len(parsed) == 3, "the header is parsed once, not once for each frame"
+    with pytest.raises(UserError, match=r"x: found 3 scans \(phases, say\), expected one"):
+        open_scan(tmp_path / "x")
+
+
+def test_a_folder_of_many_series_is_listed_once(tmp_path, monkeypatch):
+    for number in range(5):
+        dicoms(tmp_path, name=f"{number} {{}}", slices=range(3), SeriesInstanceUID=f"1.{number}")
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    assert len(find_scans(tmp_path)[0]) == 5 and len(listed) == 1
 
 
 @pytest.mark.parametrize("tags", [{"AcquisitionNumber": 2}, {"SliceThickness": 1}])

@@ -266,7 +266,7 @@ def test_jpeg_ls_is_decoded_and_a_missing_decoder_is_named(tmp_path, monkeypatch
     def without_plugins(*arguments, **options):
         raise RuntimeError("Unable to decompress: all plugins are missing dependencies:\n\tlibjpeg\n\tgdcm")
 
-    monkeypatch.setattr(pydicom.pixels, "pixel_array", without_plugins)
+    monkeypatch.setattr(pydicom.pixels.decoders.base.Decoder, "as_array", without_plugins)
     with pytest.raises(ValueError, match="found JPEG-LS Lossless .*, for which no decoder .*: pip install pylibjpeg"):
         scan.read(0)
 

@@ -1,12 +1,15 @@
 import json
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import DataLoader, MetaTensor
+from PIL import Image
 
-from bundle.monailabel import ClassificationInferer
+from bundle.monailabel import ClassificationInferer, LoadVolumed
 from bundle.monailabel.train import slices_of
 
 
@@ -126,3 +129,18 @@ def test_values_that_are_no_numbers_are_air_and_infinite_ones_refused(faces, ask
     while error.__cause__:
         error = error.__cause__
     assert "x.nii.gz: found NaN or infinite pixels" in str(error)
+
+
+def test_what_the_reader_says_of_a_volume_reaches_log_and_answer(write_dicom, tmp_path, caplog):
+    write_dicom(tmp_path / "x.dcm", np.zeros((6, 8)))
+    dataset = pydicom.dcmread(tmp_path / "x.dcm")
+    dataset.Modality = "MR"
+    dataset.save_as(tmp_path / "x.dcm")
+    Image.new("L", (8, 6)).save(tmp_path / "x.png")
+    model = SimpleNamespace(tasks=[], evaluator=SimpleNamespace(), run=lambda scan: SimpleNamespace(classes={}, scan=scan))
+    inferer = ClassificationInferer(model)
+    for name, words in (("x.dcm", "the modality is MR, not CT"), ("x.png", "the file has no geometry")):
+        (batch,) = DataLoader([LoadVolumed("image")({"image": tmp_path / name})["image"]])
+        scan = inferer.predict(batch, torch.nn.Identity()).scan
+        assert not scan.hounsfield and not scan.read(0).meta["hounsfield"] and words in scan.warnings[0]
+        assert f"{name}: {scan.warnings[0]}" in caplog.text and np.array_equal(scan.turn[:, 1], [1, 1, 1])
