@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import runpy
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -74,7 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             {"prepare": _prepare, "info": _info}[known.command](known)
     if known.command in RUNS:
-        runpy.run_module("monai.bundle", run_name="__main__")
+        start_runner()
+
+
+def start_runner() -> None:
+    """Run `python -m monai.bundle` of `sys.argv`, but for its search for commands, which reads the source of all callers."""
+    import fire
+    from monai.bundle import run
+
+    fire.Fire({"run": run})
 
 
 def _add_run(commands, command: str) -> None:

@@ -26,8 +26,8 @@ def body_region(image: torch.Tensor) -> torch.Tensor:
     pixels = np.asarray(image[0], dtype=np.float32)
     dark, _ = ndimage.label(pixels <= otsu_threshold(pixels))
     corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]]
-    rest = ~np.isin(dark, corners[corners > 0])
-    opened = _disc(_disc(np.pad(rest, 2, mode="edge"), np.logical_and), np.logical_or)
+    rest = ~_parts(dark, corners[corners > 0])
+    opened = _spread(_spread(np.pad(rest, 2, mode="edge"), (2, 2), np.logical_and), (2, 2), np.logical_or)
     region = _largest(opened[2:-2, 2:-2])
     if region.mean() < 0.05:
         region[:] = True
@@ -48,15 +48,15 @@ def lung_region(image: np.ndarray) -> np.ndarray:
         return region
     crop = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     bright = image[crop] > otsu_threshold(image[crop])
-    body = ndimage.binary_fill_holes(_largest(bright))
+    body = _fill(_largest(bright))
     labels, _ = ndimage.label(~bright)
     edge = np.concatenate([labels[0], labels[:, 0], labels[:, -1]])  # not the lower one, where the table lies
-    dark = np.isin(labels, np.union1d(labels[body], edge)) & (body | np.isin(labels, edge))
-    dark &= (labels > 0) & ~np.isin(labels, labels[[0, 0, -1, -1], [0, -1, 0, -1]])
+    dark = _parts(labels, edge) | (body & _parts(labels, labels[body]))
+    dark &= (labels > 0) & ~_parts(labels, labels[[0, 0, -1, -1], [0, -1, 0, -1]])
     side = max(image.shape)
     parts, _ = ndimage.label(dark)
     kept = (np.bincount(parts.ravel()) >= int(0.005 * side**2))[parts] & dark
-    region[crop] = ndimage.binary_fill_holes(_close(kept, [round(0.03 * side)] * 2)) & (body | dark)
+    region[crop] = _fill(_close(kept, [round(0.03 * side)] * 2)) & (body | dark)
     return region
 
 
@@ -79,12 +79,9 @@ def lung_mask(hu: np.ndarray, spacing: Sequence[float], longest: int | None = No
     parts, _ = ndimage.label(_close(light, [max(1, round(WALL / side)) for side in spacing]))
     measured = np.where(light, parts, 0)
     large = 1 + np.flatnonzero(np.bincount(measured.ravel())[1:] * pixel >= SMALLEST_PART)
-    border = np.concatenate([measured[0], measured[-1], measured[:, 0], measured[:, -1]])
-    medians = ndimage.median(hu, measured, large)
-    lung = np.isin(parts, large[medians >= np.where(np.isin(large, border), AIR_AT_BORDER, AIR)])
-    holes, _ = ndimage.label(ndimage.binary_fill_holes(lung) & ~lung)
-    filled = np.bincount(holes.ravel()) * pixel < LARGEST_HOLE
-    return lung | (filled[holes] & (holes > 0))
+    medians = np.array([np.median(hu[measured == part]) for part in large])
+    lung = _parts(parts, large[medians >= np.where(np.isin(large, _border(measured)), AIR_AT_BORDER, AIR)])
+    return _fill(lung, LARGEST_HOLE / pixel)
 
 
 def lung_bearing(areas: Sequence[float]) -> list[bool]:
@@ -108,18 +105,44 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else np.zeros(mask.shape, bool)
 
 
-def _disc(mask: np.ndarray, join: Callable) -> np.ndarray:
-    """Erode (`join` and) or dilate (or) by 5 x 5 pixels without the corners: by a square of 3, then by a cross."""
-    padded = np.pad(mask, 1)
-    lines = join(join(padded[:-2], padded[1:-1]), padded[2:])
-    square = np.pad(join(join(lines[:, :-2], lines[:, 1:-1]), lines[:, 2:]), 1)
-    beside = join(square[1:-1, :-2], square[1:-1, 2:])
-    return join(join(square[1:-1, 1:-1], beside), join(square[:-2, 1:-1], square[2:, 1:-1]))
+def _parts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Pixels of the chosen parts: np.isin by a table, ten times faster."""
+    table = np.zeros(labels.max() + 1, bool)
+    table[chosen] = True
+    return table[labels]
+
+
+def _border(labels: np.ndarray) -> np.ndarray:
+    return np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+
+
+def _fill(mask: np.ndarray, limit: float = np.inf) -> np.ndarray:
+    """Fill the holes of a mask that have fewer than `limit` pixels."""
+    holes, _ = ndimage.label(~mask)
+    filled = np.bincount(holes.ravel()) < limit
+    filled[_border(holes)] = False
+    filled[0] = True  # the mask itself
+    return filled[holes]
+
+
+def _spread(mask: np.ndarray, radii: Sequence[int], join: Callable) -> np.ndarray:
+    """Dilate (`join` or) or erode (and) by an ellipse of such radii in pixels; around the picture lies nothing."""
+    (rows, columns), (height, width) = radii, mask.shape
+    padded = np.pad(mask, [(radius, radius) for radius in radii])
+    line, reach, joined = padded[:, columns : columns + width], 0, None
+    for down in range(rows, -1, -1):  # lines of the ellipse, the outermost and shortest first
+        while (down / (rows + 0.5)) ** 2 + ((reach + 1) / (columns + 0.5)) ** 2 < 1:
+            reach += 1
+            left, right = (padded[:, start : start + width] for start in (columns - reach, columns + reach))
+            line = join(line, join(left, right))
+        for start in (rows - down, rows + down):
+            part = line[start : start + height]
+            joined = part if joined is None else join(joined, part)
+    return joined
 
 
 def _close(mask: np.ndarray, radii: Sequence[int]) -> np.ndarray:
     """Close a mask by an ellipse of such radii in pixels, with nothing around the picture."""
-    how = {"sampling": [1 / (radius + 0.5) for radius in radii]}  # pixels of the ellipse are nearer than 1
-    grown = ndimage.distance_transform_edt(~np.pad(mask, [(2 * radius, 2 * radius) for radius in radii]), **how) < 1
-    closed = ndimage.distance_transform_edt(grown, **how) >= 1
+    padded = np.pad(mask, [(2 * radius, 2 * radius) for radius in radii])
+    closed = _spread(_spread(padded, radii, np.logical_or), radii, np.logical_and)
     return closed[tuple(slice(2 * radius, -2 * radius) for radius in radii)]

@@ -1,12 +1,16 @@
 """Ratios measured in one run: what sharing an encoder saves, what the engine and the parts of a step cost, how fast the data are.
 
-With --scan instead: how fast the backends of prediction are, and how far their answers agree. The absolute times of a machine
-vary from minute to minute; so what is compared runs in turns, and a ratio is the median over the turns.
+With --scan instead: how fast the backends of prediction are, and how far their answers agree. With --pace: how long
+`chestct predict` takes beside the network alone. The absolute times of a machine vary from minute to minute; so what is
+compared runs in turns, and a ratio is the median over the turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -18,6 +22,8 @@ from operator import truediv
 from pathlib import Path
 from statistics import median
 
+import nibabel
+import numpy as np
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -349,6 +355,75 @@ def report_backends(parser: ConfigParser, turns: int, exported: Sequence[str] = 
     return "\n".join(lines) + "\n"
 
 
+def pace(source, folder: Path, counts: Sequence[int] = (30, 100, 600), knobs: Sequence[str] = ()) -> dict[str, dict]:
+    """`chestct predict` of a scan's own files, at most the first of `counts` of them, and of NIfTI volumes of its slices.
+
+    Args:
+        source: a scan, in HU; its slices run up and down in the longer volumes.
+
+    Returns:
+        By scan: seconds (the smaller of wall clock and processor: other jobs delay the one, threads add to the other) of
+        "monai" (its import), "imports", "first slice" (when it enters the network) and "end", and of the network alone;
+        memory and page (report.html) in MB.
+    """
+    scans, failures = find_scans(source)
+    if not scans or not scans[0].hounsfield:
+        raise UserError(f"{source}: found no scan in HU{''.join(': ' + failure['reason'] for failure in failures[:1])}")
+    scan, rows = scans[0], {}
+    for number, count in enumerate(counts):
+        order = islice(cycle([*range(len(scan)), *reversed(range(len(scan)))]), count)
+        if number == 0 and len(scan.sources) > 1:  # one file a slice: the first of them, as they are
+            path = folder / "series"
+            path.mkdir()
+            for file, _ in scan.sources[:count]:
+                (path / Path(file).name).symlink_to(Path(file).resolve())
+        else:
+            path = folder / f"{count}.nii.gz"
+            voxels = np.stack([scan.read_stored(index) for index in order], -1).astype(np.int16)
+            nibabel.Nifti1Image(voxels, scan.affine).to_filename(path)
+        name = f"{count} slices, {'files of the scan' if path.is_dir() else 'NIfTI'}"
+        rows[name] = _timed_prediction(path, folder / f"out{count}", knobs)
+    return rows
+
+
+def _timed_prediction(path: Path, out: Path, knobs: Sequence[str]) -> dict:
+    command = [sys.executable, str(Path(__file__).with_name("timed_predict.py")), str(path), "-o", str(out), *knobs]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{path}: chestct predict failed: {done.stderr.strip()[-500:]}")
+    row = json.loads(done.stdout.splitlines()[-1])
+    row |= {"wall": row["end"][0], **{name: min(times) for name, times in row.items() if isinstance(times, list)}}
+    return row | {"page": max(page.stat().st_size for page in out.glob("**/report.html")) / 1e6}
+
+
+def report_pace(source, quick: bool) -> str:
+    """The measurement of `pace` as text, with goals."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = pace(source, Path(folder), (2, 3, 4) if quick else (30, 100, 600))
+    columns = ("wall", "end", "network", "monai", "imports", "first slice", "memory", "page")
+    (short, *_, middle, long), names = rows.values(), list(rows)
+    goals = {
+        f"{names[0]}: 2 x network + imports + 3 s": (short["end"], 2 * short["network"] + short["imports"] + 3),
+        f"{names[-1]}: 1.5 x network + 8 s": (long["end"], 1.5 * long["network"] + 8),
+        f"memory of {names[-1]}: 1.05 x that of {names[-2]}, MB": (long["memory"], 1.05 * middle["memory"]),
+        "largest report.html, MB": (max(row["page"] for row in rows.values()), 10),
+        "first slice: import monai + 2 s": (short["first slice"], short["monai"] + 2),
+    }
+    lines = [
+        _machine("cpu"),
+        "seconds: the smaller of wall clock and processor; network: of its thread; memory, page: MB",
+        "",
+        f"{'scan':30}" + "".join(f"{name:>13}" for name in (*columns, "end:network")),
+        *(
+            f"{name:30}" + "".join(f"{row[column]:13.1f}" for column in columns) + f"{row['end'] / row['network']:13.2f}"
+            for name, row in rows.items()
+        ),
+        "",
+        *(f"{name:60}{found:9.1f}  (goal: at most {allowed:.1f})" for name, (found, allowed) in goals.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _machine(device) -> str:
     versions = environment()
     return (
@@ -362,6 +437,7 @@ def main() -> None:
     parser.add_argument("overlays", nargs="*", metavar="OVERLAY", help="config files merged into configs/train.json")
     parser.add_argument("--dataset_dir", help="folder with a datalist.json; phantom data without it")
     parser.add_argument("--scan", help="file or folder to predict: overlays are merged into configs/inference.json")
+    parser.add_argument("--pace", metavar="SCAN", help="a scan in HU, of whose slices `chestct predict` is timed")
     parser.add_argument("--checkpoint", default="", help="weights to predict with; random ones without it")
     parser.add_argument(
         "--exported", nargs="+", default=[], metavar="FILE", help="with --scan: .ts or .onnx of tensor_net, compared as well"
@@ -377,7 +453,9 @@ def main() -> None:
     turns = 2 if arguments.quick else 12
     with exit_in_one_line(), tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
         common = {"bundle_root": str(CONFIGS.parent), "output_dir": folder}
-        if arguments.scan:
+        if arguments.pace:
+            print(report_pace(arguments.pace, arguments.quick), end="")
+        elif arguments.scan:
             files = [str(CONFIGS / "inference.json"), *overlays]
             entries = {"input": arguments.scan, "checkpoint": arguments.checkpoint, "device": "cpu", **tiny, **common}
             print(report_backends(open_config(files, **entries), turns, arguments.exported), end="")

@@ -18,7 +18,7 @@ NAMES = ["scan", "scan#1", "1001", "1_2", "DOE,JOHN", "[CT]", "it's", 'a "b"', "
 @pytest.fixture
 def runner(monkeypatch):
     """Function that runs a command line and returns the id, the options and the config files that MONAI's runner gets."""
-    monkeypatch.setattr("bundle.cli.runpy.run_module", lambda *_, **__: None)
+    monkeypatch.setattr("bundle.cli.start_runner", lambda: None)
     monkeypatch.setattr("sys.argv", [])
 
     def run(*arguments):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from bundle.lungs import _disc, body_region, lung_bearing, lung_mask, lung_region
+from bundle.lungs import _close, _spread, body_region, lung_bearing, lung_mask, lung_region
 
 SPACING = (2.0, 1.0)  # rows 2 mm apart, columns 1 mm
 ROWS, COLUMNS = np.mgrid[:160, :320] * np.reshape(SPACING, (2, 1, 1)) - 160.0
@@ -97,11 +97,17 @@ def test_a_large_slice_is_looked_at_reduced():
     assert np.array_equal(found[:480:3, :960:3], lung_mask(hu, SPACING)) and overlap(found, lung_mask(large, sides)) > 0.95
 
 
-@pytest.mark.parametrize("density", [0.5, 0.9, 0.97])
-def test_the_body_is_opened_by_a_disc(density):
+@pytest.mark.parametrize("radii", [(1, 1), (2, 2), (3, 1), (8, 8), (2, 5)])
+@pytest.mark.parametrize("density", [0.02, 0.5, 0.9, 0.97])
+def test_masks_are_opened_and_closed_by_an_ellipse(density, radii):
     mask = np.random.default_rng(0).random((40, 50)) < density
-    disc = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
-    assert np.array_equal(_disc(_disc(mask, np.logical_and), np.logical_or), ndimage.binary_opening(mask, disc))
+    rows, columns = radii
+    y, x = np.mgrid[-rows : rows + 1, -columns : columns + 1]
+    ellipse = (y / (rows + 0.5)) ** 2 + (x / (columns + 0.5)) ** 2 < 1
+    opened = _spread(_spread(mask, radii, np.logical_and), radii, np.logical_or)
+    assert np.array_equal(opened, ndimage.binary_opening(mask, ellipse))
+    closed = ndimage.binary_closing(np.pad(mask, 20), ellipse)[20:-20, 20:-20]
+    assert np.array_equal(_close(mask, radii), closed)
 
 
 def test_a_slice_bears_lung_from_20_cm2():

@@ -14,7 +14,7 @@ UNUSUAL_SHARE, LUNG_SHARE = 0.5, 0.25
 
 
 def assess(
-    novelty: Novelty | None, distances: Sequence[float | None], bearing: Sequence[bool] | None
+    novelty: Novelty | None, distances: Sequence[float] | None, bearing: Sequence[bool] | None
 ) -> tuple[dict[str, float] | None, list[str]]:
     """Judge whether the network knows scans like this one, by its slices with lung, or all if none has or that is not known.
 

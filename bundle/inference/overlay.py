@@ -16,8 +16,8 @@ SIDES = (512, 768)  # least and greatest length of the picture's longer side
 LINE, MARGIN = 24, 16
 
 
-def draw_overlay(path, pixels, spacing, labels, boxes, scores, probabilities: Mapping | None, caption: str) -> None:
-    """Write a picture of a slice, turned as by `Scan.read`, with lesions, boxes with scores and class probabilities.
+def draw_overlay(pixels, spacing, labels, boxes, scores, probabilities: Mapping | None, caption: str) -> Image.Image:
+    """Draw a slice, turned as by `Scan.read`, with lesions, boxes with scores and class probabilities.
 
     Args:
         pixels: (rows, columns) in [0, 1].
@@ -41,7 +41,7 @@ def draw_overlay(path, pixels, spacing, labels, boxes, scores, probabilities: Ma
         _draw_classes(draw, probabilities, height + MARGIN // 2, sheet.width)
     text = _fit(caption, _font(13), sheet.width - 2 * MARGIN)
     draw.text((sheet.width / 2, sheet.height - LINE / 2 - 3), text, LIGHT, _font(13), anchor="mm")
-    sheet.save(path, quality=85, subsampling=0)  # thin coloured lines stay sharp
+    return sheet
 
 
 @cache

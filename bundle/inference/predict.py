@@ -112,7 +112,8 @@ class Model:
 
         def collect(samples: Sequence[dict], answers: Sequence[dict]) -> None:
             for sample, answer in zip(samples, answers, strict=True):
-                pictures.add(*collector.add(sample, self.postprocessing({**sample, **answer})))
+                view, row = collector.add(sample, self.postprocessing({**sample, **answer}))
+                pictures.add(view, row, [text for task in self.tasks for text in task.caption(row)])
 
         with helper() as pool:
             waiting = deque()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import nibabel
 import numpy as np
+import torch
 from monai.data import MetaTensor
 
 from bundle.data.transforms import to_file_grid
@@ -130,6 +131,7 @@ class Collector:
     def __init__(self, scan: Scan, tasks: Sequence[Task], novelty: Novelty | None = None) -> None:
         self.result, self.tasks, self.novelty = Result(scan, tasks), list(tasks), novelty
         self.lungs: list[tuple[float, float]] = []  # mm2 in each slice in HU: of the lung, of lung and lesions
+        self.embeddings: list[torch.Tensor] = []
 
     def add(self, sample: Mapping, answer: Mapping) -> tuple[SliceView, dict]:
         """Add the next slice, and return it with its row.
@@ -147,7 +149,9 @@ class Collector:
         if scan.hounsfield:
             self._measure_lung(pixels, view.labels, max(sample[IMAGE].shape))
         row["lung_mm2"] = round(self.lungs[-1][0], 2) if scan.hounsfield and scan.spacing else None
-        row["novelty"] = self.novelty and round(float(self.novelty.distance(answer[EMBEDDING][None])[0]), 4)
+        row["novelty"] = None  # of all slices at once, in `finish`
+        if self.novelty:
+            self.embeddings.append(answer[EMBEDDING])
         self.result.slices.append(row)
         return view, row
 
@@ -170,7 +174,9 @@ class Collector:
             result.entries["lung"] = {"volume_ml": volume, "slices": [with_lung[0], with_lung[-1]]}
         for task in self.tasks:
             result.entries[task.name] = task.entry(result)
-        distances = [row["novelty"] for row in result.slices]
+        distances = self.novelty and self.novelty.distance(torch.stack(self.embeddings)).numpy().round(4).tolist()
+        for row, distance in zip(result.slices, distances or ()):
+            row["novelty"] = distance
         result.entries["novelty"], warnings = assess(self.novelty, distances, bearing or None)
         result.warnings = [*result.scan.warnings, *warnings]
         return result

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from monai.bundle import ConfigWorkflow
 
 import bundle
 from bundle import files
-from bundle.data.volumes import Scan, find_scans
+from bundle.data.volumes import Scan, find_scans, unreadable
 from bundle.errors import UserError, user_message
 from bundle.files import file_hash, text_hash, unwritable, write_table
 from bundle.inference.writer import PREDICTIONS, UNFINISHED, check_place, read_prediction, replacing_folder
@@ -95,26 +94,28 @@ class Worklist:
         return pending
 
     @contextmanager
-    def attempt(self, scan: Scan) -> Iterator[None]:
+    def attempt(self, scan: Scan, writing: bool = False) -> Iterator[None]:
         """Let an exception of the block fail this scan alone, see `fail`, and close the scan."""
         try:
             yield
         except Exception as error:
-            self.fail(scan, error)
+            self.fail(scan, error, writing)
         finally:
             scan.close()
 
     @contextmanager
     def publish(self, scan: Scan) -> Iterator[Path]:
         """Yield a new folder, which replaces older results of the scan when the block ends, and is removed where it fails."""
-        with self.attempt(scan), replacing_folder(self.folder / scan.name) as new:
+        with self.attempt(scan, writing=True), replacing_folder(self.folder / scan.name) as new:
             yield new
 
-    def fail(self, scan: Scan, error: Exception) -> None:
+    def fail(self, scan: Scan, error: Exception, writing: bool = False) -> None:
         """Record in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
-        row = {"scan": scan.name, "reason": user_message(error)}
+        row, place = {"scan": scan.name, "reason": user_message(error)}, self.folder / scan.name
         if row["reason"] is None and isinstance(error, OSError) and error.strerror:
-            row["reason"] = str(unwritable(self.folder / scan.name, error))
+            file = Path(error.filename or (place if writing else scan.path))  # a full disk gives no name
+            of_results = self.folder in (file, *file.parents)
+            row["reason"] = str(unwritable(place, error) if of_results else unreadable(file, OSError(error.strerror)))
         elif row["reason"] is None:
             cause = error
             while cause.__cause__ is not None:  # MONAI wraps what a transform raises
@@ -154,17 +155,22 @@ class Worklist:
         failed = {self.folder / failure["scan"] / PREDICTIONS for failure in failures}
         found = sorted(set(self.folder.glob(f"**/*/{PREDICTIONS}")) - failed)
         whole = [path for path in found if not path.parent.name.startswith(UNFINISHED)]
-        predictions = [prediction for path in whole if (prediction := read_prediction(path.parent))]
-        for name, rows in {"scans": scan_rows, "slices": slice_rows, "lesions": lesion_rows}.items():
-            path = self.folder / f"{name}.csv"
-            if predictions:
-                write_table(chain.from_iterable(rows(prediction, tasks) for prediction in predictions), path, ("scan",))
+
+        def rows_of(kind: Callable) -> list[dict]:  # the files are read for each table, so that one is in memory at a time
+            read = (prediction for path in whole if (prediction := read_prediction(path.parent)))
+            return [row for prediction in read for row in kind(prediction, tasks)]
+
+        tables = {"scans": scan_rows, "slices": slice_rows, "lesions": lesion_rows}
+        scans = rows_of(scan_rows)
+        for name, kind in tables.items():
+            if scans:
+                write_table(scans if kind is scan_rows else rows_of(kind), self.folder / f"{name}.csv", ("scan",))
             else:
-                path.unlink(missing_ok=True)  # of an earlier run
-        if not predictions:
+                (self.folder / f"{name}.csv").unlink(missing_ok=True)  # of an earlier run
+        if not scans:
             raise UserError(f"input: nothing could be read; {failures[0]['reason']}")
         where = "see report.html of each scan, scans.csv and failures.csv"
-        logger.info(f"{self.folder}: {len(predictions)} scans, {len(failures)} failures; {where}")
+        logger.info(f"{self.folder}: {len(scans)} scans, {len(failures)} failures; {where}")
 
 
 def fingerprint(workflow: ConfigWorkflow, *files) -> str:

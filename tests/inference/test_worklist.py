@@ -70,6 +70,24 @@ def test_older_results_come_back_if_new_ones_cannot_take_their_place(picture, tm
     assert json.loads((tmp_path / "out/a.png/predictions.json").read_text())["model"] == "older"
 
 
+@pytest.mark.parametrize(
+    ("file", "writing", "reason"),
+    [
+        ("in/a.png", False, "in/a.png: cannot be read (Input/output error), expected an intact "),
+        (None, False, "in/a.png: cannot be read (Input/output error), expected an intact "),
+        ("in/a.png", True, "in/a.png: cannot be read (Input/output error), expected an intact "),
+        ("out/.tmp.1/mask.png", True, "out/a.png: cannot be written (Input/output error); check the disk"),
+        (None, True, "out/a.png: cannot be written (Input/output error); check the disk"),
+    ],
+)
+def test_an_error_of_a_disk_names_what_cannot_be_read_or_written(picture, tmp_path, file, writing, reason):
+    worklist = Worklist(picture, tmp_path / "out")
+    with worklist.attempt(worklist.scans[0], writing):
+        raise OSError(5, "Input/output error", file and str(tmp_path / file))
+    (failure,) = worklist.failures
+    assert failure["reason"].startswith(f"{tmp_path}/{reason}") and "log" not in failure
+
+
 def test_results_take_the_place_of_older_ones_whole(picture, tmp_path, monkeypatch):
     for run in ("one", "two"):
         worklist = Worklist(picture, tmp_path / "out")

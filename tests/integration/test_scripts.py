@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bundle.data.phantom import make_volume
 from bundle.names import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,17 @@ def test_benchmark_of_a_scan_compares_the_backends(phantom_dir, tmp_path):
         speed, difference = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith(backend))
         assert len(speed) == 4 and min(map(float, speed)) > 0
         assert len(difference) == 7 and max(map(float, difference)) < 1e-3
+
+
+def test_benchmark_of_the_pace_has_a_row_for_each_scan_and_the_goals(phantom_dir, tmp_path):
+    volume = tmp_path / "volume.nii.gz"
+    make_volume(volume, slices=3, size=64)
+    done = script("benchmark.py", "--quick", "--pace", volume, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split()[3:] for line in done.stdout.splitlines() if re.match(r"\d slices, NIfTI ", line)]
+    assert [len(row) for row in rows] == [9, 9, 9] and done.stdout.count("(goal: at most ") == 5
+    for wall, end, network, monai, imports, first, memory, page, ratio in (map(float, row) for row in rows):
+        assert 0 < network < end <= wall and 0 < monai <= imports <= first < end and memory > 100 and ratio > 1
 
 
 def test_the_quickstart_ends_with_a_report_and_a_network_that_has_learned(tmp_path):
