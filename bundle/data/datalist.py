@@ -35,7 +35,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, 
     if not Path(path).is_file():
         raise UserError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
     try:
-        datalist = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        datalist = json.loads(Path(path).read_bytes())  # which finds out the encoding
     except ValueError as error:
         raise UserError(f"{path}: found no JSON ({error}), expected a datalist") from None
     try:
@@ -116,7 +116,8 @@ def record_complaints(
         elif dataset_dir is not None and (field, value) != (MASK, EMPTY_MASK):
             files[field] = Path(dataset_dir) / value
             if not files[field].is_file():
-                yield f"{field}: found no file {files.pop(field)}, expected it there; check dataset_dir"
+                hint = "; check dataset_dir" if dataset_dir else ""
+                yield f"{field}: found no file {os.path.normpath(files.pop(field))}, expected it there{hint}"
     for field in (GROUP, SOURCE):
         if not isinstance(record.get(field, ""), str):
             yield f"{field}: found {record[field]!r}, expected text"
@@ -151,7 +152,10 @@ def _box_complaints(boxes, size: tuple[int, int] | None):
         yield f"{BOXES}: found {boxes!r}, expected a list of [x1, y1, x2, y2]"
         return
     for box in boxes:
-        if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
+        if not isinstance(box, list):
+            yield f"{BOXES}: found {boxes!r}, expected a list of boxes [[x1, y1, x2, y2], …]"
+            return
+        if not (len(box) == 4 and all(_is_finite(value) for value in box)):
             yield f"{BOXES}: found {box!r}, expected four finite numbers [x1, y1, x2, y2] with decimal points"
         elif max(map(abs, box)) < 2:
             shares = "shares of the image; multiply x by its width and y by its height"

@@ -92,22 +92,39 @@ class LoadSliced(MapTransform):
         return sample
 
     def _labels(self, record, key: str, image: MetaTensor) -> torch.Tensor:
-        labels = self.load(record[key])
+        labels = load_labels(record[key])
         if labels.shape != image.shape:
             found, expected = tuple(labels.shape[1:]), tuple(image.shape[1:])
             raise UserError(
                 f"{record[key]}: found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
             )
+        if image.meta["picture"] and not torch.equal(labels.affine, image.affine):
+            found = f"found a header that turns the {key}, while {record[IMAGE]} has none"
+            raise UserError(f"{record[key]}: {found}, expected a picture as {key}")
         turned = all(item.meta["spacing"] for item in (labels, image)) and not torch.equal(labels.affine, image.affine)
         if turned and not torch.allclose(_place(labels), _place(image), rtol=0, atol=max(image.meta["spacing"])):
             raise UserError(
                 f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
                 "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
             )
-        if labels.meta["picture"] and not labels.any():
-            _check_hidden(record[key])
-        values = torch.where(labels.as_tensor() == AIR, 0, labels.as_tensor())  # air was NaN
-        return values.round() if (values - values.round()).abs().max() < 1e-3 else values  # 0.9999999 is 1
+        return labels.as_tensor()
+
+
+def load_labels(path) -> MetaTensor:
+    """Read a mask or instances as `LoadSlice` does, NaN as 0 and 0.9999999 as 1.
+
+    Raises:
+        UserError: if a value is below 0, or all that are not 0 are hidden from a viewer.
+    """
+    labels = LoadSlice()(path)
+    labels[labels == AIR] = 0  # which NaN became
+    if (labels - labels.round()).abs().max() < 1e-3:
+        labels = labels.round()
+    if labels.min() < 0:
+        raise UserError(f"{path}: found the value {float(labels.min()):g}, expected labels from 0 up")
+    if labels.meta["picture"] and not labels.any():
+        _check_hidden(path)
+    return labels
 
 
 def _check_hidden(path) -> None:

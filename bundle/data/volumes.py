@@ -230,9 +230,13 @@ class PictureScan(Scan):
         with open(self.path, "rb") as file, Image.open(file) as picture:  # by its path, Pillow maps a turned TIFF wrongly
             deep = picture.mode.startswith(("I", "F"))
             white_is_zero = deep and picture.format == "TIFF" and picture.tag_v2.get(262) == 0
-            upright = ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture
-            values = np.asarray(upright if deep else upright.convert("L")).T
+            values = np.asarray(upright(picture) if deep else upright(picture).convert("L")).T
             return values.max() - values if white_is_zero else values
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation turns it."""
+    return ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -120,7 +120,7 @@ BAD_RECORDS = {
     ),
     "one box, not a list of boxes": (
         {"boxes": [1, 2, 3, 4]},
-        "boxes: found 1, expected four finite numbers [x1, y1, x2, y2] with decimal points (and 3 more complaints)",
+        "boxes: found [1, 2, 3, 4], expected a list of boxes [[x1, y1, x2, y2], …]",
     ),
     "boxes no list": ({"boxes": "none"}, "boxes: found 'none', expected a list of [x1, y1, x2, y2]"),
     "mask of another size": (

@@ -1,12 +1,13 @@
-"""What the layouts share: the rows of tables, pictures, and lesions as the connected parts of a mask."""
+"""What the layouts share: the rows of tables, the labels of masks, and lesions as the connected parts of a mask."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 from scipy import ndimage
 
 from bundle.data.datalist import GREY_MODES
+from bundle.data.transforms import load_labels
+from bundle.data.volumes import slice_size, unreadable, upright
 from bundle.errors import UserError
 
 # What a layout yields: the split, or None where it knows none, and a record of absolute paths, whose class is a name. It may
@@ -22,54 +25,78 @@ Records = Iterator[tuple[str | None, dict]]
 SIZE, COMPLAINT = "size", "complaint"
 SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation", "test": "test"}
 SPLIT_NAMES |= {"training": "training", "validation": "validation"}
+ABSENT = ("na", "n/a", "#n/a", "<na>", "nan", "none", "null")  # what programs write into an empty cell
 # Connected parts of a mask below this many pixels are dust of the annotation, not lesions to be found.
 MIN_LESION_PIXELS = 20
+MANY_VALUES = 16  # more are labels only if they follow one another and lie in areas
 
 
-def read_rows(path: Path, required: tuple[str, ...] = ()) -> list[tuple[str, dict[str, str]]]:
-    """("file: line n", row) for the rows of a table that has at least the required columns.
+def read_rows(path: Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """("file: line n", row) for the rows of a table; a row of too few or too many cells has a `COMPLAINT`.
 
-    Cells may be separated by commas, semicolons or tabs. Empty rows, empty columns without a name, repetitions of the header
-    and Excel's line "sep=;" are skipped, as spreadsheets and joined files have them.
+    Names of columns are in lower case, with _ between words; cells are separated by commas, semicolons or tabs. Empty rows,
+    columns without a name, comments, repetitions of the header and Excel's line "sep=;" are skipped.
+
+    Args:
+        required: columns that the table needs, each "name" or "name or other name".
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a table with the columns {', '.join(required)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        lines = [(f"{path}: line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}), expected a comma-separated table in UTF-8") from None
-    if lines and lines[0][1][:1] == ["sep="]:
-        lines = lines[1:]
-    columns = _without_empty_end(lines[0][1]) if lines else []
-    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+    text = _read_text(path)
+    headers = {separator: _names(next((cells for _, cells in _lines(text, separator)), [])) for separator in ",;\t"}
+    missing = {s: [name for name in required if not {*name.split(" or ")} & {*headers[s]}] for s in headers}
+    separator = min(headers, key=lambda s: (len(missing[s]), -len(headers[s])))
+    columns = headers[separator]
+    if missing[separator]:
+        found, expected = ", ".join(map(repr, columns)) or "none", ", ".join(missing[separator])
+        raise UserError(f"{path}: found the columns {found}, expected {expected}, separated by commas, semicolons or tabs")
+    if twice := [name for name, count in Counter(filter(None, columns)).items() if count > 1]:
         raise UserError(f"{path}: found the column {twice[0]!r} twice, expected each once")
-    if not columns or not set(required) <= set(columns):
-        expected = f"expected {', '.join(required) or 'a header'}, separated by commas"
-        raise UserError(f"{path}: found the columns {', '.join(columns) or 'none'}, {expected}")
     rows = []
-    for place, cells in lines[1:]:
-        cells = cells[: len(columns)] + _without_empty_end(cells[len(columns) :])
-        if not any(cells) or cells == columns:
+    for number, cells in _lines(text, separator):
+        if _names(cells) == columns:
             continue
-        if len(cells) != len(columns):
+        row, count = dict(zip(columns, cells)), max(len(_filled(cells)), min(len(cells), len(columns)))
+        if count != len(columns):
             expected = f"{len(columns)} cells separated by {separator!r}; quote a cell that holds one"
-            raise UserError(f"{place}: found {len(cells)} cells, expected {expected}")
-        rows.append((place, dict(zip(columns, cells))))
+            row = dict.fromkeys(columns, "") | {COMPLAINT: f"{path}: line {number}: found {count} cells, expected {expected}"}
+        row.pop("", None)
+        rows.append((f"{path}: line {number}", row))
+    if not rows:
+        raise UserError(f"{path}: found no row below the header, expected one or more")
     return rows
 
 
-def _without_empty_end(cells: list[str]) -> list[str]:
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected a table")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("zero bytes, as in UTF-16")
+        if text.count('"') % 2:
+            raise ValueError("a quote is not closed")
+    except ValueError as error:
+        found = "a workbook of Excel" if content.startswith(b"PK") else error
+        raise UserError(f"{path}: cannot be read ({found}), expected a comma-separated table; save it as CSV UTF-8") from None
+    return text
+
+
+def _lines(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of the lines that hold more than a comment."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    for cells in reader:
+        cells = ["" if cell.strip().lower() in ABSENT else cell.strip() for cell in cells]
+        if (filled := _filled(cells)) and not (len(filled) == 1 and filled[0].startswith(("#", "sep="))):
+            yield reader.line_num, cells
+
+
+def _filled(cells: list[str]) -> list[str]:
+    """The cells without empty ones at the end, as spreadsheets have them."""
     return cells[: max((index + 1 for index, cell in enumerate(cells) if cell), default=0)]
 
 
-def look_up(names: dict, row: dict, column: str, place: str):
-    """`names[row[column]]`; a UserError names the choices if the cell is none of them."""
-    if row[column] not in names:
-        raise UserError(f"{place}: {column}: found {row[column]!r}, expected one of {', '.join(names)}")
-    return names[row[column]]
+def _names(cells: list[str]) -> list[str]:
+    return [re.sub(r"[\s-]+", "_", cell.lower()) for cell in _filled(cells)]
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -79,52 +106,53 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
 
 
-def read_grey(path: Path) -> np.ndarray:
-    """uint8 (rows, columns) of a picture; a UserError if it cannot be read."""
-    with _opened(path) as picture:
-        return np.asarray(picture.convert("L"))
-
-
 def read_labels(path: Path) -> tuple[np.ndarray, bool]:
-    """Labels (rows, columns) of a mask's picture, and whether they are other than the grey values that a viewer shows.
+    """Labels (rows, columns) of a mask in LPS, and whether they are other than the values that its file shows.
 
     A palette's index is the label unless its first colour is brighter than another one that is used. Of colours the strongest
-    channel is the label; where the colour is the same everywhere, the lesion is what is not transparent. JPEG smears
-    labels: what is brighter than half is 1.
+    channel is the label; where the colour is the same everywhere, the lesion is what is not transparent. Of black and white
+    with grey edges, as JPEG and scaling leave it, what is brighter than half is 1.
 
     Raises:
-        UserError: if there is no such file, it cannot be read, or all its corners are marked, as in an inverted mask.
+        UserError: if it cannot be read, or its values are no labels: shades of grey, below 0, or in all corners.
     """
-    with _opened(path) as picture:
-        labels, lossy, grey = np.asarray(picture), picture.format == "JPEG", picture.mode in GREY_MODES
-        rgba = None if grey else np.asarray(picture.convert("RGBA"))
-        by_index = picture.mode == "P" and _background_first(labels, rgba)
-    if not grey and not by_index:
-        colour, opaque = rgba[..., :3].max(-1), rgba[..., 3] > 0
-        by_alpha = np.ptp(colour) == 0 and opaque.any() and not opaque.all()
-        labels = (opaque if by_alpha else colour * opaque).astype(np.uint8)
-    labels = labels > 127 if lossy else labels
-    if labels[[0, 0, -1, -1], [0, -1, 0, -1]].all():
-        raise UserError(f"{path}: found a mask that marks all corners, expected 0 outside of lesions; invert it")
-    return labels, lossy or not grey
-
-
-def _background_first(indices: np.ndarray, rgba: np.ndarray) -> bool:
-    """Whether the first colour of a palette without transparency is not brighter than another one that is used."""
-    bright, background = rgba[..., :3].max(-1), indices == 0
-    inverted = background.any() and not background.all() and bright[background].max() > bright[~background].min()
-    return not inverted and bool((rgba[..., 3] > 0).all())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a picture")
+        raise UserError(f"{path}: no such file, expected a mask")
+    mode = slice_size(path).mode or GREY_MODES[0]
+    convert = mode.split()[0] not in GREY_MODES
+    stored = labels = _colour_labels(path) if convert else load_labels(path)[0].numpy()
+    values = np.unique(labels)
+    lossy = "JPEG" in mode or path.suffix.lower() == ".webp"
+    white = 255 if lossy else next(full for full in (1, 255, 65535, np.inf) if values[-1] <= full)
+    flat = (labels[:, 1:] == labels[:, :-1])[labels[:, 1:] > 0].sum() >= 0.5 * (labels[:, 1:] > 0).sum()  # no picture is
+    in_order = flat and values[-1] <= 2 * len(values) and not (values % 1).any()
+    if lossy or not in_order and (len(values) > MANY_VALUES or (values > 0.875 * white).sum() > 1):
+        share, convert = labels / white, True
+        grey = ndimage.binary_erosion((share > 0.125) & (share < 0.875), np.ones((3, 3))).any()
+        if grey or labels.any() and share.max() < 0.875:
+            found = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
+            raise UserError(f"{path}: found {found}, expected a mask: black and white, or labels 0, 1, 2 … in PNG or NIfTI")
+        labels = share > 0.5
+    corners = [0, 0, -1, -1], [0, -1, 0, -1]
+    if labels[corners].all():
+        raise UserError(f"{path}: found {stored[corners].min():g} or more in all corners, expected 0 outside of lesions; invert it")
+    return labels, convert
+
+
+def _colour_labels(path: Path) -> np.ndarray:
     try:
-        with open(path, "rb") as file, Image.open(file) as picture:  # see PictureScan
-            yield picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises each for damaged files
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        with open(path, "rb") as file, Image.open(file) as stored:  # by its path, Pillow maps a turned TIFF wrongly
+            picture = upright(stored)
+            indices, rgba = np.asarray(picture), np.asarray(picture.convert("RGBA"))
+    except Exception as error:  # Pillow raises anything for damaged files
+        raise unreadable(path, error) from None
+    colour, opaque = rgba[..., :3].max(-1), rgba[..., 3] > 0
+    background = indices == 0
+    if picture.mode == "P" and opaque.all():
+        if background.all() or not background.any() or colour[background].max() <= colour[~background].min():
+            return indices
+    by_alpha = np.ptp(colour) == 0 and opaque.any() and not opaque.all()
+    return opaque.astype(np.uint8) if by_alpha else colour * opaque
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> str:
@@ -134,16 +162,19 @@ def write_picture(pixels: np.ndarray, path: Path) -> str:
     return str(path)
 
 
-def lesions(mask: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
-    """Connected parts of a mask (rows, columns) of at least `MIN_LESION_PIXELS`, eight neighbours touching.
+def lesions(labels: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
+    """Connected parts, of one label (rows, columns) each, of at least `MIN_LESION_PIXELS`, eight neighbours touching.
 
     Returns:
         uint8 (rows, columns) with n + 1 on the part of boxes[n], and the boxes [x1, y1, x2, y2] in pixels, x = column.
     """
-    parts, _ = ndimage.label(mask > 0, structure=np.ones((3, 3)))
-    instances, boxes = np.zeros(mask.shape, np.uint8), []
-    for index, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
-        part = parts[rows, columns] == index
+    instances, boxes, found = np.zeros(labels.shape, np.uint8), [], []
+    for label in np.unique(labels[labels > 0]):
+        parts, _ = ndimage.label(labels == label, structure=np.ones((3, 3)))
+        for index, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
+            part = parts[rows, columns] == index
+            found.append((rows.start, columns.start + int(part[0].argmax()), rows, columns, part))
+    for *_, rows, columns, part in sorted(found, key=lambda one: one[:2]):  # in the order of their first pixels
         if part.sum() >= MIN_LESION_PIXELS:
             boxes.append([columns.start, rows.start, columns.stop, rows.stop])
             instances[rows, columns][part] = len(boxes)

@@ -16,6 +16,11 @@ OBJECTS, SPLIT, IMPLIED = "objects", "split", "implied"
 COVID, OTHER, CANCER = "COVID-19", "other", "lung cancer"
 # Share of the lung or image below which a lesion is too small for its slice to stand for COVID-19.
 SMALL_LESION = 0.005
+# A slice with little or no lesion of a COVID-19 patient may as well be of somebody healthy; a tumour patient was scanned before
+# COVID-19, and whether a slice shows the cancer is not known.
+COVID_LESION, COVID_PATIENT = {BOXES: [], CLASS: COVID}, {BOXES: [], CLASS: [OTHER, COVID]}
+TUMOUR_PATIENT = {MASK: EMPTY_MASK, CLASS: [OTHER, CANCER]}
+NO_INFECTION, HEALTHY = {MASK: EMPTY_MASK}, {MASK: EMPTY_MASK, BOXES: []}
 
 
 class Known(NamedTuple):
@@ -23,14 +28,16 @@ class Known(NamedTuple):
 
     Args:
         fields: row -> columns of docs/data.md that the row has under other names.
-        implied: row -> fields that its annotations imply for other tasks.
+        implied: kind of a row -> fields that its annotations imply for other tasks.
+        kind: row -> its kind.
         unused: why it is left out, if it is.
     """
 
     source: str
     mark: str
     fields: Callable[[Mapping], dict] = lambda row: {}
-    implied: Callable[[Mapping], dict] = lambda row: {}
+    implied: Mapping[str, dict] = {}
+    kind: Callable[[Mapping], str] = lambda row: row.get("label", "")
     unused: str = ""
 
 
@@ -45,41 +52,30 @@ def _patient_of_volume(row: Mapping) -> dict:
     return {GROUP: "_".join(row["volume"].split("_")[:2])}
 
 
-def _covid_volume(row: Mapping) -> dict:
-    """Every patient has COVID-19, but a slice with little or no lesion may as well be of somebody healthy."""
-    return {BOXES: [], CLASS: COVID if float(row["lesion_frac"]) > SMALL_LESION else [OTHER, COVID]}
-
-
-def _healthy_chest(row: Mapping) -> dict:
-    return {"normal": {MASK: EMPTY_MASK, BOXES: []}, "benign": {MASK: EMPTY_MASK}}.get(row["label"], {})
-
-
-def _ct_0(row: Mapping) -> dict:
-    return {MASK: EMPTY_MASK} if row["label"] == OTHER else {}
-
-
-def _lesion_of_covid(row: Mapping) -> dict:
-    return {CLASS: COVID, BOXES: []}
-
-
-def _tumour_patient(row: Mapping) -> dict:
-    """Scanned before COVID-19; whether a slice shows the cancer is not known."""
-    return {MASK: EMPTY_MASK, CLASS: [OTHER, CANCER]}
+def _lesion_size(row: Mapping) -> str:
+    return "lesion" if float(row["lesion_frac"]) > SMALL_LESION else ""
 
 
 KNOWN = (
     Known("covid_ct", "coloured_mark"),
-    Known("iqoth_nccd", "label group_id orig_file", implied=_healthy_chest),
-    Known("medseg_covid19", "mask_multiclass official_split", lambda row: {MASK: row["mask_multiclass"]}, _lesion_of_covid),
-    Known("lung_tumor_slices", "mask tumour_px", lambda row: {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}, _tumour_patient),
-    Known("luna16_nodules", "max_diameter_mm crop_kind", implied=_tumour_patient),
-    Known("mosmed_slices", "label severity source_file", implied=_ct_0),
+    Known("iqoth_nccd", "label group_id orig_file", implied={"normal": HEALTHY, "benign": NO_INFECTION}),
+    Known(
+        "medseg_covid19", "mask_multiclass official_split", lambda row: {MASK: row["mask_multiclass"]}, {"": COVID_LESION}
+    ),
+    Known(
+        "lung_tumor_slices", "mask tumour_px", lambda row: {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}, {"": TUMOUR_PATIENT}
+    ),
+    Known("luna16_nodules", "max_diameter_mm crop_kind", implied={"": TUMOUR_PATIENT}),
+    Known("mosmed_slices", "label severity source_file", implied={OTHER: NO_INFECTION}),
     Known("sars_cov2_ct", "label block orig_file", lambda row: {GROUP: row["block"]}),
-    Known("covid_volumes", "volume lesion_frac label_source", _patient_of_volume, _covid_volume),
+    Known(
+        *("covid_volumes", "volume lesion_frac label_source", _patient_of_volume),
+        *({"lesion": COVID_LESION, "": COVID_PATIENT}, _lesion_size),
+    ),
     Known("covid_volumes", "volume orig_file", _patient_of_volume),
     Known("lung_pet_ct_dx", "sop_uid series_uid n_boxes", unused="a DICOM series, for inference only"),
 )
-OFFICIAL = Known("medseg_covid19", "official_split", _medseg_official, _lesion_of_covid)
+OFFICIAL = Known("medseg_covid19", "official_split", _medseg_official, {"": COVID_LESION})
 
 
 def recognise(columns: Sequence[str]) -> Known | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from bundle.data.datalist import SPLITS, annotated_tasks, record_complaints, val
 from bundle.data.sources import known, published, tables, volumes
 from bundle.data.sources.common import COMPLAINT, SIZE, Records
 from bundle.data.sources.known import IMPLIED
+from bundle.data.transforms import LoadSliced
 from bundle.data.volumes import slice_size
 from bundle.errors import UserError
 from bundle.files import write_json
@@ -25,7 +27,7 @@ from bundle.names import ANNOTATION, BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INS
 logger = logging.getLogger(__name__)
 CLASSES = ("other", "COVID-19", "lung cancer")
 # What tables call the classes beside their names.
-ALIASES = {"covid": "covid 19", "normal": "other", "benign": "other", "non covid": "other", "noncovid": "other"}
+ALIASES = {"covid": "covid19", "normal": "other", "benign": "other", "noncovid": "other"}
 BAD_SHARE = 0.05  # of the slices of a folder: more that cannot be used, and none of it is taken
 OUTSIDE = 1  # pixels that a box may reach out of the image to be clipped to it
 
@@ -33,8 +35,7 @@ OUTSIDE = 1  # pixels that a box may reach out of the image to be clipped to it
 class Source(NamedTuple):
     """A layout: `read(path, export)` yields (split or None, record); `marks` are glob patterns that tell it apart.
 
-    `source` is the name that records carry and groups begin with. Where it is empty, the records, or the folder or file,
-    name it.
+    `source` is the name that records carry and groups begin with; if it is empty, the record, folder or file names it.
     """
 
     read: Callable
@@ -43,11 +44,9 @@ class Source(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A finished record, the split that its folder gives it, what it implies for other tasks, and where it was found."""
-
     record: dict
-    split: str | None
-    implied: dict
+    split: str | None  # that its folder gives it
+    implied: dict  # annotations for other tasks
     layout: str
     path: Path
 
@@ -101,7 +100,8 @@ def _recognised(path: Path) -> dict[Path, str]:
     layout = detect_layout(path)
     inside = {path: layout} if layout else {p: detect_layout(p) or "" for p in sorted(path.glob("*")) if p.is_dir()}
     if not any(inside.values()):
-        raise UserError(f"{path}: found no known layout, expected one of {', '.join(SOURCES)}; name it: LAYOUT={path}")
+        layouts = ", ".join(f"{name} ({', '.join(source.marks)})" for name, source in SOURCES.items() if source.marks)
+        raise UserError(f"{path}: found no known layout, expected one of {layouts}; name it: LAYOUT={path}")
     return inside
 
 
@@ -169,73 +169,76 @@ def merge(
 
 def _usable(read: Records, layout: str, path: Path, output: Path, classes: Sequence[str]) -> list[_Found]:
     """The slices of a folder or table that can be used; a warning names each of the others, or says how many boxes changed."""
-    good, bad, boxes, split_of = [], [], Counter(), {}
-    images: set[str] = set()
-    for split, record in read:
+    good: dict[str, _Found | None] = {}  # by image; None for one that two rows annotate differently
+    bad, changes, split_of, masks = [], Counter(), {}, set()
+    for split, found in read:
+        image = os.path.normpath(found[IMAGE])
         try:
-            one = _finished(split, record, layout, path, output, classes)
-            boxes.update(_check(one, record.get(SIZE), output, len(classes), images))
+            one = _finished(split, found, layout, path, classes)
+            own = {one.record[key] for key in (MASK, INSTANCES) if one.record.get(key, EMPTY_MASK) != EMPTY_MASK}
+            done = _repair_boxes(one.record)
+            _check(one.record, found.get(SIZE), len(classes))
+            if image in good and good[image] != one:
+                good[image] = None
+                raise UserError(f"{IMAGE}: found in an earlier row as well, expected one row with all annotations of an image")
         except UserError as error:
-            text = str(error)
-            bad.append(text if text.startswith(str(path)) else f"{path}: {record[IMAGE]}: {text}")
+            bad.append(str(error) if str(error).startswith(str(path)) else f"{path}: {found[IMAGE]}: {error}")
             continue
-        good.append(one)
-        images.add(one.record[IMAGE])
-    number = len(good) + len(bad)
+        done += ["masks that an earlier image has, too; check that each belongs to its image"] * bool(own & masks)
+        changes.update(done if image not in good else ["rows that repeat another one left out"])
+        good[image] = one
+        masks |= own
+    usable = [one for one in good.values() if one]
+    number = len(usable) + len(bad)
     if not number:
         raise UserError(f"{path}: found no record, expected one of the layouts of docs/data.md")
-    if bad and (not good or len(bad) > max(1, BAD_SHARE * number)):
+    if bad and (not usable or len(bad) > max(1, BAD_SHARE * number)):
         share = f" ({len(bad)} of {number} slices cannot be used, {len(bad) / number:.0%})" if number > 1 else ""
         raise UserError(bad[0] + share)
     for complaint in bad:
         logger.warning(f"{complaint}; this slice is left out")
-    for change, count in boxes.items():
-        logger.warning(f"{path}: {count} boxes {change}")
-    for record, split, *_ in good:
+    for change, count in changes.items():
+        logger.warning(f"{path}: {count} {change}")
+    for record, split, *_ in usable:
         if split and (first := split_of.setdefault(record[GROUP], split)) != split:
             found = f"found {record[GROUP]!r} in {split} and in {first}, expected it in one split"
             raise UserError(f"{path}: {record[IMAGE]}: {GROUP}: {found}")
-    return good
+        for key in (IMAGE, MASK, INSTANCES):
+            if record.get(key, EMPTY_MASK) != EMPTY_MASK:
+                record[key] = os.path.relpath(record[key], output)
+    return usable
 
 
-def _finished(split: str | None, record: dict, layout: str, path: Path, output: Path, classes: Sequence[str]) -> _Found:
-    """The record with its source, paths from `output`, a class number for a name, and a group that no other source has."""
-    if COMPLAINT in record:
-        raise UserError(record[COMPLAINT])
-    source = record.get(SOURCE) or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
-    finished = {**record, GROUP: f"{source}/{record[GROUP]}", SOURCE: source}
-    finished.pop(SIZE, None)
-    implied = finished.pop(IMPLIED, {})
-    for key in (IMAGE, MASK, INSTANCES):
-        if record.get(key, EMPTY_MASK) != EMPTY_MASK:
-            finished[key] = os.path.relpath(record[key], output)
-    for part in (finished, implied):
+def _finished(split: str | None, found: dict, layout: str, path: Path, classes: Sequence[str]) -> _Found:
+    """The record with its source, a class number for a name, and a group that no other source has."""
+    if COMPLAINT in found:
+        raise UserError(found[COMPLAINT])
+    source = found.get(SOURCE) or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
+    record = {key: value for key, value in found.items() if key not in (SIZE, IMPLIED, SOURCE)}
+    record, implied = record | {GROUP: f"{source}/{found[GROUP]}", SOURCE: source}, found.get(IMPLIED, {})
+    for part in (record, implied):
         if CLASS in part:
             part[CLASS] = _class_number(part[CLASS], classes)
-    return _Found(finished, split, implied, layout, path)
+    return _Found(record, split, implied, layout, path)
 
 
-def _check(one: _Found, size: tuple[int, int] | None, output: Path, num_classes: int, images: set[str]) -> list[str]:
-    """Repair the boxes of a record, returning what was done to each, and refuse it for what is wrong with it then."""
-    record, repaired = one.record, []
-    complaint = next(record_complaints(record, num_classes, output, headers=True), None)
-    if complaint and BOXES in record and (repaired := _repair_boxes(record, output)):
-        complaint = next(record_complaints(record, num_classes, output, headers=True), None)
-    if not complaint and record[IMAGE] in images:
-        complaint = f"{IMAGE}: found in an earlier row as well, expected one row with all annotations of an image"
-    if not complaint and size and record.get(BOXES) and (stored := slice_size(output / record[IMAGE]).stored) != tuple(size):
-        complaint = f"{BOXES}: found boxes for (columns, rows) = {tuple(size)}, expected {stored} as the image has; scale them"
-    if complaint:
+def _check(record: dict, size: tuple[int, int] | None, num_classes: int) -> None:
+    """Refuse a record of absolute paths for the first thing that is wrong with it; masks and instances are read."""
+    if complaint := next(record_complaints(record, num_classes, "", headers=True), None):
         raise UserError(complaint)
-    return repaired
+    if size and record.get(BOXES) and (stored := slice_size(record[IMAGE]).stored) != tuple(size):
+        expected = f"expected {stored} as the image has; scale them"
+        raise UserError(f"{BOXES}: found boxes for (columns, rows) = {tuple(size)}, {expected}")
+    if record.get(MASK, EMPTY_MASK) != EMPTY_MASK or INSTANCES in record:
+        LoadSliced()(record)
 
 
 def _class_number(found, classes: Sequence[str]):
-    """Number of a class from its name (letter case, - and _ do not matter) or an alias; a number as it is; a list of them."""
+    """Number of a class from its name (letter case, spaces, - and _ do not matter) or an alias; or of each in a list."""
     if isinstance(found, list):
         return [_class_number(item, classes) for item in found]
-    if not isinstance(found, str):
-        return found
+    if not isinstance(found, str) or found in classes:
+        return found if not isinstance(found, str) else list(classes).index(found)
     plain = [_plain_name(name) for name in classes]
     name = next((name for name in (_plain_name(found), ALIASES.get(_plain_name(found))) if name in plain), None)
     if name is None:
@@ -245,27 +248,30 @@ def _class_number(found, classes: Sequence[str]):
 
 
 def _plain_name(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    return re.sub(r"[\s_-]", "", name.casefold())
 
 
-def _repair_boxes(record: dict, output: Path) -> list[str]:
-    """Clip boxes that reach out of the image by `OUTSIDE` and drop those of no width; what was done, one text for each box.
+def _repair_boxes(record: dict) -> list[str]:
+    """Clip boxes that reach out of the image by `OUTSIDE`, drop those of no width or that repeat one; one text for each.
 
-    A slice with instances, or with no other box, stays as it is: without the box it would say that nothing is there.
+    A slice with instances, or with no other box, keeps them: without the box it would say that nothing is there.
     """
     try:
-        columns, rows = slice_size(output / record[IMAGE]).stored
-        boxes = np.asarray(record[BOXES], float).reshape(-1, 4)
+        columns, rows = slice_size(record[IMAGE]).stored if record.get(BOXES) else (0, 0)
+        boxes = np.asarray(record.get(BOXES, []), float).reshape(-1, 4)
     except (UserError, TypeError, ValueError):
         return []
     clipped = np.clip(boxes, 0, [columns, rows] * 2)
     near, wide = (np.abs(boxes - clipped) <= OUTSIDE).all(1), (clipped[:, 2:] > clipped[:, :2]).all(1)
-    if not near.all() or not wide.any() or INSTANCES in record and not wide.all():
+    new = np.isin(np.arange(len(boxes)), np.unique(clipped, axis=0, return_index=True)[1])
+    outside = (boxes != clipped).any(1) & wide & new
+    if not near.all() or not wide.any() or INSTANCES in record and not (wide & new).all():
         return []
-    record[BOXES] = clipped[wide].tolist()
-    outside = int(((boxes != clipped).any(1) & wide).sum())
-    done = [f"that reach out of the image by at most {OUTSIDE} pixel clipped"] * outside
-    return done + ["of no width left out"] * int((~wide).sum())
+    if outside.any() or not (wide & new).all():
+        record[BOXES] = clipped[wide & new].tolist()
+    done = {f"that reach out of the image by at most {OUTSIDE} pixel clipped": outside}
+    done |= {"of no width left out": ~wide, "that repeat one of their slice left out": wide & ~new}
+    return [f"boxes {change}" for change, where in done.items() for _ in range(where.sum())]
 
 
 def _refuse_strangers(layout: str, path: Path, found: Sequence[_Found], sources: Mapping[str, Sequence[_Found]]) -> None:

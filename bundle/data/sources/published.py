@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bundle.data.sources.common import SPLIT_NAMES, Records, pictures, read_grey, write_picture
+from bundle.data.sources.common import SPLIT_NAMES, Records, pictures, write_picture
+from bundle.data.transforms import LoadSlice
 from bundle.errors import UserError
 from bundle.names import CLASS, GROUP, IMAGE, MASK
 
@@ -72,8 +73,12 @@ def _number(path: Path) -> int:
 
 def _thumbnail(path: Path) -> np.ndarray:
     """32 x 32 pixels of mean 0 and variance 1, so that the mean of a product is the correlation of two images."""
-    pixels = np.asarray(Image.fromarray(read_grey(path)).resize((32, 32)), float)
+    pixels = np.asarray(Image.fromarray(_grey(path)).resize((32, 32)), float)
     return (pixels - pixels.mean()) / max(pixels.std(), 1e-6)
+
+
+def _grey(path: Path) -> np.ndarray:
+    return LoadSlice()(path)[0].numpy().astype(np.uint8)
 
 
 def inf_net(folder: Path, export: Path) -> Records:
@@ -91,9 +96,9 @@ def inf_net(folder: Path, export: Path) -> Records:
         for index, image in enumerate(pictures(place / "Imgs")):
             if image.stem not in masks:
                 raise UserError(f"{place / 'GT' / image.stem}.png: no such file, expected the mask of {image}")
-            split, mask = splits[index % len(splits)], read_grey(masks[image.stem])
+            split, mask = splits[index % len(splits)], _grey(masks[image.stem])
             record = {
-                IMAGE: write_picture(read_grey(image).T, export / place.name / "image" / f"{image.stem}.png"),
+                IMAGE: write_picture(_grey(image).T, export / place.name / "image" / f"{image.stem}.png"),
                 MASK: write_picture(np.uint8(mask.T > 127), export / place.name / "mask" / f"{image.stem}.png"),
             }
             yield split, {**record, GROUP: f"{place.name} {image.stem}"}

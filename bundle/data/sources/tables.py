@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bundle.data.sources.common import COMPLAINT, MIN_LESION_PIXELS, SIZE, SPLIT_NAMES, Records
-from bundle.data.sources.common import lesions, look_up, read_labels, read_rows, write_picture
+from bundle.data.sources.common import lesions, read_labels, read_rows, write_picture
 from bundle.data.sources.known import IMPLIED, OBJECTS, SPLIT, Known, recognise
+from bundle.data.transforms import LoadSlice, move_boxes
 from bundle.data.volumes import PICTURES
 from bundle.errors import UserError
 from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
@@ -20,16 +25,18 @@ from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 logger = logging.getLogger(__name__)
 # Column of docs/data.md -> names that it may have, in any case; of several, the first that a row fills counts.
 COLUMNS = {
-    IMAGE: ("image", "file"),
+    IMAGE: ("image", "file", "filename", "path"),
     CLASS: ("class", "label"),
     MASK: ("mask",),
     OBJECTS: ("objects",),
     BOXES: ("boxes", "boxes_xyxy"),
     INSTANCES: ("instances",),
-    GROUP: ("group", "patient_id", "group_id"),
+    GROUP: ("group", "patient_id", "group_id", "patient", "patientid", "subject", "subject_id"),
     SPLIT: ("split",),
     SOURCE: ("source",),
 }
+# Columns of other tables of boxes, which would leave slices without an annotation if they were not read.
+FOREIGN = ("bbox", "bboxes", "box", "x", "x1", "xmin", "x_min", "x_center", "left")
 
 
 def table(path: Path, export: Path, known: Known | None = None) -> Records:
@@ -41,26 +48,26 @@ def table(path: Path, export: Path, known: Known | None = None) -> Records:
         known: the public data set that it is; by default the one that its columns tell.
     """
     path = path / "labels.csv" if path.is_dir() else path
-    rows = [(place, {name.lower(): cell for name, cell in row.items()}) for place, row in read_rows(path)]
-    columns = list(rows[0][1]) if rows else []
+    rows = read_rows(path, (" or ".join(COLUMNS[IMAGE]),))
+    columns = rows[0][1].keys() - {COMPLAINT}
     known = known or recognise(columns)
     if known and known.unused:
         raise UserError(f"{path}: {known.unused}")
-    if not set(COLUMNS[IMAGE]) & set(columns):
-        raise UserError(f"{path}: found the columns {', '.join(columns) or 'none'}, expected {' or '.join(COLUMNS[IMAGE])}")
-    unread = set(columns) - {"width", "height"} - {name for names in COLUMNS.values() for name in names}
+    unread = columns - {"width", "height"} - {name for names in COLUMNS.values() for name in names}
+    if foreign := [name for name in FOREIGN if name in unread and not known]:
+        expected = f"one column {BOXES} with all boxes of an image, [[x1, y1, x2, y2], …] in pixels"
+        raise UserError(f"{path}: found the column {foreign[0]!r}, expected {expected}")
     if unread and not known:
         logger.info(f"{path}: columns that are not read: {', '.join(sorted(unread))}")
     dust = 0
     for number, (place, row) in enumerate(rows):
-        image = row.get("image") or row.get("file") or place
+        image = next(filter(None, map(row.get, COLUMNS[IMAGE])), place)
         try:
             record = _record(row, known, place, path.parent, export, f"{number:05d}_{Path(image).stem}.png")
-            split = record.pop(SPLIT).lower()
-            split = look_up(SPLIT_NAMES, {SPLIT: split}, SPLIT, place) if split else None
         except UserError as error:  # of one row, which stops no data set
             yield None, {IMAGE: image, COMPLAINT: str(error)}
             continue
+        split = record.pop(SPLIT)
         if record.pop(OBJECTS, None):
             dust += 1
         else:
@@ -70,71 +77,92 @@ def table(path: Path, export: Path, known: Known | None = None) -> Records:
 
 
 def _record(row: Mapping, known: Known | None, place: str, folder: Path, export: Path, name: str) -> dict:
-    """Record of a row, with its cell of the split, and with OBJECTS where its mask of objects holds nothing but dust.
+    """Record of a row, with its split or None, and with OBJECTS where its mask of objects holds nothing but dust.
 
     `name` is that of the pictures that it exports.
     """
+    if COMPLAINT in row:
+        raise UserError(row[COMPLAINT])
     try:
         row = row | (known.fields(row) if known else {})
-        record = {IMPLIED: known.implied(row)} if known else {}
+        record = {IMPLIED: dict(known.implied.get(known.kind(row), {}))} if known else {}
     except (ValueError, KeyError) as error:
         raise UserError(f"{place}: found {type(error).__name__} {error}, expected the table of {known.source}") from None
     cells = {field: next(filter(None, map(row.get, names)), "") for field, names in COLUMNS.items()}
     files = {field: folder / cells[field].replace("\\", "/") for field in (IMAGE, MASK, OBJECTS, INSTANCES)}
     if not cells[IMAGE]:
         raise UserError(f"{place}: {IMAGE}: found an empty cell, expected the path of an image")
-    record |= {IMAGE: str(files[IMAGE]), GROUP: cells[GROUP] or cells[IMAGE], SPLIT: cells[SPLIT]}
-    if source := known.source if known else cells[SOURCE]:
-        record[SOURCE] = source
+    if cells[SPLIT] and cells[SPLIT].lower() not in SPLIT_NAMES:
+        raise UserError(f"{place}: {SPLIT}: found {cells[SPLIT]!r}, expected one of {', '.join(SPLIT_NAMES)}")
+    group = re.sub(r"^(\d+)\.0$", r"\1", cells[GROUP])  # pandas writes numbers so in a column that has an empty cell
+    group = group or os.path.normpath(cells[IMAGE].replace("\\", "/"))
+    record |= {IMAGE: str(files[IMAGE]), GROUP: group, SPLIT: SPLIT_NAMES.get(cells[SPLIT].lower())}
     if cells[CLASS]:
         record[CLASS] = _class(cells[CLASS])
+    if source := known.source if known else cells[SOURCE]:
+        record[SOURCE] = source
     if cells[MASK]:
         empty = cells[MASK].lower() == EMPTY_MASK
         record[MASK] = EMPTY_MASK if empty else _mask(files[MASK], export / "masks" / name)
     if cells[BOXES]:
-        record[BOXES] = _boxes(cells[BOXES], place)
-        if row.get("width", "").isdigit() and row.get("height", "").isdigit():
-            record[SIZE] = int(row["width"]), int(row["height"])
+        record[BOXES] = _value(cells[BOXES])
+        if record[BOXES] is None:
+            expected = "[[x1, y1, x2, y2], …] with decimal points, or []"
+            raise UserError(f"{place}: {BOXES}: found {cells[BOXES]!r}, expected {expected}")
+        sizes = [_value(row.get(side, "")) for side in ("width", "height")]
+        if all(isinstance(size, (int, float)) for size in sizes):
+            record[SIZE] = tuple(map(int, sizes))
     if cells[INSTANCES]:
         record[INSTANCES] = str(files[INSTANCES])
     if cells[OBJECTS].lower() == EMPTY_MASK:
         record[BOXES] = []
     elif cells[OBJECTS]:
-        instances, boxes = lesions(read_labels(files[OBJECTS])[0])
+        labels = read_labels(files[OBJECTS])[0]
+        instances, boxes = lesions(labels)
         if boxes:
-            record |= {BOXES: boxes, INSTANCES: write_picture(instances, export / "instances" / name)}
-        elif BOXES not in record:
+            record |= {BOXES: _stored(boxes, files[IMAGE]), INSTANCES: write_picture(instances, export / "instances" / name)}
+        elif labels.any():
             record[OBJECTS] = "dust"
+        else:
+            record[BOXES] = []
     return record
+
+
+def _value(cell: str):
+    """What a cell says in JSON or in Python, whose tuples become lists; None if it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = json.loads(json.dumps(read(cell)))
+            return _value(value) if isinstance(value, str) else value
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
 
 
 def _class(cell: str) -> int | str | list:
     """Number, name, or list of them, of a class; a whole number may have a decimal point or comma, as in spreadsheets."""
+    if cell.startswith(("[", "(")):
+        return _value(cell) or cell
     try:
-        if cell.startswith("["):
-            return json.loads(cell)
         number = float(cell.replace(",", "."))
         return int(number) if number.is_integer() else cell
     except (ValueError, OverflowError):
         return cell
 
 
-def _boxes(cell: str, place: str):
-    try:
-        return json.loads(cell)
-    except ValueError:
-        expected = "[[x1, y1, x2, y2], …] with decimal points, or []"
-        raise UserError(f"{place}: {BOXES}: found {cell!r}, expected {expected}") from None
-
-
 def _mask(path: Path, export: Path) -> str:
-    """Path of a mask, "empty" if no pixel of it is marked; one whose labels are not its grey values is written anew."""
-    if path.suffix.lower() not in PICTURES:
-        return str(path)
+    """Path of a mask, "empty" if no pixel of it is marked; one whose labels are not its values is written anew."""
     labels, convert = read_labels(path)
     if not labels.any():
         return EMPTY_MASK
     return write_picture(np.uint8(labels), export) if convert else str(path)
+
+
+def _stored(boxes: list, image: Path) -> list:
+    """Boxes in LPS on the grid that the file of the image stores."""
+    if image.suffix.lower() in PICTURES:
+        return boxes
+    return move_boxes(torch.tensor(boxes, dtype=torch.float64), LoadSlice()(image).affine).round().int().tolist()
 
 
 def coco(folder: Path, export: Path, categories: Sequence[str] = ()) -> Records:
@@ -145,52 +173,66 @@ def coco(folder: Path, export: Path, categories: Sequence[str] = ()) -> Records:
         export: not used.
         categories: names of those to be read; without it there may be only one.
     """
+    contents, chosen, found = {}, {}, Counter()
     for path in sorted(folder.glob("annotations_*.json")):
-        split = SPLIT_NAMES.get(path.stem.removeprefix("annotations_"))
-        if split is None:
-            raise UserError(f"{path}: found an unknown split, expected annotations_train.json, _val.json or _test.json")
-        try:
-            records = _coco_records(path, json.loads(path.read_text(encoding="utf-8-sig")), categories)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            expected = "COCO's images (id, file_name) and annotations (image_id, bbox) that name each other"
-            raise UserError(f"{path}: found {type(error).__name__} {error}, expected {expected}") from None
-        yield from ((split, record) for record in records)
+        contents[path] = content = _coco_content(path)
+        names = {item["id"]: str(item.get("name", item["id"])) for item in content.get("categories") or ()}
+        used = [names.get(item.get("category_id"), str(item.get("category_id"))) for item in content["annotations"]]
+        chosen[path] = [item for item, name in zip(content["annotations"], used) if not categories or name in categories]
+        found.update({**dict.fromkeys(names.values(), 0), **Counter(used)})
+    if unknown := found and set(categories) - set(found):
+        raise UserError(
+            f"{folder}: categories: found {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(found))}"
+        )
+    if not categories and len(+found) > 1:
+        listed = ", ".join(f"{name} ({count})" for name, count in (+found).items())
+        raise UserError(f"{folder}: found the categories {listed}, expected one; choose with --categories")
+    for path, content in contents.items():
+        if others := len(content["annotations"]) - len(chosen[path]):
+            logger.info(f"{path}: {others} annotations of other categories left out")
+        split = SPLIT_NAMES[path.stem.removeprefix("annotations_")]
+        yield from ((split, record) for record in _coco_records(path, content["images"], chosen[path]))
 
 
-def _coco_records(path: Path, content: Mapping, categories: Sequence[str]) -> list[dict]:
-    read = _read_categories(content, categories)
-    boxes = {image["id"]: [] for image in content["images"]}
-    annotations = [item for item in content["annotations"] if item.get("category_id") in read]
-    crowded = {item["image_id"] for item in annotations if item.get("iscrowd")}
+def _coco_content(path: Path) -> dict:
+    if path.stem.removeprefix("annotations_") not in SPLIT_NAMES:
+        raise UserError(f"{path}: found an unknown split, expected annotations_train.json, _val.json or _test.json")
+    try:
+        content = json.loads(path.read_bytes())  # which finds out the encoding
+    except ValueError as error:
+        raise UserError(f"{path}: found no JSON ({error}), expected COCO's") from None
+    lists = [content.get(key) for key in ("images", "annotations")] if isinstance(content, Mapping) else [None]
+    if not all(isinstance(items, list) and all(isinstance(item, Mapping) for item in items) for items in lists):
+        found = f"the keys {', '.join(content)}" if isinstance(content, Mapping) else type(content).__name__
+        raise UserError(f"{path}: found {found}, expected COCO's lists images and annotations (empty, where nothing is there)")
+    images, annotations = lists
+    if nameless := [image for image in images if "id" not in image or not isinstance(image.get("file_name"), str)]:
+        raise UserError(f"{path}: found the image {nameless[0]}, expected an id and a file_name")
+    ids = Counter(image["id"] for image in images)
+    if twice := [id for id, count in ids.items() if count > 1]:
+        raise UserError(f"{path}: found the image id {twice[0]!r} twice, expected each once")
+    if strays := [item.get("image_id") for item in annotations if item.get("image_id") not in ids]:
+        raise UserError(f"{path}: found an annotation of image_id {strays[0]!r}, expected the id of an image")
+    return content
+
+
+def _coco_records(path: Path, images: Sequence[Mapping], annotations: Sequence[Mapping]) -> list[dict]:
+    boxes, records, crowded = {image["id"]: [] for image in images}, [], set()
     for annotation in annotations:
-        x, y, width, height = annotation["bbox"]
-        boxes[annotation["image_id"]].append([x, y, x + width, y + height])
-    if others := len(content["annotations"]) - len(annotations):
-        logger.info(f"{path}: {others} annotations of other categories left out")
-    if crowded:
-        logger.info(f"{path}: {len(crowded)} slices left out whose objects are marked as a crowd (iscrowd)")
-    records = []
-    for image in content["images"]:
-        record = {IMAGE: str(path.parent / image["file_name"]), BOXES: boxes[image["id"]]}
-        record[GROUP] = str(image.get("patient_id") or image["file_name"])
+        try:
+            x, y, width, height = map(float, annotation.get("bbox"))
+            box = [x, y, x + width, y + height]
+        except (TypeError, ValueError):
+            box = annotation.get("bbox")  # the check of its slice names it
+        boxes[annotation["image_id"]].append(box)
+        crowded |= set() if annotation.get("iscrowd") in (None, 0, "0") else {annotation["image_id"]}
+    for image in images:
+        patient = image.get("patient_id")
+        record = {IMAGE: str(path.parent / image["file_name"].replace("\\", "/")), BOXES: boxes[image["id"]]}
+        record[GROUP] = str(image["file_name"] if patient in (None, "") else patient)
         if image.get("width") and image.get("height"):
             record[SIZE] = image["width"], image["height"]
         records += [record] if image["id"] not in crowded else []
+    if crowded:
+        logger.info(f"{path}: {len(crowded)} slices left out whose objects are marked as a crowd (iscrowd)")
     return records
-
-
-def _read_categories(content: Mapping, categories: Sequence[str]) -> set:
-    """Ids of the categories to be read."""
-    names = {item["id"]: str(item.get("name", item["id"])) for item in content.get("categories", [])}
-    found = Counter(item.get("category_id") for item in content["annotations"])
-    known = {names.get(id, str(id)) for id in (*names, *found)}
-    if known and (unknown := set(categories) - known):
-        raise UserError(f"categories: found {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}")
-    if categories:
-        return {id for id in found if names.get(id, str(id)) in categories}
-    if len(found) > 1:
-        listed = ", ".join(f"{names.get(id, id)} ({count})" for id, count in found.items())
-        raise UserError(f"found the categories {listed}, expected one; choose with --categories")
-    return set(found)

@@ -18,6 +18,7 @@ from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
 logger = logging.getLogger(__name__)
 
+
 class Volume(NamedTuple):
     """A volume turned to LPS: pixels (slices, rows, columns), and the affine (4, 4) from (row, column, slice) to LPS in mm."""
 
@@ -60,7 +61,7 @@ def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
         found = f"found a header that turns the mask otherwise than {path} and lays it elsewhere"
         expected = "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
         raise UserError(f"{mask_path}: {found}, {expected}")
-    return volume, np.maximum(mask.pixels, 0)  # NaN has become air
+    return volume, np.ceil(np.maximum(mask.pixels, 0) - 1e-3)  # NaN has become air; 0.9999999 is 1
 
 
 def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> str:
@@ -129,7 +130,7 @@ def luna16(folder: Path, export: Path) -> Records:
     bear the scans' names and are not read.
     """
     nodules: dict[str, list[tuple[float, ...]]] = {}
-    columns = ("coordX", "coordY", "coordZ", "diameter_mm")
+    columns = ("coordx", "coordy", "coordz", "diameter_mm")
     for place, row in read_rows(folder / "annotations.csv", ("seriesuid", *columns)):
         try:
             nodules.setdefault(row["seriesuid"], []).append(tuple(float(row[name]) for name in columns))

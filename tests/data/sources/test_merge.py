@@ -65,7 +65,7 @@ def test_two_tables_of_one_name_are_no_source_together_unless_they_name_it(tmp_p
 def test_one_folder_that_cannot_be_read_never_stops_the_others(hospitals, tmp_path, merged, caplog):
     (hospitals[0] / "east/annotations_train.json").write_text("{")
     assert {record["source"] for part in merged(hospitals[0]).values() for record in part} == {"west"}
-    assert "east/annotations_train.json: found JSONDecodeError" in caplog.text and "; east is left out" in caplog.text
+    assert "east/annotations_train.json: found no JSON" in caplog.text and "; east is left out" in caplog.text
     (hospitals[0] / "west/annotations_test.json").write_text("{")
     with pytest.raises(UserError, match="data: found no data set that can be read, expected one or more; see the lines above"):
         merged(hospitals[0])
@@ -117,7 +117,7 @@ def test_a_named_layout_goes_before_the_recognised_one(hospitals, caplog):
     [
         (["{0}/nowhere"], UserError, "nowhere: no such folder or file$"),
         (["lidc={0}/east"], UserError, "lidc=.*: no such folder or file and no layout; layouts: table, "),
-        (["{0}/notes"], ValueError, "notes: found no known layout, expected one of table, .*; name it: LAYOUT="),
+        (["{0}/notes"], ValueError, r"notes: found no known layout, expected one of table \(labels.csv\), .*; name it: LAYOUT="),
         (["{0}/notes.txt"], ValueError, "notes.txt: found no known layout"),
         (["coco={0}/east", "table={0}/east"], ValueError, "east: found the layouts coco and table, expected one$"),
         (["coco={0}/notes"], ValueError, "notes: found no record, expected one of the layouts of docs/data.md"),
@@ -202,7 +202,7 @@ def test_a_group_in_two_splits_is_refused(tmp_path, picture):
     for name in "ab":
         picture(tmp_path / f"{name}.png", (8, 12))
     (tmp_path / "mine.csv").write_text("image,group,split\na.png,p1,train\nb.png,p1,test\n")
-    with pytest.raises(ValueError, match=r"mine.csv: \.\./b.png: group: found 'mine/p1' in test and in training, expected"):
+    with pytest.raises(ValueError, match=r"mine.csv: .*/b.png: group: found 'mine/p1' in test and in training, expected"):
         merge([str(tmp_path / "mine.csv")], tmp_path / "out")
 
 

@@ -179,5 +179,5 @@ def test_luna16_boxes_hold_the_balls(luna16, samples):
 
 def test_luna16_bad_number_is_refused(luna16, merged):
     (luna16 / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,1,2,x,4\n")
-    with pytest.raises(ValueError, match="csv: line 2: could not convert string to float: 'x', expected numbers in coordX"):
+    with pytest.raises(ValueError, match="csv: line 2: could not convert string to float: 'x', expected numbers in coordx"):
         merged(luna16)

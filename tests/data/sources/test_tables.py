@@ -3,6 +3,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -162,12 +163,30 @@ def test_objects_become_boxes_and_instances(tmp_path, samples, picture, caplog):
 
 LESION = np.zeros((40, 60), np.uint8)
 LESION[5:10, 20:50] = 1
+CT = np.add.outer(np.arange(40) * 3, np.arange(60) * 2).astype(np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 4, (40, 60)).astype(np.uint8)
+LPS = np.diag([-0.7, -0.9, 5, 1])
 
 
 def palette(indices, *colours):
     picture = Image.fromarray(indices, "P")
     picture.putpalette([value for colour in colours for value in colour])
     return picture
+
+
+def nifti(pixels, affine=LPS):
+    return nibabel.Nifti1Image(np.asarray(pixels).T[..., None], affine)
+
+
+def save(picture, path):
+    """A picture, pixels or a NIfTI image; a picture of two or more characters after the last dot is mirrored by its EXIF."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(picture, nibabel.Nifti1Image):
+        return nibabel.save(picture, path)
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    exif = Image.Exif()
+    exif[0x112] = 2
+    picture.save(path, **({"exif": exif} if "mirrored" in path.name else {}))
 
 
 BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
@@ -179,42 +198,83 @@ MASKS = {  # a lesion of 150 pixels as programs save it
     "red on white.png": palette(LESION, WHITE, RED),
     "white first.png": palette(1 - LESION, WHITE, BLACK),
     "faint blue.png": Image.merge("RGB", [GREY] * 2 + [Image.fromarray(LESION)]),
-    "16 bits.png": Image.fromarray(LESION.astype(np.uint16)),
+    "16 bits.png": Image.fromarray(LESION.astype(np.uint16) * 65535),
     "1 bit.png": Image.fromarray(LESION * 255).convert("1"),
     "0.9999999.tif": Image.fromarray(LESION * np.float32(0.9999999)),
+    "half.tif": Image.fromarray(LESION * np.float32(0.5)),
+    "nan.nii": nifti(np.where(LESION, np.float32(1), np.nan)),
+    "turned.nii.gz": nifti(LESION[::-1, ::-1], LPS @ [[-1, 0, 0, 59], [0, -1, 0, 39], [0, 0, 1, 0], [0, 0, 0, 1]]),
     "smeared.jpg": Image.fromarray(LESION * 255),
+    "smeared.webp": Image.fromarray(LESION * 255),
+    "was a JPEG.png": Image.fromarray(np.where(LESION, 255 - NOISE, NOISE)),
+    "mirrored.png": Image.fromarray(LESION[:, ::-1] * 255),
+    "mirrored alpha.png": Image.merge("RGBA", [GREY] * 3 + [Image.fromarray(LESION[:, ::-1] * 255)]),
 }
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_a_lesion_is_read_wherever_a_program_put_it(tmp_path, name, picture, samples):
-    picture(tmp_path / "mine/a.png", (40, 60))
-    MASKS[name].save(tmp_path / "mine" / name)
+def test_a_lesion_is_read_wherever_a_program_put_it(tmp_path, name, samples):
+    image = "a.nii" if ".nii" in name else "a.png"
+    save(nifti(CT.astype(np.int16)) if ".nii" in name else CT, tmp_path / "mine" / image)
+    save(MASKS[name], tmp_path / "mine" / name)
     for column, field in (("mask", "mask"), ("objects", "instances")):
-        (sample,) = samples(write_table(tmp_path / "mine", [{"image": "a.png", column: name, "split": "train"}]))
+        (sample,) = samples(write_table(tmp_path / "mine", [{"image": image, column: name, "split": "train"}]))
         assert sample[field][0, 5:10, 20:50].all() and sample[field].sum() == 150
 
 
-@pytest.mark.parametrize("column", ["mask", "objects"])
-def test_an_inverted_mask_is_refused(tmp_path, column, picture, merged):
-    picture(tmp_path / "mine/a.png", (40, 60))
-    picture(tmp_path / "mine/m.png", 255 * (1 - LESION.astype(int)))
-    with pytest.raises(UserError, match="m.png: found a mask that marks all corners, expected 0 outside of lesions"):
-        merged(write_table(tmp_path / "mine", [{"image": "a.png", column: "m.png", "split": "train"}]))
+NO_LABELS = "expected a mask: black and white, or labels 0, 1, 2"
+BAD_MASKS = {  # with the image that each is given for
+    "inverted.png": (CT, 255 - 255 * LESION, "found 255 or more in all corners, expected 0 outside of lesions; invert it"),
+    "254 and 255.png": (CT, 254 + LESION, "found 254 or more in all corners"),
+    "probability.tif": (CT, LESION * np.float32(0.9) + np.float32(0.01), "found 0.01 or more in all corners"),
+    "inverted.nii": (nifti(CT.astype(np.int16)), nifti(1 - LESION), "found 1 or more in all corners"),
+    "a CT.png": (CT, CT, f"found [0-9]+ values from 0 to 235, {NO_LABELS}"),
+    "on the CT.png": (CT, np.where(LESION[..., None], RED, CT[..., None]).astype(np.uint8), NO_LABELS),
+    "labels.jpg": (CT, LESION, f"found 2 values from 0 to 1, {NO_LABELS}"),
+    "two shades.jpg": (CT, LESION * np.where(np.arange(60) < 35, 127, 255).astype(np.uint8), NO_LABELS),
+    "below 0.tif": (CT, -LESION.astype(np.int32), "found the value -1, expected labels from 0 up"),
+    "below 0.nii": (nifti(CT.astype(np.int16)), nifti(-LESION.astype(np.int16)), "found the value -1, expected labels"),
+    "turned.nii": (CT, nifti(LESION, np.eye(4)), "found a header that turns the mask, while .*a.png has none"),
+    "elsewhere.nii": (nifti(CT.astype(np.int16)), nifti(LESION, np.eye(4)), "found a header that turns the mask otherwise"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_an_inverted_mask_is_refused(tmp_path, name, merged):
+    image, mask, words = BAD_MASKS[name]
+    source = "a.nii" if isinstance(image, nibabel.Nifti1Image) else "a.png"
+    save(image, tmp_path / "mine" / source)
+    save(mask, tmp_path / "mine" / name)
+    for column in ("mask", "objects")[: 1 if "turns" in words or "below" in name else 2]:
+        with pytest.raises(UserError, match=f"{name}: .*{words}"):
+            merged(write_table(tmp_path / "mine", [{"image": source, column: name, "split": "train"}]))
+
+
+def test_objects_of_two_labels_stay_apart_and_lie_on_the_grid_of_the_file(tmp_path, samples):
+    """The file's axes run to the right and to the front, its mask is a picture, in which the objects touch."""
+    save(nifti(CT[::-1, ::-1].astype(np.int16), np.eye(4)), tmp_path / "mine/a.nii")
+    save(LESION * np.where(np.arange(60) < 35, 1, 2).astype(np.uint8), tmp_path / "mine/m.png")
+    save(0 * LESION, tmp_path / "mine/z.png")
+    (sample,) = samples(write_table(tmp_path / "mine", [{"image": "a.nii", "objects": "m.png", "split": "train"}]))
+    assert sample["boxes"].tolist() == [[25, 30, 40, 35], [10, 30, 25, 35]] and sample["instances"].sum((1, 2)).tolist() == [75, 75]
+    (sample,) = samples(write_table(tmp_path / "mine", [{"image": "a.nii", "objects": "z.png", "split": "train"}]))
+    assert sample["boxes"].shape == (0, 4), "a black mask says that nothing is there"
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("z.png,,,p9,train", "image: found no file"),
-        ("a.png,z.png,,p9,train", "z.png: no such file, expected a picture"),
+        ("z.png,,,p9,train", "image: found no file .*mine/z.png, expected it there; this"),
+        ("a.png,z.png,,p9,train", "z.png: no such file, expected a mask"),
         ("a.png,cut.png,,p9,train", "cut.png: cannot be read"),
-        ('a.png,,"[(1, 2, 30, 40)]",p9,train', r"boxes: found '\[\(1, 2, 30, 40\)\]', expected .* with decimal points"),
         ('a.png,,"[[1,5, 2,5, 30,5, 40,5]]",p9,train', "expected four finite numbers .* with decimal points"),
+        ('a.png,,"[1, 2, 30, 40]",p9,train', r"boxes: found \[1, 2, 30, 40\], expected a list of boxes \[\[x1, y1, x2, y2"),
         ('a.png,,"[[0.5, 0.5, 0.1, 0.1]]",p9,train', "expected pixels, not shares of the image"),
         ('a.png,,"[[30, 20, 10, 5]]",p9,train', "expected x1 < x2 and y1 < y2, not .x, y, width, height"),
-        ("0.png,,,p0,train", "image: found in an earlier row as well"),
+        ("0.png,,,p0,train", "0.png: image: found in an earlier row as well, expected one row with all annotations"),
         ("a.png,,,p9,dev", "split: found 'dev', expected one of train"),
+        ("a.png,,,p9,train,x", r"line 8: found 6 cells, expected 5 cells separated by ','"),
+        ("a.png,,", "line 8: found 3 cells, expected 5 cells"),
     ],
 )
 def test_one_bad_row_stops_no_table(tmp_path, picture, merged, caplog, row, words):
@@ -223,7 +283,7 @@ def test_one_bad_row_stops_no_table(tmp_path, picture, merged, caplog, row, word
         picture(tmp_path / "mine" / name, (40, 60))
     (tmp_path / "mine/cut.png").write_bytes((tmp_path / "mine/cut.png").read_bytes()[:60])
     (tmp_path / "mine/labels.csv").write_text("\n".join(["Image,Mask,Boxes,Group,Split", *rows, row]))
-    assert len(merged(tmp_path / "mine")["training"]) == 6
+    assert len(merged(tmp_path / "mine")["training"]) == (5 if row.startswith("0.png") else 6), "of two, neither is right"
     (message,) = [record.message for record in caplog.records if record.message.endswith("this slice is left out")]
     assert re.search(words, message)
 
@@ -240,7 +300,7 @@ def test_boxes_for_a_picture_of_another_size_are_refused(tmp_path, merged, coco)
     (folder / "annotations_test.json").unlink()
     with pytest.raises(UserError, match=r"boxes: found boxes for \(columns, rows\) = \(512, 40\), expected \(60, 40\) as"):
         merged(folder)
-    (tmp_path / "mine.csv").write_text('image,boxes,width,height\nhospital/images/3.png,"[[1, 2, 30, 40]]",512,40\n')
+    (tmp_path / "mine.csv").write_text('image,boxes,Width,Height\nhospital/images/3.png,"[[1, 2, 30, 40]]",512.0,40.0\n')
     with pytest.raises(UserError, match="boxes: found boxes for"):
         merged(tmp_path / "mine.csv")
 
@@ -257,23 +317,43 @@ def test_coco(tmp_path, merged, samples, coco):
     assert train["image"].shape == (1, 40, 60) and test["boxes"].shape == (0, 4)
 
 
+ANNOTATION = {"image_id": 3, "bbox": [0, 0, 5, 5]}
+
+
 @pytest.mark.parametrize(
     "name, change, complaint",
     [
-        ("train", lambda c: "{", "found JSONDecodeError"),
-        ("train", lambda c: json.dumps({"images": c["images"]}), "found KeyError 'annotations'"),
-        ("train", lambda c: json.dumps(c | {"annotations": [{"image_id": 99, "bbox": [0, 0, 1, 1]}]}), "found KeyError 99"),
-        ("train", lambda c: json.dumps(c | {"annotations": [{"image_id": 3, "bbox": [0, 0, 1]}]}), "found ValueError"),
-        ("dev", json.dumps, "found an unknown split, expected annotations_train.json"),
+        ("train", lambda c: "{", "annotations_train.json: found no JSON .Expecting"),
+        ("train", lambda c: '{"a": 1}\n{"b": 2}', "annotations_train.json: found no JSON .Extra data: line 2"),
+        ("train", lambda c: "[]", "annotations_train.json: found list, expected COCO's lists images and annotations"),
+        ("train", lambda c: json.dumps({"images": c["images"]}), "found the keys images, expected COCO's lists images and an"),
+        ("train", lambda c: json.dumps(c | {"images": [{"id": 3}]}), "found the image {'id': 3}, expected an id and a file_n"),
+        ("train", lambda c: json.dumps(c | {"images": 2 * c["images"]}), "found the image id 3 twice, expected each once"),
+        ("train", lambda c: json.dumps(c | {"annotations": [ANNOTATION | {"image_id": "3"}]}), "found an annotation of image_id '3'"),
+        ("train", lambda c: json.dumps(c | {"annotations": [ANNOTATION | {"bbox": [0, 0, 1]}]}), "3.png: boxes: found .0, 0, 1., ex"),
+        ("train", lambda c: json.dumps(c | {"annotations": [{"image_id": 3}]}), "3.png: boxes: found .None., expected a list of b"),
+        ("dev", json.dumps, "annotations_dev.json: found an unknown split, expected annotations_train.json"),
     ],
 )
 def test_bad_coco_is_refused_in_one_line(tmp_path, merged, coco, name, change, complaint):
     folder = coco(tmp_path / "hospital")
     content = json.loads((folder / "annotations_train.json").read_text())
     (folder / f"annotations_{name}.json").write_text(change(content))
-    with pytest.raises(ValueError, match=rf"annotations_{name}.json: {complaint}") as error:
+    for path in folder.glob("annotations_test.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=complaint) as error:
         merged(folder)
     assert "\n" not in str(error.value)
+
+
+def test_coco_of_other_programs(tmp_path, merged, coco, caplog):
+    """UTF-16, backslashes, numbers as text, patient 0, a crowd of "0", a box that is there twice."""
+    folder = coco(tmp_path / "hospital")
+    image = {"id": 3, "file_name": "images\\3.png", "patient_id": 0}
+    boxes = 2 * [{"image_id": 3, "bbox": ["10", "5", "30", "12.5"], "iscrowd": "0"}]
+    (folder / "annotations_train.json").write_text(json.dumps({"images": [image], "annotations": boxes}), encoding="utf-16")
+    assert summary(merged(folder), "boxes", "group")["training"] == [([[10, 5, 40, 17.5]], "hospital/0")]
+    assert "hospital: 1 boxes that repeat one of their slice left out" in caplog.text
 
 
 def test_categories_of_coco_are_chosen_and_crowds_left_out(tmp_path, merged, coco, caplog):
@@ -294,6 +374,12 @@ def test_categories_of_coco_are_chosen_and_crowds_left_out(tmp_path, merged, coc
     path.write_text(json.dumps(content))
     assert "training" not in merged(folder, categories=["nodule"])
     assert "1 slices left out whose objects are marked as a crowd" in caplog.text
+    test = json.loads((folder / "annotations_test.json").read_text())
+    test["annotations"] = [{"image_id": 8, "bbox": [1, 2, 3, 4], "category_id": 2}]
+    (folder / "annotations_test.json").write_text(json.dumps(test | {"categories": [{"id": 2, "name": "mass"}]}))
+    path.write_text(json.dumps(content | {"annotations": [ANNOTATION | {"category_id": 1}]}))
+    with pytest.raises(UserError, match=r"hospital: found the categories mass \(1\), nodule \(1\), expected one"):
+        merged(folder)
 
 
 @pytest.fixture
@@ -333,14 +419,11 @@ def test_table_csv(table, merged, samples):
     [
         ("slices/a.png,2,,[[1;2]],,,,train", r"line 2: boxes: found '\[\[1;2\]\]', expected \[\[x1, y1, x2, y2\], …\]"),
         ("slices/a.png,,,[[1, 2, 3, 4]],,,,train", "line 2: found 11 cells, expected 8 cells separated by ','"),
-        ("slices/a.png,,,,,,,dev", "line 2: split: found 'dev', expected one of train"),
         (",1,,,,,,train", "line 2: image: found an empty cell, expected the path of an image"),
         ("slices/a.png,flu,,,,,,train", "a.png: class: found 'flu', expected a number from 0 to 2 or one of other, COV"),
         ("slices/a.png,-1,,,,,,train", "a.png: class: found -1, expected a whole number from 0 to 2"),
         ("slices/a.png,1.5,,,,,,train", "a.png: class: found '1.5', expected a number"),
         ("slices/a.png,[1],,,,,,train", r"a.png: class: found \[1\], expected a whole number from 0 to 2, or a list of those"),
-        ("slices/a.png,,,\"[[0.1, 0.2, 0.3, 0.4]]\",,,,train", "expected pixels, not shares of the image; multiply x"),
-        ("slices/z.png,1,,,,,,train", "image: found no file .*z.png, expected it there"),
     ],
 )
 def test_bad_csv_is_refused_in_one_line(table, merged, row, complaint):
@@ -355,22 +438,51 @@ def test_columns_that_are_not_read_are_named(table, merged, caplog):
     table.write_text("image,age,clas\nslices/a.png,64,1\n")
     assert "class" not in merged(table)["training"][0]
     assert "mine.csv: columns that are not read: age, clas" in caplog.text
+    table.write_text("image,xmin,ymin,xmax,ymax\nslices/a.png,1,2,30,40\n")
+    with pytest.raises(UserError, match="mine.csv: found the column 'xmin', expected one column boxes with all boxes of an"):
+        merged(table)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "image,class,split,,\nslices/a.png,2,train,,\n,,,,\n",
-        "image,class,split\nslices/a.png,2.0,train\nimage,class,split\n",
-        "image;class;split\nslices/a.png;2,0;train\n",
-        "\ufeffimage\tclass\tsplit\r\nslices/a.png\tLung_Cancer\tTrain\r\n",
-        "sep=;\nImage;Class;Split\nslices\\a.png;2,0;train\n",
-    ],
-    ids=["empty columns", "a header twice", "semicolons", "tabs and a byte order mark", "Excel, of Windows"],
-)
-def test_tables_of_spreadsheets(table, merged, text):
-    table.write_text(text, encoding="utf-8", newline="")
-    assert summary(merged(table), "class") == {"training": [(2,)]}
+SPREADSHEETS = {
+    "empty columns": "image,class,split,,\nslices/a.png,2,train,,\n,,,,\n",
+    "a header twice": "image,class,split\nslices/a.png,2.0,train\nimage,class,split\n",
+    "semicolons": "image;class;split\nslices/a.png;2,0;train\n",
+    "tabs and a byte order mark": "\ufeffimage\tclass\tsplit\r\nslices/a.png\tLung_Cancer\tTrain\r\n",
+    "Excel, of Windows": "sep=;\nImage;Class;Split\nslices\\a.png;2,0;train\n",
+    "commas in a header of semicolons": "image;class;notes (a, b, c, d);split\nslices/a.png;2;;train\n",
+    "tabs in UTF-16": "image\tclass\tsplit\r\nslices/a.png\t2\ttrain\r\n",
+    "an index": ",image,class,split\n0,slices/a.png,2,train\n",
+    "comments and empty lines": "# of 2020\n,,\nimage,class,split\n# Monday\nslices/a.png,2,train\n",
+    "blanks": ' Image , CLASS, split \n "slices/a.png" , "lung  cancer", "train"\n',
+    "words for nothing": "image,class,mask,boxes,group,source,split\nslices/a.png,2,NA,nan,None,<NA>,train\n",
+    "Python": "image,class,boxes,split\nslices/a.png,LUNGCANCER,\"[(1, 2, 30, 40)]\",train\n",
+    "text in text": 'filename,class,boxes,split\nslices/a.png,2,"""[[1, 2, 30, 40]]""",train\n',
+}
+
+
+@pytest.mark.parametrize("name", SPREADSHEETS)
+def test_tables_of_spreadsheets(table, merged, name):
+    table.write_text(SPREADSHEETS[name], encoding="utf-16" if "UTF-16" in name else "utf-8", newline="")
+    boxes = [[1, 2, 30, 40]] if "boxes" in SPREADSHEETS[name] and "NA" not in SPREADSHEETS[name] else None
+    assert summary(merged(table), "class", "boxes", "mask", "group") == {
+        "training": [(2, boxes, None, "mine/slices/a.png")]
+    }
+
+
+@pytest.mark.parametrize("column", ["Group", "patient", "Patient ID", "PatientID", "subject"])
+@pytest.mark.parametrize("ids", [("7", "7.0"), ("7", "7")])  # pandas writes 7.0 where another cell of the column is empty
+def test_patients_stay_in_one_split_whatever_their_column_is_called(table, merged, column, ids):
+    table.write_text(f"image,{column},split\nslices/a.png,{ids[0]},train\nslices/b.png,{ids[1]},test\n")
+    with pytest.raises(UserError, match="mine.csv: .*b.png: group: found 'mine/7' in test and in training, expected it in one"):
+        merged(table)
+
+
+def test_rows_and_masks_that_repeat_are_named(table, merged, caplog):
+    mask = "slices/a_mark.png"
+    table.write_text(f"image,mask,split\nslices/a.png,{mask},train\n./slices/a.png,{mask},train\nslices/b.png,{mask},train\n")
+    assert len(merged(table)["training"]) == 2
+    assert "1 rows that repeat another one left out" in caplog.text
+    assert "1 masks that an earlier image has, too; check that each belongs to its image" in caplog.text
 
 
 def test_one_bad_slice_never_stops_a_data_set_and_many_do(tmp_path, picture, merged, caplog):
