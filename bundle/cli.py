@@ -38,6 +38,7 @@ RUNS = {  # config files, what is run by default, description, knobs that --help
     ),
 }
 RUNNER_OPTIONS = {"--input": "INPUT", "--config_file": "--config FILE"}  # that the commands set; the runner takes the last
+OF_NO_CONCERN = ("monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin")  # loggers whose warnings help no user
 OPTIONS = ("--output_dir", "--config", "--verbose", "--help")  # everything else with two dashes is a knob
 
 
@@ -140,6 +141,8 @@ def _runner_arguments(known: argparse.Namespace) -> list[str]:
     for text in known.config:
         shipped = CONFIGS / f"{text.removesuffix('.json')}.json"
         files.append(Path(text) if Path(text).is_file() else shipped)
+        if shipped.stem == "multi_gpu_evaluate" and not files[-1].is_file():
+            raise UserError(f"--config: found {text}, which is now part of multi_gpu_train; write multi_gpu_train")
         if not files[-1].is_file():
             raise UserError(f"--config: found no file {text}, expected changes in JSON or YAML, or a name in {CONFIGS}")
     if known.config:
@@ -147,15 +150,24 @@ def _runner_arguments(known: argparse.Namespace) -> list[str]:
 
         merge_overlays(files[0], files[1:])
     if not known.verbose:
-        logging.getLogger("monai.bundle.workflows").addFilter(lambda record: record.levelno > logging.WARNING)
+        shown = logging.StreamHandler(sys.stdout)
+        shown.addFilter(_is_for_users)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[shown])
         if all(file.parent == CONFIGS for file in files):  # nobody needs to be warned of the configs of this package
             warnings.filterwarnings("ignore", "parsing config_file")
     arguments = ["run", getattr(known, "id", default), "--config_file", str([str(file) for file in files])]
     arguments += ["--meta_file", str(CONFIGS / "metadata.json")]
-    arguments += ["--logging_file", str(CONFIGS / ("logging.conf" if known.verbose else "quiet.conf"))]
+    arguments += ["--logging_file", str(CONFIGS / "logging.conf") if known.verbose else "False"]
     if known.command == "predict":
         arguments += ["--bundle_root", str(ROOT), "--input", _as_expression(known.input)]
     return [*arguments, "--output_dir", _as_expression(known.output_dir)]
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """True for what this package reports and for warnings, except those of optional parts that are not installed."""
+    ours = record.name.startswith("bundle.") and not record.name.startswith("bundle.data.")
+    least = logging.ERROR if record.name.startswith(OF_NO_CONCERN) else logging.INFO if ours else logging.WARNING
+    return record.levelno >= least
 
 
 def _as_expression(text: str) -> str:

@@ -58,7 +58,7 @@ def test_a_command_runs_an_id_of_configs_with_knobs_anywhere_among_its_words(arg
     for words in ([*arguments, "-o", "OUT", *knobs], [arguments[0], *knobs, "-o", "OUT", *arguments[1:]]):
         ran, options, names = runner(*words)
         assert (ran, names, options[-4:]) == (id, files, knobs)
-        assert options[options.index("--logging_file") + 1] == str(CONFIGS / "quiet.conf")
+        assert options[options.index("--logging_file") + 1] == "False"
     assert str(CONFIGS / "logging.conf") in runner(*arguments, "-o", "OUT", "--verbose")[1]
 
 
@@ -69,6 +69,7 @@ def test_a_command_runs_an_id_of_configs_with_knobs_anywhere_among_its_words(arg
         (["predict", "x"], "the following arguments are required: -o/--output_dir; see chestct predict --help"),
         (["train"], "the following arguments are required: -o/--output_dir; see chestct train --help"),
         (["predict", "x", "y", "-o", "z"], "unrecognized arguments: y; see chestct --help"),
+        (["evaluate", "-o", "y", "--config", "multi_gpu_evaluate"], "--config: found multi_gpu_evaluate, which is now part of "),
         (["predict", "x", "-o", "y", "--config", "my.json"], "--config: found no file my.json, expected changes "),
         (["predict", "x", "-o", "y", "--input=z"], "--input: found an option of MONAI's runner, expected INPUT"),
         (["train", "-o", "y", "--config_file", "my.json"], "--config_file: found an option of MONAI's runner, "),

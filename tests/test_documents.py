@@ -38,7 +38,7 @@ def test_every_document_is_linked_from_the_index():
 def test_configs_tests_and_knobs_that_a_document_names_exist(name):
     text = text_of(name)
     files = set(re.findall(r"\b(?:configs|tests|scripts|bundle)/[\w/]+\.(?:json|py|sh)\b", text))
-    files -= {"configs/experiment_NAME.json", "configs/scale_NAME.json"}
+    files -= {"configs/experiment_NAME.json"}
     assert [file for file in sorted(files) if not (ROOT / file).exists()] == []
     commands = re.findall(r"^ *(?:torchrun .*|python) -m monai\.bundle run .*$|^ *(?:torchrun .*)?chestct predict .*$", text, re.M)
     for command in commands:

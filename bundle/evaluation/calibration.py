@@ -20,7 +20,7 @@ from bundle.tasks.classification import calibration_error, known_classes
 
 logger = logging.getLogger(__name__)
 
-LIMITS = (0.05, 20.0)  # of the temperature
+LIMITS = (0.01, 100.0)  # of the temperature
 
 
 def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) -> float:
@@ -48,7 +48,8 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) 
     found = minimize_scalar(loss, bounds=np.log(LIMITS), method="bounded")
     temperature = float(np.exp(found.x))
     if not LIMITS[0] * 1.01 < temperature < LIMITS[1] / 1.01:
-        raise UserError(f"temperature: found {temperature:.3g}, expected one within {LIMITS}; is the network trained?")
+        why = "none of them is classified wrong; take more slices" if temperature < 1 else "the network has not learned; train on"
+        raise UserError(f"split validation: found no temperature for its {len(labels)} slices with a class, expected one: {why}")
     last = network.heads[CLASSIFICATION][-1]
     with torch.no_grad():
         last.weight /= temperature

@@ -32,6 +32,8 @@ def read_weights(path) -> Mapping[str, torch.Tensor]:
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
         ) from None
     weights = weights.get("network", weights) if isinstance(weights, Mapping) else {}
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
+        raise UserError(f"{path}: found entries that are no tensors with names, expected a state_dict saved with torch.save")
     rename_vgg(None, weights, "encoder.")
     return weights
 

@@ -85,7 +85,7 @@ def _table(rows: Mapping[str, Iterable[str]], *columns: str) -> list[str]:
 def _facts(experiment: Experiment, rows: Sequence[Mapping]) -> list[str]:
     """Command, configs, budget, dates and machines of the runs."""
     (scale,), data = {row["scale"] for row in rows}, sorted({row["data"] for row in rows})
-    configs = [f"[{name}.json](../../configs/{name}.json)" for name in (f"experiment_{experiment.name}", f"scale_{scale}")]
+    configs = [f"[{name}.json](../../configs/{name}.json)" for name in (f"experiment_{experiment.name}", "scales")]
     dates, steps = sorted({row["date"] for row in rows}), sorted({int(row["steps"]) for row in rows})
     seconds = sum(int(row["seconds"]) for row in rows)
     return [

@@ -15,6 +15,7 @@ from datetime import date
 from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import chain, zip_longest
+from logging.config import fileConfig
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from monai.bundle import ConfigParser
 from bundle.config import check_config, overlay
 from bundle.data.datalist import LEFT_OUT
 from bundle.errors import UserError
-from bundle.files import text_hash
+from bundle.files import ROOT, text_hash
 from bundle.networks import EnsembleNet
 from bundle.study.experiment import ARM, FIGURES, Experiment, add_results, by_arm, read_results
 from bundle.tasks import open_network, trained_tasks
@@ -35,8 +36,8 @@ from bundle.training.run_folder import environment
 logger = logging.getLogger(__name__)
 
 PLACES = {"bundle_root", "dataset_dir", "output_dir"}  # the command line says where things lie
-SPEED = {"device", "num_workers", "cache_rate"}  # how fast it is computed, not what the result is
-SCALE_IDS = ("budget", "shrink")  # of scale_NAME.json, for the expressions of experiments
+SPEED = {"device", "cache_rate"}  # how fast it is computed, not what the result is
+SCALE_IDS = ("budget", "shrink")  # of a scale, for the expressions of experiments
 MEMBER_SEED = 1000  # times the number of an ensemble's member is added to the seed
 BOOTSTRAP = 1000  # draws of the intervals over patients, of a source that was left out
 
@@ -63,7 +64,7 @@ class Study:
 
     Args:
         config_dir: folder of train.json, evaluate.json, the experiments and the overlays they name.
-        scale: scale_NAME.json, the overlay with size and budget of every run, or a list of overlay files and entries.
+        scale: name in scales.json, whose parts (overlay files and entries) give size and budget of every run.
         entries: configuration entries of every run, such as dataset_dir.
         output_dir: folder of the runs, those of a data set in a folder of its name.
         results: CSV file of the figures, written after every run.
@@ -73,13 +74,14 @@ class Study:
     """
 
     def __init__(self, config_dir, scale, entries: Mapping, output_dir, results) -> None:
-        self.config_dir, self.scale = Path(config_dir), Path(scale)
+        self.config_dir, self.scale = Path(config_dir), scale
         self.entries, self.results = dict(entries), Path(results)
-        self.scale_name = self.scale.stem.removeprefix("scale_")
+        scales = self._load("scales.json")
         self.data = Path(self.entries.get("dataset_dir", "phantom")).name
         self.output_dir = Path(output_dir) / self.data
-        if not self.scale.is_file():
-            raise UserError(f"scale: found no {scale}, expected an overlay such as configs/scale_reduced.json")
+        if scale not in scales:
+            raise UserError(f"scale: found {scale!r}, expected one of {', '.join(scales)}, the entries of configs/scales.json")
+        self.parts = scales[scale]
 
     def run(self, experiments: Sequence[Experiment], jobs: int = 1, arms: Sequence[str] = ("*",)) -> None:
         """Train and measure every arm with every seed, except what the results have already.
@@ -110,7 +112,7 @@ class Study:
     def rows(self, experiment: Experiment) -> list[dict[str, str]]:
         """Results of an experiment as it is planned now; those of what its arms once were are left out, and logged."""
         plan = {run.arm: run.name for run in self._plan([experiment])}
-        place, kept, others = (experiment.name, self.scale_name, self.data), [], []
+        place, kept, others = (experiment.name, self.scale, self.data), [], []
         for arm, rows in by_arm(read_results(self.results)).items():
             if plan.get(arm) == rows[0]["run"]:
                 kept += rows
@@ -127,14 +129,13 @@ class Study:
                 for arm in experiment.arms if seed is not None else ():
                     members = enumerate(experiment.members(arm))
                     configs = [self.config(experiment, parts, seed, member) for member, parts in members]
-                    id = (experiment.name, self.scale_name, self.data, arm, str(seed))
+                    id = (experiment.name, self.scale, self.data, arm, str(seed))
                     plan.append(_Run(id, experiment.workflow, configs))
         return plan
 
     def config(self, experiment: Experiment, parts: Sequence, seed: int, member: int = 0) -> dict:
         """Configuration of one network: train.json, scale, settings and arm, merged in this order."""
-        scale = self._load(self.scale)
-        parts = [*(scale if isinstance(scale, list) else [scale]), *experiment.settings, *parts]
+        parts = [*self.parts, *experiment.settings, *parts]
         changes = [part if isinstance(part, Mapping) else self._load(part) for part in parts]
         changes.append({"seed": seed + MEMBER_SEED * member})
         merged = {"workflow": experiment.workflow}
@@ -219,7 +220,7 @@ class Study:
 
 def _start_job(jobs: int) -> None:
     """Let one of several processes log as the first does, take its share of the threads, and end when the first does."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    fileConfig(ROOT / "configs/logging.conf", disable_existing_loggers=False)
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

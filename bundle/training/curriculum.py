@@ -41,7 +41,7 @@ def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> Non
     Args:
         workflow: that runs the configuration.
         output_dir: folder of the curriculum.
-        config_dir: folder of train.json, evaluate.json, metadata.json and logging.conf; that of the workflow by default.
+        config_dir: folder of train.json, evaluate.json and metadata.json; that of the workflow by default.
 
     Raises:
         UserError: for stages that cannot be trained, see `_stage_configs`, or of `bundle.training.run_folder`.
@@ -137,13 +137,13 @@ def _stage_configs(workflow: ConfigWorkflow, folder: Path, config_dir: Path) -> 
 def run_workflow(config: Mapping, path: Path, config_dir, run_id: str = "run") -> None:
     """Run an id of a raw configuration as an ordinary MONAI workflow, from the file `path` that is written for it.
 
-    `config_dir` has metadata.json and logging.conf.
+    `config_dir` has metadata.json.
     """
     if idist.get_rank() == 0:
         write_json(config, path)
     idist.barrier()
-    meta_file, logging_file = (str(Path(config_dir) / name) for name in ("metadata.json", "logging.conf"))
-    workflow = ConfigWorkflow(str(path), meta_file=meta_file, logging_file=logging_file, run_id=run_id)
+    meta_file = str(Path(config_dir) / "metadata.json")
+    workflow = ConfigWorkflow(str(path), meta_file=meta_file, logging_file=False, run_id=run_id)
     workflow.initialize()
     workflow.run()
     workflow.finalize()

@@ -56,8 +56,8 @@ def shard(records: Sequence) -> list:
     started, processes = int(os.environ.get("WORLD_SIZE", 1)), idist.get_world_size()
     if started != processes:
         raise UserError(
-            f"torchrun: found {started} processes that do not know of one another, expected configs/multi_gpu_train.json or "
-            "configs/multi_gpu_evaluate.json as the last config_file"
+            f"torchrun: found {started} processes that do not know of one another, expected configs/multi_gpu_train.json as the "
+            "last config_file"
         )
     if len(records) < processes:
         raise UserError(f"torchrun: found {len(records)} records for {processes} processes, expected at least one for each")

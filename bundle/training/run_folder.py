@@ -20,9 +20,10 @@ from bundle.files import file_hash, list_files, listed_files, locked, remove_lis
 
 # What MONAI adds where an experiment is tracked, and a curriculum hands on to its stages.
 TRACKING = {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
-# Entries that may differ when a run is resumed: they say where and how fast it is computed, not what. The datalist and
-# init_checkpoint are compared by content; a stage has its entries of stages itself.
-CHANGEABLE = {"resume", "device", "num_workers", "cache_rate", "stages", *TRACKING}
+# Entries that may differ when a run is resumed: they say where and how fast it is computed, not what (workers of a data loader
+# have random numbers of their own). The datalist and init_checkpoint are compared by content; a stage has its entries of
+# stages itself.
+CHANGEABLE = {"resume", "device", "cache_rate", "stages", *TRACKING}
 CHANGEABLE |= {"bundle_root", "dataset_dir", "output_dir", "datalist", "init_checkpoint"}
 RESULTS = ("last.pt", "best.pt", "model.pt", "history.json", "metrics.json", "curves.png", "config.json", "environment.json")
 _locks: dict[str, ExitStack] = {}  # that this process holds, by absolute folder

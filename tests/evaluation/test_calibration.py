@@ -82,8 +82,10 @@ def test_what_cannot_be_calibrated_is_refused(network, tmp_path):
     unlabelled = join([{IMAGE: torch.rand(1, 32, 32), "record": {}}])
     with pytest.raises(ValueError, match="split validation: found no record with a class"):
         calibrate(network, [unlabelled], path, path)
-    with pytest.raises(ValueError, match="temperature: found .*; is the network trained"):
+    with pytest.raises(ValueError, match="found no temperature for its 360 slices .*: the network has not learned; train on"):
         calibrate(network, make_batches(network, 1e6), path, path)
+    with pytest.raises(ValueError, match="found no temperature .*: none of them is classified wrong; take more slices"):
+        calibrate(network, make_batches(network, 1e-6), path, path)
     assert not path.exists()
 
 

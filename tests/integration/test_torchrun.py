@@ -88,7 +88,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, phantom_dir):
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
 
     one = run(ALONE, log=tmp_path / "one.log", **evaluation(tmp_path, phantom_dir, "one"))
-    two = run(TORCHRUN, log=tmp_path / "two.log", **evaluation(tmp_path, phantom_dir, "two", "multi_gpu_evaluate"))
+    two = run(TORCHRUN, log=tmp_path / "two.log", **evaluation(tmp_path, phantom_dir, "two", "multi_gpu_train"))
     assert one.count("metrics.json: ") == two.count("metrics.json: ") == 1, "one process writes"
     reports = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     numbers, numbers_of_two = (dict(leaves(report)) for report in reports)

@@ -104,6 +104,9 @@ def test_weights_of_another_architecture_are_refused_and_nothing_is_changed(save
         (b"no checkpoint", "model.pt: cannot be read as a checkpoint"),
         (b"PK\x03\x04 broken zip", "model.pt: cannot be read as a checkpoint"),
         ([1, 2, 3], r"model.pt: found encoder\.\S+ absent, expected"),
+        ({1: torch.ones(1)}, "model.pt: found entries that are no tensors with names, expected a state_dict"),
+        ({"encoder.model.conv_stem.weight": 3}, "model.pt: found entries that are no tensors with names"),
+        ({"network": {"a": 3}}, "model.pt: found entries that are no tensors with names"),
         (None, "model.pt: no such checkpoint; train first, or name another one"),
     ],
 )

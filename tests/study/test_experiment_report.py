@@ -122,7 +122,7 @@ def test_the_pages_say_what_the_results_say(tmp_path):
     for name in names:
         experiment = Experiment.read(name, configs)
         scale, data = next((row["scale"], row["data"]) for row in results if row["experiment"] == name)
-        study = Study(configs, configs / f"scale_{scale}.json", {"dataset_dir": data}, tmp_path, path)
+        study = Study(configs, scale, {"dataset_dir": data}, tmp_path, path)
         rows = study.rows(experiment)
         assert rows == [row for row in results if row["experiment"] == name], "made by what the configs say now"
         page = write_report(experiment, rows, tmp_path)

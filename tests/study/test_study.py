@@ -19,12 +19,12 @@ from bundle.study.experiment import ARM, COLUMNS, add_results
 from bundle.names import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SCALES = ["reduced", "full", "screening", "smoke"]
+SCALES = list(json.loads((CONFIGS / "scales.json").read_text()))
 ONE, TWO = ({"tasks": {task: 1.0}} for task in ("segmentation", "reconstruction"))
 
 
 def make_study(folder, scale="smoke", **entries):
-    return Study(CONFIGS, CONFIGS / f"scale_{scale}.json", entries, folder / "runs", folder / "results.csv")
+    return Study(CONFIGS, scale, entries, folder / "runs", folder / "results.csv")
 
 
 def make(name="x", workflow="run", settings=(), seeds=(0,), **arms):
@@ -248,7 +248,7 @@ def test_nothing_is_run_before_every_configuration_was_checked(tmp_path, phantom
     with pytest.raises(UserError, match="experiment: found no overlay .*backbone_x.json"):
         study.run([make(one=[ONE], two=["backbone_x.json"])])
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results.csv").exists()
-    with pytest.raises(UserError, match="scale: found no .*scale_x.json, expected an overlay such as"):
+    with pytest.raises(UserError, match="scale: found 'x', expected one of reduced, full, screening, smoke, the entries"):
         make_study(tmp_path, "x")
 
 

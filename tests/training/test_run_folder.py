@@ -13,7 +13,7 @@ from bundle.errors import UserError
 from bundle.files import list_files, listed_files, remove_listed_files, stop_listing, write_json
 from bundle.training.run_folder import RESULTS, close_run, open_run
 
-CONFIG = {"seed": 0, "dataset_dir": "data", "output_dir": "run", "train": {"pretrained": "weights/rgb.pth"}}
+CONFIG = {"seed": 0, "num_workers": 0, "dataset_dir": "data", "output_dir": "run", "train": {"pretrained": "weights/rgb.pth"}}
 
 
 @pytest.fixture
@@ -102,11 +102,12 @@ def test_what_means_the_same_is_the_same_run(begun, tmp_path, datalist, monkeypa
     ("change", "words"),
     [
         (lambda config, data, weights: config.update(seed=1), "a run with seed 0, found 1"),
+        (lambda config, data, weights: config.update(num_workers=2), "a run with num_workers 0, found 2"),
         (lambda config, data, weights: config["train"].update(pretrained=True), "train::pretrained 'weights/rgb.pth', found True"),
         (lambda config, data, weights: write_json({"training": []}, data), "a run with another content of datalist"),
         (lambda config, data, weights: weights.write_bytes(b"others"), "a run with another content of init_checkpoint"),
     ],
-    ids=["seed", "pretrained", "datalist", "init_checkpoint"],
+    ids=["seed", "num_workers", "pretrained", "datalist", "init_checkpoint"],
 )
 def test_what_means_something_else_is_another_run(begun, tmp_path, datalist, change, words):
     config, weights = json.loads(json.dumps(CONFIG)), tmp_path / "weights.pt"

@@ -103,11 +103,11 @@ def test_a_loss_that_is_not_finite_names_the_images_and_leaves_no_checkpoint(run
     assert not (tmp_path / "run/last.pt").exists()
 
 
-def test_a_finished_run_is_resumed_without_training_and_may_move_to_other_workers(run, tmp_path):
+def test_a_finished_run_is_resumed_without_training_and_may_move_to_another_device(run, tmp_path):
     out = run(tmp_path / "run", tasks=FAST)
     before, last = weights(out), (out / "last.pt").stat().st_mtime_ns
     (out / "model.pt").unlink()  # as if killed before the end
-    run(out, tasks=FAST, num_workers=1, cache_rate=0.5, device="$torch.device('cpu')")
+    run(out, tasks=FAST, cache_rate=0.5, device="$torch.device('cpu')")
     assert equal(before, weights(out)) and (out / "last.pt").stat().st_mtime_ns == last
 
 
