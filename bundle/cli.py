@@ -1,7 +1,5 @@
 """The console command `chestct`: MONAI's bundle runner on this package's configs, preparation of data, and `info`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -3,8 +3,6 @@
 An id is MONAI's word for the name of anything in a configuration; a knob is a top-level id that a user sets.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect
@@ -33,10 +31,7 @@ TYPES |= {"array": "a list", "object": "names with values", "null": "None"}
 
 
 def running_workflow() -> ConfigWorkflow:
-    """Find the workflow whose expression is being evaluated, for the id `workflow` of a config.
-
-    MONAI gives an expression no handle on it, so it is looked up among the callers.
-    """
+    """Find the workflow whose expression is being evaluated, for the id `workflow` of a config, among the callers."""
     frame = inspect.currentframe()
     while frame := frame.f_back:
         workflow = frame.f_locals.get("self")
@@ -55,23 +50,15 @@ def overlay(base: Mapping, *changes: Mapping) -> dict:
 
 def raw_config(workflow: ConfigWorkflow) -> dict:
     """Return the configuration of a workflow as JSON, overlays and command line merged in, expressions as they are written."""
-    return _as_json(workflow.parser.get())
+    return json.loads(json.dumps(without_metadata(workflow.parser.get()), default=str))
 
 
 def without_metadata(config: Mapping) -> dict:
     return {key: value for key, value in config.items() if key != ConfigParser.meta_key}
 
 
-def _as_json(config: Mapping) -> dict:
-    return json.loads(json.dumps(without_metadata(config), default=str))
-
-
 def merge_overlays(file, overlays: Sequence) -> dict:
-    """Merge overlays into a config file as MONAI's runner does it.
-
-    Raises:
-        UserError: naming an overlay that cannot be read, or that changes a part of something that the file does not have.
-    """
+    """Merge overlays into a config file as MONAI's runner does it; a UserError names one that cannot be read or does not fit."""
     parser = ConfigParser(ConfigParser.load_config_file(file))
     for overlay in overlays:
         try:
@@ -91,12 +78,8 @@ def merge_overlays(file, overlays: Sequence) -> dict:
 
 
 def check_running(running: ConfigWorkflow, workflow: str) -> None:
-    """Call `check_config` on the running configuration, for the id `initialize` of a config; announce the use of phantom data.
-
-    Raises:
-        UserError: if the id to run does not exist, or of `check_config`.
-    """
-    config = running.parser.get()
+    """Call `check_config` on the running configuration, for the id `initialize` of a config; announce the use of phantom data."""
+    config = raw_config(running)
     if running.run_id not in config:
         others = "; calibrate, reference and grad_cam need configs/evaluate.json" if workflow == "train" else ""
         raise UserError(f"run: found {running.run_id!r}, expected {' or '.join(RUN_IDS[workflow])}{others}")
@@ -117,11 +100,8 @@ def check_config(config: Mapping, workflow: str, also: Iterable[str] = ()) -> No
 
     An id is known if it is a knob or a component of the workflow in bundle/knobs.json, if something refers to it as @id, or
     if it is in `also`. Expressions pass unchecked.
-
-    Raises:
-        UserError: naming the id, what was found and what was expected.
     """
-    config = _as_json(config)
+    config = json.loads(json.dumps(config, default=str))
     for id, value in leaves(config):
         if isinstance(value, str) and value.lower() in ("true", "false", "null"):  # all of which would count as true
             raise UserError(f"{id}: found the text {value!r}, expected True, False or None, as Python writes them")

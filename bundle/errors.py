@@ -1,7 +1,5 @@
 """What a user sees when something is wrong with a file or a knob."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Files that are there as a whole or not at all, and manifests of what this package has written into a folder."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -28,8 +26,7 @@ _listing: set[str] = set()  # absolute folders whose files are being listed
 def replacing(path) -> Iterator[Path]:
     """Yield the path of a temporary file, which is renamed to `path` when the block ends and removed if it fails.
 
-    Raises:
-        UserError: if the file cannot be written: a full disk, a folder that is read-only, a name that is too long.
+    An OSError (a full disk, a folder that is read-only, a name that is too long) becomes a UserError.
     """
     path, temporary = Path(path), None
     try:
@@ -55,8 +52,7 @@ def unwritable(path, error: OSError) -> UserError:
 def locked(folder) -> Iterator[None]:
     """Keep a folder for this process while the block runs, by a lock on the file .lock in it; it is made if missing.
 
-    Raises:
-        UserError: naming the other process that has it, or if nothing can be written there.
+    If another process has it, a UserError names that one.
     """
     folder = Path(folder)
     lock, holder = FileLock(folder / ".lock"), folder / ".lock.holder"

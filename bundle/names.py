@@ -35,11 +35,7 @@ EMPTY_MASK = "empty"
 
 
 def check_tasks(tasks) -> tuple[str, ...]:
-    """The names in `tasks`, in the order of `TASKS`; dotted paths of tasks outside the package come last.
-
-    Raises:
-        UserError: if there is no task, or a name is not one of `TASKS`.
-    """
+    """The names in `tasks`, in the order of `TASKS`; dotted paths of tasks outside the package come last."""
     names = list(tasks)
     unknown = [name for name in names if name not in TASKS and "." not in name]
     if unknown or not names:

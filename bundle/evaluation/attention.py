@@ -1,7 +1,5 @@
 """What the classification looks at: Grad-CAM (Selvaraju et al., arXiv 1610.02391), and how much of it lies in the lungs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,9 +40,8 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
 
     Args:
         batches: of `bundle.data.batch.collate`.
-        path: of the PNG, a row for each class. Beside it, NAME_mean.png shows the mean heat of each class, and the outline
-            of where at least half of its slices have lung, without any image.
-        columns: slices drawn of each class.
+        path: of the PNG, a row of `columns` slices for each class. Beside it, NAME_mean.png shows the mean heat of each class,
+            and the outline of where at least half of its slices have lung, without any image.
 
     Returns:
         class name -> {"slices", "heat_in_lung", "lung"}: number, and the mean shares of the heat and of the picture (which
@@ -67,24 +64,18 @@ def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequ
             if len(drawn[name]) < columns:
                 with torch.no_grad():
                     scores = network.heads[CLASSIFICATION](network.encoder(image[None].to(device)))
-                probabilities = scores.softmax(1)[0].cpu().numpy()
-                drawn[name].append((image[0].numpy(), heat, probabilities))
+                drawn[name].append((image[0].numpy(), heat, scores.softmax(1)[0].cpu().numpy()))
     if not any(drawn.values()):
         raise UserError("Grad-CAM: found no slice with a class, expected some; choose another split")
     _draw(drawn, classes, Path(path), columns)
-    means = {name: total / len(shares[name]) for name, total in sums.items() if shares[name]}
-    if means:
+    if means := {name: total / len(shares[name]) for name, total in sums.items() if shares[name]}:
         _draw_means(means, Path(path))
-    found = {
-        name: {"slices": len(values), **dict(zip(("heat_in_lung", "lung"), np.mean(values, axis=0).round(4).tolist()))}
-        for name, values in shares.items()
-        if values
-    }
-    for name, values in found.items():
-        logger.info(
-            f"{path}: {name}: {values['heat_in_lung']:.0%} of the heat lies in the lungs, which are {values['lung']:.0%} of "
-            f"the picture ({values['slices']} slices)"
-        )
+    found = {}
+    for name in means:
+        count, (heat, lung) = len(shares[name]), np.mean(shares[name], axis=0).round(4).tolist()
+        found[name] = {"slices": count, "heat_in_lung": heat, "lung": lung}
+        share = f"{heat:.0%} of the heat lies in the lungs, which are {lung:.0%} of the picture"
+        logger.info(f"{path}: {name}: {share} ({count} slices)")
     return found
 
 
@@ -97,10 +88,9 @@ def _draw(drawn: dict, classes: Sequence[str], path: Path, columns: int) -> None
         for axis, (image, heat, probabilities) in zip(row, pictures):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.imshow(heat, cmap="jet", alpha=0.45 * heat / max(heat.max(), 1e-12))
-            predicted = int(probabilities.argmax())
-            right = classes[predicted] == name
-            title = f"{name}\n→ {classes[predicted]} {probabilities[predicted]:.2f}"
-            axis.set_title(title, fontsize=8, color="black" if right else "firebrick")
+            predicted = classes[int(probabilities.argmax())]
+            title = f"{name}\n→ {predicted} {probabilities.max():.2f}"
+            axis.set_title(title, fontsize=8, color="black" if predicted == name else "firebrick")
     write_figure(figure, path)
 
 

@@ -1,7 +1,5 @@
 """Probabilities that mean what they say: temperature scaling of the classification (Guo et al., arXiv 1706.04599)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 
@@ -26,17 +24,14 @@ LIMITS = (0.01, 100.0)  # of the temperature
 def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) -> float:
     """Find the temperature that explains the classes of validation slices best, and write the weights with it built in.
 
-    The logits are divided by it, which the weights of the head's last layer take over: the most probable class stays the
-    same, and everything that reads the weights has calibrated probabilities.
+    The logits are divided by it (above 1 if the network was too sure), which the weights of the head's last layer take over:
+    the most probable class stays the same, and everything that reads the weights has calibrated probabilities.
 
     Args:
         network: with its weights; its last layer is changed in place.
         batches: of `bundle.data.batch.collate`, of slices that the network was not trained on.
         checkpoint: file of these weights, whose heads that the network does not have are taken over.
         path: of the weights to write.
-
-    Returns:
-        The temperature: above 1 if the network was too sure.
     """
     if CLASSIFICATION not in network.heads:
         raise UserError(f"tasks: found {', '.join(network.heads)}, expected {CLASSIFICATION} among them to calibrate it")
@@ -56,7 +51,10 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) 
         last.bias /= temperature
     network.description["temperature"] = temperature * (network.description["temperature"] or 1)
     write_checkpoint(add_heads(network.state_dict(), checkpoint), path)
-    errors = [calibration_error(*_confidence(logits / t, labels)) for t in (1, temperature)]
+    errors = []
+    for probabilities in (logits.softmax(1), (logits / temperature).softmax(1)):
+        confidence, predicted = probabilities.max(1)
+        errors.append(calibration_error(confidence.numpy(), (predicted == labels).numpy(), np.ones(len(labels))))
     logger.info(
         f"{path}: temperature {temperature:.3f} from {len(labels)} slices: cross-entropy {loss(0):.3f} before, {found.fun:.3f} "
         f"after; expected calibration error {errors[0]:.3f} before, {errors[1]:.3f} after"
@@ -77,8 +75,3 @@ def _logits(network: MultiTaskNet, batches: Iterable[dict]) -> tuple[torch.Tenso
     if not logits:
         raise UserError("split validation: found no record with a class, expected some to calibrate the classification")
     return torch.cat(logits), torch.cat(labels)
-
-
-def _confidence(logits: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    confidence, predicted = logits.softmax(1).max(1)
-    return confidence.numpy(), (predicted == labels).numpy(), np.ones(len(labels))

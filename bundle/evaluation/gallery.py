@@ -1,7 +1,5 @@
 """A picture of the cases that an evaluation did worst on."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +25,9 @@ class FailureGallery:
     """Handler of MONAI's SupervisedEvaluator that draws the worst cases of every task (`Task.judge`), worst first, as one PNG.
 
     Args:
-        tasks: tasks to draw, a row each; a task without annotated cases has none.
+        tasks: tasks to draw, a row of `columns` cases each; a task without annotated cases has none.
         path: of the PNG.
-        columns: cases of a task.
         with_images: False draws outlines alone, of the tasks that have some, for data whose images may not be shown.
-
-    Raises:
-        UserError: if no task can be drawn without its images; after the evaluation, if no case was annotated.
     """
 
     def __init__(self, tasks: Sequence[Task], path, columns: int = 6, with_images: bool = True) -> None:
@@ -41,9 +35,7 @@ class FailureGallery:
         if not self.tasks:
             found = ", ".join(task.name for task in tasks)
             raise UserError(f"with_images: found false for {found}, expected true; none of them has outlines")
-        self.path = Path(path)
-        self.columns = columns
-        self.with_images = with_images
+        self.path, self.columns, self.with_images = Path(path), columns, with_images
         self.worst: dict[str, list[dict]] = {}
 
     def attach(self, engine) -> None:
@@ -60,10 +52,12 @@ class FailureGallery:
         for task in (task for task in self.tasks if task.name in pred):
             cases = task.cases(pred[task.name], label, thorough=False)
             for index in filter(cases.__getitem__, label[ANNOTATED][task.name].nonzero().flatten().tolist()):
-                item = _item(task, cases[index], pred[task.name], label, index)
+                goodness, text = task.judge(cases[index])
+                text = f"{Path(label[RECORD][index][IMAGE]).name}\n{text}"
                 # In the whole data set: rank r of n evaluates the records r, r + n, … (`bundle.training.distributed.shard`).
-                item["place"] = (self.seen + index) * idist.get_world_size() + idist.get_rank()
-                self.worst[task.name].append(item)
+                place = (self.seen + index) * idist.get_world_size() + idist.get_rank()
+                item = {"goodness": goodness, "place": place, "text": text, "image": label[TARGET][index, 0].cpu().numpy()}
+                self.worst[task.name].append(item | task.outlines(pred[task.name], label, index))
             self._keep_worst(task.name)
         self.seen += len(label[RECORD])
 
@@ -111,11 +105,3 @@ class FailureGallery:
         axis.set_title(item["text"], fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
-
-
-def _item(task: Task, case: dict, answer, label: dict, index: int) -> dict:
-    """What is drawn of a case; `goodness` puts the worst first."""
-    goodness, text = task.judge(case)
-    image = label[TARGET][index, 0].cpu().numpy()
-    text = f"{Path(label[RECORD][index][IMAGE]).name}\n{text}"
-    return {"goodness": goodness, "text": text, "image": image, **task.outlines(answer, label, index)}

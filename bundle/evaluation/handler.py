@@ -1,7 +1,5 @@
 """The handler that collects cases during an evaluation and reports at its end."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -28,19 +26,14 @@ class MultiTaskMetrics:
     with intervals. A task without annotated sample has no figure.
 
     Args:
-        tasks: tasks to measure.
         bootstrap: draws for the 95 % intervals over groups; 0 for none.
         output_dir: where metrics.json (written last), per_case.csv and figures go; None writes nothing and skips slow figures.
-        seed: of the bootstrap.
     """
 
     def __init__(self, tasks: Sequence[Task], bootstrap: int = 0, output_dir=None, seed: int = 0) -> None:
-        self.tasks = list(tasks)
-        self.bootstrap = bootstrap
+        self.tasks, self.bootstrap, self.seed = list(tasks), bootstrap, seed
         self.folder = None if output_dir is None else Path(output_dir)
-        self.seed = seed
-        self.rows: list[dict] = []
-        self.report: dict = {}
+        self.rows, self.report = [], {}
 
     def attach(self, engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
@@ -65,10 +58,8 @@ class MultiTaskMetrics:
             # Process r has had every n-th record beginning with the r-th: see `bundle.training.distributed.shard`.
             turns = zip_longest(*idist.all_gather(self.rows))
             self.rows = [row for turn in turns for row in turn if row is not None]
-        self.report = {}
-        for task in self.tasks:
-            if rows := [row for row in self.rows if task.name in row]:
-                self.report[task.name] = self._task_report(task, rows)
+        by_task = [(task, [row for row in self.rows if task.name in row]) for task in self.tasks]
+        self.report = {task.name: self._task_report(task, rows) for task, rows in by_task if rows}
         engine.state.metrics.update(self._flat())
         if self.folder is not None and idist.get_rank() == 0:
             self._write()
@@ -87,12 +78,8 @@ class MultiTaskMetrics:
         return task.finish(with_intervals(task, cases, groups, self.bootstrap, self.seed), cases)
 
     def _flat(self) -> dict[str, float]:
-        flat = {
-            f"{task}_{name}": figure["value"]
-            for task, report in self.report.items()
-            for name, figure in report.items()
-            if "value" in figure
-        }
+        figures = [(f"{task}_{name}", figure) for task, report in self.report.items() for name, figure in report.items()]
+        flat = {name: figure["value"] for name, figure in figures if "value" in figure}
         measured = [task for task in self.tasks if task.name in self.report]
         scored = [task for task in measured if task.field is not None] or measured
         parts = [[flat[key] for name in task.headline if (key := f"{task.name}_{name}") in flat] for task in scored]
@@ -100,21 +87,16 @@ class MultiTaskMetrics:
         return {**flat, "score": float(np.mean(means))} if means else flat
 
     def _write(self) -> None:
-        write_table(map(self._csv_row, self.rows), self.folder / "per_case.csv")
-        for task in self.tasks:
-            rows = [row for row in self.rows if task.name in row]
-            sources = [row[RECORD][SOURCE] for row in rows]
-            picture = rows and task.draw(self.report[task.name], [row[task.name] for row in rows], sources)
-            if picture:
+        lines = [{key: row[RECORD][key] for key in (IMAGE, GROUP, SOURCE)} for row in self.rows]
+        for task in (task for task in self.tasks if task.name in self.report):
+            rows = [(row, line) for row, line in zip(self.rows, lines) if task.name in row]
+            for row, line in rows:  # other cells stay empty
+                line |= task.table_row(row[task.name])
+            cases, sources = [row[task.name] for row, _ in rows], [line[SOURCE] for _, line in rows]
+            if picture := task.draw(self.report[task.name], cases, sources):
                 write_figure(picture, self.folder / f"{task.name}.png")
+        write_table(lines, self.folder / "per_case.csv")
         write_json(self.report, self.folder / "metrics.json")
         flat, names = self._flat(), [f"{task.name}_{name}" for task in self.tasks for name in task.headline[:1]]
         chosen = ", ".join(f"{name} {flat[name]:.3f}" for name in names if name in flat)
         logger.info(f"{self.folder / 'metrics.json'}: {chosen}")
-
-    def _csv_row(self, row: dict) -> dict:
-        """One line of per_case.csv; a cell is empty where the case is not annotated or the figure not defined."""
-        line = {key: row[RECORD][key] for key in (IMAGE, GROUP, SOURCE)}
-        for task in (task for task in self.tasks if task.name in row):
-            line |= task.table_row(row[task.name])
-        return line

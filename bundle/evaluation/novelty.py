@@ -1,7 +1,5 @@
 """The reference of a network: what the slices that it was trained on look like to it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

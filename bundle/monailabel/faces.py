@@ -1,7 +1,5 @@
 """The folders that MONAI Label's app takes for bundles, made from the one model and its configs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -27,16 +25,13 @@ MODEL = "models/model.pt"  # in the folder of a face, where MONAI Label reads it
 def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path]:
     """Make the bundles chest_ct_segmentation, chest_ct_classification and chest_ct_detection.
 
-    Each has its configs, models/model.pt and a link to this package. What is there is replaced, but weights only if
-    `checkpoint` is given: they may have been trained on in MONAI Label.
+    Each has its configs, models/model.pt and a link to this package. What is there is replaced.
 
     Args:
         output_dir: folder to make them in: `model` of the app.
-        checkpoint: weights of all faces. Without it a face keeps its weights; a new one gets those of this package.
+        checkpoint: weights of all faces. Without it a face keeps its weights, which may have been trained on in MONAI Label;
+            a new one gets those of this package.
         configs: overlays on configs/inference.json and configs/train.json.
-
-    Raises:
-        UserError: if the weights are of another network, or lack the head of a face; of `merge_overlays`.
     """
     faces = []
     for name, task in FACES.items():

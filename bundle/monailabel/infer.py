@@ -1,7 +1,5 @@
 """A volume of MONAI Label through the model of configs/inference.json, and what each face makes of the result."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class LoadVolumed(MapTransform):
-    """Read a volume by `bundle.data.volumes`, so that prediction, training and MONAI Label see the same values and geometry.
+    """Read a volume by `bundle.data.volumes`.
 
     Makes a MetaTensor (1, X, Y, Z) of float32 with its affine to RAS in mm and, in `meta`, what MONAI Label looks for,
     "hounsfield", and "warnings" of the reader, which are logged too, as one text.
@@ -92,12 +90,9 @@ class SegmentationInferer(VolumeInferer):
     """The mask of a volume, and beside it what the other heads say."""
 
     def __call__(self, inputs: MetaTensor, network: MultiTaskNet) -> list[dict]:
-        """Answer a volume.
+        """Give "pred" (1, X, Y, Z) uint8, 0 or the number of the lesion class, and "result", entries of predictions.json.
 
-        Returns:
-            One dictionary: "pred" (1, X, Y, Z) uint8, 0 or the number of the lesion class (1 + channel), on the grid of the
-            volume; "result", entries of predictions.json. Under Monte-Carlo dropout "pred" is float32 (channels, X, Y,
-            Z), probabilities of lesion, and "result" is empty.
+        Under Monte-Carlo dropout "pred" is float32 (channels, X, Y, Z), probabilities of lesion, and "result" is empty.
         """
         found = self.predict(inputs, network)
         result = {task.name: found.entries[task.name] for task in self.model.tasks} | {"warnings": found.warnings}
@@ -124,11 +119,9 @@ class LesionDetector(VolumeInferer):
     network: MultiTaskNet | None = None
 
     def __call__(self, inputs: MetaTensor, use_inferer: bool = True) -> list[dict]:
-        """Detect.
+        """Give "box" (N, 6), "label" (N,) zeros, and "description", a line for each lesion with its score.
 
-        Returns:
-            One dictionary: "box" (N, 6), centers and sizes in mm along the axes of LPS, highest score first (of an oblique
-            scan, the hull of the box in space); "label" (N,) zeros; "description", a line for each lesion with its score.
+        Boxes are centers and sizes in mm along the axes of LPS, highest score first; of an oblique scan, hulls in space.
         """
         found = self.predict(inputs, self.network)
         hull = np.abs(lesion_axes(found.scan.affine, found.scan.axis))

@@ -1,7 +1,5 @@
 """Training from MONAI Label: the slices of labelled volumes for the training of configs/train.json."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -35,9 +33,6 @@ def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
     Args:
         volume: {"image", "label"}, paths of files on one grid.
         limit: the most slices; at most half of them with lesion, so that those without are learnt too, evenly spaced.
-
-    Raises:
-        UserError: naming the files, if they cannot be read, or differ in size or in the places of their slices.
     """
     image, label = open_scan(volume["image"]), open_scan(volume["label"])
     if image.shape != label.shape:
@@ -65,10 +60,6 @@ class VolumeDataset(CacheDataset):
         data: {"image", "label"} of each volume: what MONAI Label sets.
         transform: of a record of `slices_of`; it begins with `LoadVolumeSliced`.
         otherwise: volumes to take if there are none in `data`: without any set aside, validation is on the training's.
-        slices_per_volume: see `slices_of`.
-
-    Raises:
-        UserError: if there is no volume, or of `slices_of`.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """Mask R-CNN (He et al., arXiv 1703.06870) on an encoder that other heads share, built from torchvision's parts."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -43,9 +41,6 @@ class MaskRCNNHead(nn.Module):
         score_threshold: detections below it are dropped.
         nms_threshold: IoU above which the weaker of two detections is dropped.
         detections_per_image: the most that are kept.
-
-    Raises:
-        UserError: if `anchor_sizes` has another number of levels than the encoder.
     """
 
     computes_losses = True  # so that it takes image and targets, too
@@ -130,7 +125,7 @@ class MaskRCNNHead(nn.Module):
         return self.fpn(OrderedDict((str(level), features[level]) for level in self.levels))
 
     def detect(self, pyramid: OrderedDict[str, torch.Tensor], image: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        """Detections of `forward` from the feature pyramid, in evaluation mode."""
+        """Detect from the feature pyramid, as `forward` does in evaluation mode."""
         detections, _ = self._heads(pyramid, image, None)
         for detection in detections:
             detection["masks"] = paste_masks_in_image(detection["masks"], detection["boxes"], image.shape[-2:])

@@ -1,7 +1,5 @@
 """Encoders by name: every backbone of timm that gives a pyramid of feature maps, finest first."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
@@ -32,11 +30,8 @@ class Encoder(nn.Module):
         pretrained: False for fresh weights, True to download ImageNet weights, a file of them (the state_dict of timm's
             model, for VGG also torchvision's), or a name of `PACKAGES`.
 
-    Attributes:
-        channels, strides: of the feature maps.
-
-    Raises:
-        UserError: for an unknown backbone, one without a pyramid, or `pretrained` weights that are missing or do not fit.
+    `channels` and `strides` are those of the feature maps. A backbone without a pyramid, and weights that are missing or do
+    not fit, are UserErrors.
     """
 
     def __init__(self, backbone: str = "vgg13_bn", in_channels: int = 1, pretrained: bool | str = False) -> None:
@@ -115,9 +110,8 @@ def _read_weights(path: str) -> object:
     try:
         return timm.models.load_state_dict(path)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        raise UserError(
-            f"pretrained: {path}: cannot be read as weights ({type(error).__name__}), expected a state_dict of torch.save"
-        ) from None
+        found = type(error).__name__
+        raise UserError(f"pretrained: {path}: cannot be read as weights ({found}), expected a state_dict of torch.save") from None
 
 
 def _of_package(package: str, backbone: str) -> Mapping[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """Heads for whole images and for every pixel."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -46,19 +44,11 @@ class DenseHead(nn.Module):
         out_channels: of the output, which is linear.
         skips: take the encoder's feature maps in; False leaves the deepest one only.
         dropout: after every convolution of the steps.
-
-    Raises:
-        UserError: if there are no decoder channels, or more than the encoder has halvings, or one below 1.
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        decoder_channels: Sequence[int],
-        out_channels: int = 1,
-        skips: bool = True,
-        dropout: float = 0.0,
+        self, channels: Sequence[int], strides: Sequence[int], decoder_channels: Sequence[int], out_channels: int = 1,
+        skips: bool = True, dropout: float = 0.0,
     ) -> None:
         super().__init__()
         steps = strides[-1].bit_length() - 1

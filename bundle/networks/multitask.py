@@ -1,7 +1,5 @@
 """The network: one shared encoder and a head for every task; and several networks that answer as one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 
@@ -35,9 +33,6 @@ class MultiTaskNet(nn.Module):
         tasks: `bundle.tasks.Task` that make the heads.
         description: values of `NETWORK` and of `described` of the tasks; the attribute adds `FORMAT`, version and tasks.
         pretrained: see `Encoder`.
-
-    Raises:
-        UserError: of `Encoder` and of the tasks, or for an image size that the encoder's stride does not divide.
     """
 
     def __init__(self, tasks: Sequence, description: Mapping, pretrained: bool | str = False) -> None:
@@ -58,7 +53,7 @@ class MultiTaskNet(nn.Module):
         return encode(self.description)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take over from a state_dict what its weights were made of; refuse other names of the outputs."""
+        """Take over from a state_dict what its weights were made of; other names of the outputs are a UserError."""
         found = decode(state)
         for name in (task.outputs for task in self.tasks.values() if task.outputs):
             if found[name] != self.description[name]:
@@ -75,7 +70,7 @@ class MultiTaskNet(nn.Module):
                 statistics to them. Rows of other images hold zeros (in a list None); a task without any image is absent.
 
         Returns:
-            By task, what its head gives (see `bundle.tasks`), and in evaluation mode `EMBEDDING`: see `embed`.
+            By task, what its head gives, and in evaluation mode `EMBEDDING`: see `embed`.
         """
         self._check(tuple(image.shape))
         features, output = self.encoder(image), {}
@@ -125,7 +120,7 @@ class EnsembleNet(nn.Module):
 
 
 def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
-    """Keep the encoder of a network as it is in training, batch statistics included; the network is changed and returned."""
+    """Keep the encoder of a network as it is in training, batch statistics included; return the network, changed in place."""
     if not isinstance(network, MultiTaskNet):  # network_def of inference.json is a view of one
         raise UserError(
             f"network: found a {type(network).__name__} to freeze, expected the network of train.json; "
@@ -149,12 +144,12 @@ def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch
 
 
 def encode(description: Mapping) -> torch.Tensor:
-    """A description as JSON in UTF-8: uint8 (bytes,)."""
+    """Encode a description as JSON in UTF-8: uint8 (bytes,)."""
     return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
 
 
 def decode(state: torch.Tensor) -> dict:
-    """The description of `encode`; a mean of equal states, as federated learning makes it, is rounded."""
+    """Decode a description; a mean of equal states, as federated learning makes it, is rounded."""
     return json.loads(bytes(state.cpu().double().round().to(torch.uint8).tolist()))
 
 

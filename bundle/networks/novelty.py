@@ -1,7 +1,5 @@
 """How far an image is from those a network was trained on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

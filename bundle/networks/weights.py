@@ -1,7 +1,5 @@
 """A checkpoint: the state_dict of a network, with a description of the network in it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,18 +20,17 @@ def shipped_checkpoint(bundle_root) -> str:
 
 
 def read_weights(path) -> Mapping[str, torch.Tensor]:
-    """State_dict of a network from a file of it, or of a dictionary with one under "network"."""
+    """Read the state_dict of a network from a file of it, or of a dictionary with one under "network"."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train first, or name another one")
+    expected = "expected a state_dict saved with torch.save"
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint ({type(error).__name__}), expected a state_dict saved with torch.save"
-        ) from None
-    weights = weights.get("network", weights) if isinstance(weights, Mapping) else {}
-    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
-        raise UserError(f"{path}: found entries that are no tensors with names, expected a state_dict saved with torch.save")
+        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}), {expected}") from None
+    weights = weights.get("network", weights) if isinstance(weights, Mapping) else None
+    if weights is None or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
+        raise UserError(f"{path}: found something else than tensors with names, {expected}")
     rename_vgg(None, weights, "encoder.")
     return weights
 
@@ -57,7 +54,7 @@ def describe(weights: Mapping[str, torch.Tensor]) -> dict | None:
 
 
 def redescribe(weights: Mapping[str, torch.Tensor], **changes) -> dict[str, torch.Tensor]:
-    """A state_dict with changes to its description."""
+    """Return a state_dict with changes to its description."""
     return {**weights, DESCRIPTION: encode({**decode(weights[DESCRIPTION]), **changes})}
 
 
@@ -70,13 +67,10 @@ def load_weights(network: MultiTaskNet, path, strict: bool = False) -> list[str]
     """Load a state_dict file into the encoder and those heads that both the file and the network have.
 
     The output layer of a head that was made for other classes is left out. If `strict`, every head of the network must be in
-    the file, for the same classes.
+    the file, for the same classes. Weights of another architecture are a UserError, and then nothing is changed.
 
     Returns:
         Names of the parts that were loaded: "encoder" and tasks; "but its output layer" after a task says what was not.
-
-    Raises:
-        UserError: of `read_weights`, or if the file is of another architecture, naming the first parameter that does not fit.
     """
     weights = read_weights(path)
     said = describe(weights)
@@ -103,9 +97,9 @@ def _output_of_other_classes(found: Mapping, expected: Mapping, renamed: bool) -
     """Output layer of a head, where the head in a file differs from it in its classes alone; otherwise nothing."""
     weight, bias = output = list(expected)[-2:]
     differ = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
-    if differ == output or (renamed and not differ):
-        if found.keys() == expected.keys() and found[weight].shape[1:] == expected[weight].shape[1:]:
-            return {weight: expected[weight], bias: expected[bias]}
+    others = differ == output or (renamed and not differ)
+    if others and found.keys() == expected.keys() and found[weight].shape[1:] == expected[weight].shape[1:]:
+        return {weight: expected[weight], bias: expected[bias]}
     return {}
 
 

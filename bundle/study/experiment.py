@@ -1,7 +1,5 @@
 """What an experiment is, and the file with the figures of all runs."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,19 +24,9 @@ SCHEMA["$defs"]["figure"] = {"enum": [*FIGURES]}
 
 @dataclass(frozen=True)
 class Experiment:
-    """A comparison of arms under one budget; docs/experiments.md describes its file.
+    """A comparison of arms under one budget; docs/experiments.md describes the entries of its file, experiment_`name`.json.
 
-    Args:
-        name: of the file, without experiment_ and .json.
-        arms: name -> overlay files and entries, merged in order after `settings`. The others are compared with the first. An
-            ensemble is {"members": […]}, with overlays for each network.
-        seeds: of each arm; arms with the same seed are a pair.
-        figures: columns of the table, names of `FIGURES`.
-        workflow: `run`, one training with the tasks of the configuration, or `training`, the curriculum of its `stages`.
-        settings: overlays of all arms.
-        curve: {"x": arm -> number, "label", "figure", "target"} for a learning curve, else empty.
-        recipes: name -> overlays merged last. Every arm is run with each of them and is then named "ARM, RECIPE".
-        groups: {"title", "figure", "arms"} of arms whose mean compares the recipes.
+    With recipes every arm is run with each of them, whose overlays are merged last, and is then named "ARM, RECIPE".
     """
 
     name: str
@@ -54,12 +42,8 @@ class Experiment:
     groups: Sequence[Mapping] = ()
 
     @classmethod
-    def read(cls, name: str, config_dir) -> Experiment:
-        """Read `config_dir`/experiment_NAME.json, or the file `name` if it ends in .json.
-
-        Raises:
-            UserError: if there is no such file, or an entry is missing, unknown or makes no sense.
-        """
+    def read(cls, name: str, config_dir) -> "Experiment":
+        """Read `config_dir`/experiment_NAME.json, or the file `name` if it ends in .json."""
         path = Path(name) if name.endswith(".json") else Path(config_dir) / f"experiment_{name}.json"
         if not path.is_file():
             raise UserError(f"experiment: found {name!r}, expected one of {', '.join(experiment_names(config_dir))}")
@@ -72,7 +56,11 @@ class Experiment:
         experiment = cls(path.stem.removeprefix("experiment_"), **entries)
         for complaint in experiment._complaints():
             raise UserError(f"{path}: {complaint}")
-        return replace(experiment, arms=experiment._arms_of_recipes()) if experiment.recipes else experiment
+        if not (recipes := experiment.recipes):
+            return experiment
+        arms = experiment.arms.items()
+        with_recipes = {f"{arm}, {name}": [*parts, *changes] for name, changes in recipes.items() for arm, parts in arms}
+        return replace(experiment, arms=with_recipes)
 
     def _complaints(self) -> Iterator[str]:
         """What a schema cannot say."""
@@ -85,10 +73,6 @@ class Experiment:
         for group in self.groups:
             if not set(group["arms"]) <= self.arms.keys() or not self.recipes:
                 yield f"groups: found {', '.join(group['arms'])}, expected some of {names}, and one or more recipes"
-
-    def _arms_of_recipes(self) -> dict[str, list]:
-        recipes, arms = self.recipes.items(), self.arms.items()
-        return {f"{arm}, {recipe}": [*parts, *changes] for recipe, changes in recipes for arm, parts in arms}
 
     def members(self, arm: str) -> list[Sequence]:
         """The networks of an arm, each as a list of overlay files and entries; one for all but ensembles."""

@@ -1,7 +1,5 @@
 """Tables and figures of an experiment from the figures of its runs."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,11 +19,7 @@ BEST = "weights of the epoch with the highest validation score"
 
 
 def write_report(experiment: Experiment, rows: Sequence[Mapping[str, str]], folder) -> Path:
-    """Write NAME.md of an experiment with `rows` of `bundle.study.Study.rows`, and NAME.png unless it has groups.
-
-    Raises:
-        UserError: if there is no row.
-    """
+    """Write NAME.md of an experiment with `rows` of `bundle.study.Study.rows`, and NAME.png unless it has groups."""
     if not rows:
         raise UserError(f"experiment {experiment.name}: found no result, expected at least one run; run it first")
     path, end = Path(folder) / f"{experiment.name}.md", [row for row in rows if row["stage"] == END]
@@ -107,10 +101,10 @@ def _seeds(rows: Sequence[Mapping]) -> str:
     of_arms = defaultdict(set)
     for row in rows:
         of_arms[row["arm"]].add(int(row["seed"]))
-    every = set().union(*of_arms.values())
-    listed = {arm: ", ".join(map(str, sorted(seeds))) for arm, seeds in {"": every, **of_arms}.items()}
-    fewer = "; ".join(f"{arm}: {listed[arm]}" for arm, seeds in of_arms.items() if seeds != every)
-    return f"seeds {listed['']}" + (f" ({fewer})" if fewer else "")
+    listed = {arm: ", ".join(map(str, sorted(seeds))) for arm, seeds in of_arms.items()}
+    every = ", ".join(map(str, sorted(set().union(*of_arms.values()))))
+    fewer = "; ".join(f"{arm}: {seeds}" for arm, seeds in listed.items() if seeds != every)
+    return f"seeds {every}" + (f" ({fewer})" if fewer else "")
 
 
 def _comparison(experiment: Experiment, rows: Sequence[Mapping], end: Sequence[Mapping]) -> list[str]:
@@ -209,9 +203,7 @@ def _needed(fit: tuple[float, float] | None, target: float) -> float:
 
 def _picture(experiment: Experiment, rows: Sequence[Mapping]) -> Figure:
     if experiment.curve:
-        figure = Figure(figsize=(6.5, 4.0), layout="constrained")
-        _draw_curve(experiment, rows, figure.subplots())
-        return figure
+        return _draw_curve(experiment, rows)
     size = 3 + 2.6 * len(experiment.figures), 1.2 + 0.4 * len(experiment.arms)
     figure = Figure(figsize=size, layout="constrained")
     for axis, column in zip(figure.subplots(1, len(experiment.figures), sharey=True, squeeze=False)[0], experiment.figures):
@@ -227,8 +219,9 @@ def _picture(experiment: Experiment, rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def _draw_curve(experiment: Experiment, rows: Sequence[Mapping], axis) -> None:
-    x, y = _points(experiment, rows)
+def _draw_curve(experiment: Experiment, rows: Sequence[Mapping]) -> Figure:
+    figure, (x, y) = Figure(figsize=(6.5, 4.0), layout="constrained"), _points(experiment, rows)
+    axis = figure.subplots()
     axis.plot(x, y, "o", color="C0", label="a run")
     if fit := fit_power_law(x, y):
         line = np.geomspace(min(x), 4 * max(x))
@@ -237,3 +230,4 @@ def _draw_curve(experiment: Experiment, rows: Sequence[Mapping], axis) -> None:
     axis.set(xscale="log", xlabel=experiment.curve["label"], ylabel=experiment.curve["figure"], ylim=(0, 1))
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
+    return figure

@@ -1,7 +1,5 @@
 """Run what an experiment asks for and is not done yet; a run knows itself whether it is done or where to go on."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -10,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import date
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -18,6 +15,7 @@ from itertools import chain, zip_longest
 from logging.config import fileConfig
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -42,18 +40,13 @@ MEMBER_SEED = 1000  # times the number of an ensemble's member is added to the s
 BOOTSTRAP = 1000  # draws of the intervals over patients, of a source that was left out
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is trained and measured for an arm with a seed: values of `ARM`, the workflow, a configuration for each network."""
+class _Run(NamedTuple):
+    """What is trained and measured for an arm with a seed."""
 
-    arm: tuple[str, ...]
+    arm: tuple[str, ...]  # values of `ARM`
+    name: str  # those of the folders of its networks
     workflow: str
-    configs: Sequence[Mapping]
-
-    @property
-    def name(self) -> str:
-        """Names of the folders of its networks."""
-        return "+".join(Path(config["output_dir"]).name for config in self.configs)
+    configs: Sequence[Mapping]  # one for each network
 
 
 class Study:
@@ -63,14 +56,11 @@ class Study:
     that folder. A run that is in the results is not run again, for whatever experiment it was made.
 
     Args:
-        config_dir: folder of train.json, evaluate.json, the experiments and the overlays they name.
+        config_dir: folder of train.json, evaluate.json, scales.json, the experiments and the overlays they name.
         scale: name in scales.json, whose parts (overlay files and entries) give size and budget of every run.
         entries: configuration entries of every run, such as dataset_dir.
         output_dir: folder of the runs, those of a data set in a folder of its name.
         results: CSV file of the figures, written after every run.
-
-    Raises:
-        UserError: if there is no such scale.
     """
 
     def __init__(self, config_dir, scale, entries: Mapping, output_dir, results) -> None:
@@ -91,9 +81,6 @@ class Study:
         Args:
             jobs: runs at a time, each in a process with its share of the threads.
             arms: patterns of names, such as "covid_ct*"; other arms are not run.
-
-        Raises:
-            UserError: for a missing overlay, an unknown id, `jobs` below 1, or if no arm fits `arms`.
         """
         if jobs < 1:
             raise UserError(f"jobs: found {jobs}, expected at least 1")
@@ -130,7 +117,8 @@ class Study:
                     members = enumerate(experiment.members(arm))
                     configs = [self.config(experiment, parts, seed, member) for member, parts in members]
                     id = (experiment.name, self.scale, self.data, arm, str(seed))
-                    plan.append(_Run(id, experiment.workflow, configs))
+                    name = "+".join(Path(config["output_dir"]).name for config in configs)
+                    plan.append(_Run(id, name, experiment.workflow, configs))
         return plan
 
     def config(self, experiment: Experiment, parts: Sequence, seed: int, member: int = 0) -> dict:
@@ -194,7 +182,7 @@ class Study:
             rows.append({"stage": stage, "split": "validation", **_figures(folders[0] / stage / "validation")})
         machine = environment()
         facts = {
-            "steps": sum(_steps(file) for folder in folders for file in folder.glob("**/last.pt")),
+            "steps": sum(map(_steps, chain.from_iterable(folder.glob("**/last.pt") for folder in folders))),
             "seconds": round(time.perf_counter() - begin),
             "date": date.today().isoformat(),
             "machine": f"{machine['gpu'] or machine['cpu']}; PyTorch {machine['torch']}, MONAI {machine['monai']}",

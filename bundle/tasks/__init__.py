@@ -1,11 +1,4 @@
-"""The tasks, one file each, and the networks that answer them.
-
-A task says what it reads from a record and how that becomes part of a batch; makes its head; computes its loss; measures its
-answers, case by case and over cases; draws them; and joins the answers of several views or networks. `Task` in base.py lists
-all of it, with defaults; docs/tasks.md says how to add one.
-"""
-
-from __future__ import annotations
+"""The tasks, one file each (see `Task` in base.py, and docs/tasks.md), and the networks that answer them."""
 
 import json
 import logging
@@ -43,10 +36,7 @@ def make_tasks(tasks: Mapping[str, float] | Iterable[str], draws: Mapping | None
     Args:
         tasks: names or dotted paths of tasks, or a mapping of them to their weights in the loss.
         draws: name -> share of the samples that are drawn for the task, in any unit; 1 for a task that is not named.
-        **options: knobs and entries of a checkpoint's description, of which each task takes what it names.
-
-    Raises:
-        UserError: if there is no task, or a name in `tasks` or `draws` is unknown.
+        **options: see `Task`.
     """
     kinds = {name: TASKS.get(name) or _outside(name) for name in names.check_tasks(tasks)}
     made, options = [], _complete(options)
@@ -71,7 +61,7 @@ def _outside(path: str) -> type[Task]:
 
 
 def _complete(*parts: Mapping) -> dict:
-    """`DEFAULTS` with what the parts say instead, the last one first; a mapping as an entry is completed itself."""
+    """`DEFAULTS` with what the parts say instead, the last one first; so is a mapping as an entry."""
     whole = dict(DEFAULTS)
     for name, value in (item for part in parts for item in part.items()):
         whole[name] = {**whole[name], **(value or {})} if isinstance(DEFAULTS.get(name), Mapping) else value
@@ -85,7 +75,7 @@ def build_network(model: Mapping, pretrained: bool | str = False, **changes) -> 
 
 
 def open_network(checkpoint, **knobs) -> MultiTaskNet:
-    """The network of a checkpoint with its weights, in evaluation mode; `knobs` as in `read_model`."""
+    """Build the network of a checkpoint with its weights, in evaluation mode; `knobs` as in `read_model`."""
     network = build_network(read_model(checkpoint, knobs)).eval()
     load_weights(network, checkpoint, strict=True)
     return network
@@ -98,31 +88,23 @@ def trained_tasks(checkpoint) -> tuple[str, ...]:
 
 
 def read_model(checkpoint, knobs: Mapping, training: bool = False) -> dict:
-    """What describes a network: as its checkpoint says, else `DEFAULTS`, with what a user set.
+    """Describe a network as its checkpoint does, else by `DEFAULTS`, with what a user set: "tasks", name -> weight, and `DEFAULTS`.
 
     Args:
         checkpoint: path of weights; None for fresh ones.
-        knobs: name of an entry -> value, or None where the user left it to the checkpoint.
+        knobs: name of an entry -> value, or None where the user left it to the checkpoint. A contradiction is a UserError.
         training: the weights are trained further. Only the encoder must agree with the checkpoint.
-
-    Returns:
-        The entries of `DEFAULTS`, and "tasks", name -> weight.
-
-    Raises:
-        UserError: if a knob contradicts the checkpoint, or of `read_weights` and `describe`.
     """
     knobs = {name: json.loads(json.dumps(value)) for name, value in knobs.items() if value is not None}
     weights = read_weights(checkpoint) if checkpoint else {}
-    said = describe(weights)
-    if said:
+    said = describe(weights) or ({**UNDESCRIBED, "tasks": heads_in(weights) or list(TASKS)} if checkpoint else {})
+    model = _complete({"tasks": list(TASKS)}, said, knobs)
+    if describe(weights):
         _check_agreement(checkpoint, said, knobs, training)
     elif checkpoint:
-        said = {**UNDESCRIBED, "tasks": heads_in(weights) or list(TASKS)}
-        assumed = _complete(said, knobs)
         shown = ("classes", "segmentation_classes", "backbone", "image_size", "window")
-        values = ", ".join(f"{name} {assumed[name]!r}" for name in shown)
+        values = ", ".join(f"{name} {model[name]!r}" for name in shown)
         logger.warning(f"{checkpoint}: does not describe its network; assumed {values}; set what it was trained with")
-    model = _complete({"tasks": list(TASKS)}, said or {}, knobs)
     if not isinstance(model["tasks"], Mapping):
         model["tasks"] = dict.fromkeys(names.check_tasks(model["tasks"]), 1.0)
     if training:
@@ -133,22 +115,19 @@ def read_model(checkpoint, knobs: Mapping, training: bool = False) -> dict:
 def _check_agreement(checkpoint, said: Mapping, knobs: Mapping, training: bool) -> None:
     """Refuse knobs that contradict the description of a checkpoint."""
     for name, value in knobs.items():
+        if training and name != "backbone":
+            continue
         if name == "tasks":
-            missing = [task for task in names.check_tasks(value) if task not in said[name]]
-            if missing and not training:
-                raise UserError(
-                    f"tasks: found {', '.join(missing)}, expected some of those that {checkpoint} was trained for: "
-                    f"{', '.join(said[name])}"
-                )
-        elif name == "backbone" or not training:
-            for key, found, expected in _differences(name, value, said[name]):
-                raise UserError(
-                    f"{key}: found {found!r}, expected {expected!r}, as {checkpoint} was trained with; leave {key} out"
-                )
+            if missing := [task for task in names.check_tasks(value) if task not in said[name]]:
+                of = f"those that {checkpoint} was trained for: {', '.join(said[name])}"
+                raise UserError(f"tasks: found {', '.join(missing)}, expected some of {of}")
+            continue
+        for key, found, expected in _differences(name, value, said[name]):
+            raise UserError(f"{key}: found {found!r}, expected {expected!r}, as {checkpoint} was trained with; leave {key} out")
 
 
 def _differences(name: str, value, said) -> Iterator[tuple]:
-    """(name, value, said) of an entry, or of its own entries, where two descriptions differ and weights depend on it."""
+    """Yield (name, value, said) of an entry, or of its own entries, where two descriptions differ and weights depend on it."""
     if isinstance(value, Mapping) and isinstance(said, Mapping):
         for key in value.keys() & said.keys():
             yield from _differences(f"{name}::{key}", value[key], said[key])
@@ -157,10 +136,7 @@ def _differences(name: str, value, said) -> Iterator[tuple]:
 
 
 def add_heads(weights: Mapping[str, torch.Tensor], checkpoint) -> dict[str, torch.Tensor]:
-    """Weights with those heads of an earlier checkpoint that they lack, to go on from.
-
-    The description names a head as one of its tasks if it answers here as it did there, and the sources of both.
-    """
+    """Add those heads of an earlier checkpoint that weights lack; a head that answers as it did there counts as a task."""
     before, now = read_weights(checkpoint), describe(weights)
     then = describe(before) or {**now, "tasks": heads_in(before)}
     tasks, changes = list(now["tasks"]), {"sources": sorted({*now["sources"], *then["sources"]})}

@@ -1,7 +1,5 @@
 """What a task provides to training, evaluation and inference, with the defaults."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -20,41 +18,29 @@ class Task:
     """A question about a slice: its annotation, head, loss, metrics, and how answers are joined and summed up.
 
     A subclass sets the attributes and overrides the methods whose default does not fit it. B is the number of samples of a
-    batch; an answer is what the head gives for them in evaluation mode.
-
-    Args:
-        **options: knobs of training and entries of a checkpoint's description, of which a task takes what it names.
-
-    Attributes:
-        name: in `heads.NAME` of a state_dict, in metrics.json and in predictions.json.
-        field: of a record that makes it count for the task; None where every slice does.
-        path: its name in a configuration and in a checkpoint; of a task outside the package the dotted path.
-        described: of a task in the package, entries of a checkpoint's description that the head depends on, with defaults.
-        free: those of them that no weight depends on; `ENTRY::KEY` for a key of an entry.
-        outputs: the one of them that names the channels of the output layer, if any does.
-        weight: of the loss.
-        share: of the samples that are drawn for the task, in any unit.
-        headline: figures whose mean is the task's part in the validation score.
-        columns: title -> figure, of the tables and curves of a training.
-        outlined: whether `outlines` show an answer without the image.
-        dense: whether an answer has the pixels of the image, and goes through the preprocessing backwards in a prediction.
+    batch; an answer is what the head gives for them in evaluation mode; an entry is what predictions.json says of a scan, a
+    row of it what it says of a slice. Options are knobs of training and entries of a checkpoint's description; a task takes
+    those that it names.
     """
 
-    name: str
-    field: str | None = None
-    described: Mapping[str, object] = {}
-    free: Collection[str] = ()
-    outputs: str | None = None
-    weight = share = 1.0
-    headline: Sequence[str] = ()
-    columns: Mapping[str, str] = {}
-    outlined = dense = False
+    name: str  # in `heads.NAME` of a state_dict, in metrics.json and in predictions.json
+    field: str | None = None  # of a record that makes it count for the task; None where every slice does
+    described: Mapping[str, object] = {}  # entries of a checkpoint's description that the head depends on, with defaults
+    free: Collection[str] = ()  # those of them that no weight depends on; `ENTRY::KEY` for a key of an entry
+    outputs: str | None = None  # the one of them that names the channels of the output layer, if any does
+    weight = 1.0  # of the loss
+    share = 1.0  # of the samples that are drawn for the task, in any unit
+    headline: Sequence[str] = ()  # figures whose mean is the task's part in the validation score
+    columns: Mapping[str, str] = {}  # title -> figure, of the tables and curves of a training
+    outlined = False  # whether `outlines` show an answer without the image
+    dense = False  # whether an answer has the pixels of the image, and goes through the preprocessing backwards
 
     def __init__(self, **options) -> None:
         pass
 
     @property
     def path(self) -> str:
+        """Its name in a configuration and in a checkpoint; of a task outside the package the dotted path."""
         kind = type(self)
         return self.name if kind.__module__.startswith(__package__ + ".") else f"{kind.__module__}.{kind.__qualname__}"
 
@@ -114,7 +100,6 @@ class Task:
 
     def draw(self, report: Mapping, cases: Sequence[dict], sources: Sequence[str]) -> Figure | None:
         """A picture of the figures, or None."""
-        return None
 
     def judge(self, case: Mapping) -> tuple[float, str]:
         """How good an answer is, the worst lowest, and the text above its picture: by default its first number."""
@@ -160,16 +145,16 @@ class Task:
         return {self.name: np.round(np.asarray(answer, dtype=float), 6).tolist()}
 
     def entry(self, result):
-        """The entry of the task in predictions.json, for the whole scan: by default the mean over the slices with lung."""
+        """The entry of the scan in predictions.json: by default the mean over the slices with lung."""
         rows = [row[self.name] for row in counted(result.slices, result.bearing)]
         return np.mean(rows, axis=0).round(6).tolist()
 
     def probabilities(self, entry) -> dict[str, float]:
-        """Probability of each class of the scan, of an entry of predictions.json."""
+        """Probability of each class of the scan."""
         return {}
 
     def lesions(self, entry) -> list[dict]:
-        """Lesions in the scan that have boxes, of an entry of predictions.json: see `bundle.tasks.lesions.link_boxes`."""
+        """Lesions in the scan that have boxes: see `bundle.tasks.lesions.link_boxes`."""
         return []
 
     def caption(self, row: Mapping) -> list[str]:
@@ -185,11 +170,11 @@ class Task:
         return {}
 
     def scan_columns(self, entry) -> dict:
-        """Columns of scans.csv, of an entry of predictions.json."""
+        """Columns of scans.csv."""
         return {self.name: entry}
 
     def slice_columns(self, row: Mapping) -> dict:
-        """Columns of slices.csv, of a row of "slices" in predictions.json."""
+        """Columns of slices.csv."""
         return {self.name: row[self.name]}
 
 
@@ -200,13 +185,12 @@ def counted(rows: Sequence, bearing: Sequence[bool]) -> list:
 
 def mean_figures(cases: Sequence[dict]) -> Figures:
     """Mean over the cases of every number that is defined (not NaN) in at least one."""
-    names = list(cases[0])
-    values = np.array([[case[name] for name in names] for case in cases], dtype=float)
+    values = np.array([[case[name] for name in cases[0]] for case in cases], dtype=float)
     defined = ~np.isnan(values)
     values = np.where(defined, values, 0)
 
     def figures(weights: np.ndarray) -> dict[str, float]:
-        sums, counts = weights @ values, weights @ defined
-        return {name: float(total / count) for name, total, count in zip(names, sums, counts) if count}
+        means = zip(cases[0], weights @ values, weights @ defined)
+        return {name: float(total / count) for name, total, count in means if count}
 
     return figures

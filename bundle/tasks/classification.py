@@ -1,7 +1,5 @@
 """Classification: the class of a slice."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -41,7 +39,7 @@ class Classification(Task):
         self.classes, self.dropout, self.label_smoothing = list(classes), dropout, label_smoothing
 
     def strata(self, records: Sequence[Mapping]) -> list[tuple | None]:
-        """Source and class; records whose class is known in part are one further outer stratum, divided by source.
+        """(source, class); ("known in part", source) where several classes are possible.
 
         A source that one class could stand for would be learned as that class by its look: its records have no share if
         another source shows that class beside others.
@@ -52,13 +50,13 @@ class Classification(Task):
         one_sided = {source for source, sets in candidates.items() if set.intersection(*sets)}
         sure = [(record.get(SOURCE), record[CLASS]) for record in records if isinstance(record[CLASS], int)]
         shown = {label for source, label in sure if source not in one_sided}
-        return [self._stratum(record, one_sided, shown) for record in records]
 
-    def _stratum(self, record: Mapping, one_sided: set, shown: set) -> tuple | None:
-        source, label = record.get(SOURCE), record[CLASS]
-        if not isinstance(label, int):
-            return "known in part", source
-        return None if source in one_sided and label in shown else (source, label)
+        def stratum(source, label) -> tuple | None:
+            if not isinstance(label, int):
+                return "known in part", source
+            return None if source in one_sided and label in shown else (source, label)
+
+        return [stratum(record.get(SOURCE), record[CLASS]) for record in records]
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
         """class: bool (B, K), the classes that a sample may have."""
@@ -84,7 +82,9 @@ class Classification(Task):
         return classification_figures(cases)
 
     def finish(self, report: dict, cases: Sequence[dict]) -> dict:
-        counts = confusion(cases, len(self.classes))
+        """Adds the confusion matrix, rows by annotated and columns by predicted class."""
+        pairs = zip(*((case["label"], case["probabilities"].argmax()) for case in cases))
+        counts = confusion_matrix(*map(list, pairs), labels=range(len(self.classes))).tolist()
         return {**report, "confusion_matrix": {"classes": self.classes, "counts": counts}}
 
     def table_row(self, case: Mapping) -> dict:
@@ -93,8 +93,7 @@ class Classification(Task):
 
     def draw(self, report: Mapping, cases: Sequence[dict], sources: Sequence[str]) -> Figure:
         """Confusion matrix, ROC curves and reliability."""
-        labels = np.array([case["label"] for case in cases])
-        probabilities = np.stack([case["probabilities"] for case in cases])
+        labels, probabilities = _arrays(cases)
         figure = Figure(figsize=(15, 4.5), layout="constrained")
         left, right, last = figure.subplots(1, 3)
         counts = np.array(report["confusion_matrix"]["counts"])
@@ -158,6 +157,11 @@ def known_classes(batch: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, batch[CLASS][rows].int().argmax(1)
 
 
+def _arrays(cases: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) and probabilities (N, K)."""
+    return np.array([case["label"] for case in cases]), np.stack([case["probabilities"] for case in cases])
+
+
 def classification_figures(cases: Sequence[dict]) -> Figures:
     """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels), calibration error and AUROC.
 
@@ -165,12 +169,9 @@ def classification_figures(cases: Sequence[dict]) -> Figures:
     one class against the rest; of one, it is left out. A draw that has lost a class has accuracy and calibration error alone:
     the others would be those of another question.
     """
-    labels = np.array([case["label"] for case in cases])
-    probabilities = np.stack([case["probabilities"] for case in cases])
-    classes = probabilities.shape[1]
-    cells = labels * classes + probabilities.argmax(1)
-    correct = probabilities.argmax(1) == labels
-    present = np.unique(labels)
+    labels, probabilities = _arrays(cases)
+    classes, present = probabilities.shape[1], np.unique(labels)
+    cells, correct = labels * classes + probabilities.argmax(1), probabilities.argmax(1) == labels
     share = probabilities[:, present] / np.maximum(probabilities[:, present].sum(1, keepdims=True), 1e-12)
     ranks = [np.unique(column, return_inverse=True)[1] for column in share.T]  # equal shares have equal ranks
 
@@ -200,13 +201,6 @@ def auroc(ranks: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> float
     positives, negatives = np.bincount(ranks, weights * positive), np.bincount(ranks, weights * ~positive)
     below = np.cumsum(negatives) - negatives / 2
     return float((positives * below).sum() / (positives.sum() * negatives.sum()))
-
-
-def confusion(cases: Sequence[dict], num_classes: int) -> list[list[int]]:
-    """Counts, rows by annotated and columns by predicted class."""
-    labels = [case["label"] for case in cases]
-    predicted = [int(case["probabilities"].argmax()) for case in cases]
-    return confusion_matrix(labels, predicted, labels=range(num_classes)).tolist()
 
 
 def _draw_reliability(axis, confidence: np.ndarray, correct: np.ndarray, error: float) -> None:

@@ -1,7 +1,5 @@
 """Detection: boxes and masks of the lesions in a slice."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from inspect import signature
 
@@ -40,9 +38,6 @@ class Detection(Task):
         detection: arguments of `MaskRCNNHead`.
         score_threshold: lowest score of a detection in a prediction, from 0 to 1.
         link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
-
-    Raises:
-        UserError: for an unknown argument, or a threshold out of range.
     """
 
     name, field = DETECTION, BOXES
@@ -64,7 +59,12 @@ class Detection(Task):
 
     def collate(self, samples: Sequence[Mapping], image: torch.Tensor) -> dict:
         """detection: for each sample None or what `MaskRCNNHead` takes as its target."""
-        return {DETECTION: [_target(sample) for sample in samples]}
+        targets = [{"boxes": plain(sample[BOXES])} if BOXES in sample else None for sample in samples]
+        for target, sample in zip(targets, samples):
+            if target:
+                target["labels"] = torch.ones(len(target["boxes"]), dtype=torch.int64)
+                target |= {"masks": plain(sample[INSTANCES])} if INSTANCES in sample else {}
+        return {DETECTION: targets}
 
     def head(self, channels: Sequence[int], strides: Sequence[int], in_channels: int) -> MaskRCNNHead:
         return MaskRCNNHead(channels, strides, **self.options)
@@ -74,26 +74,40 @@ class Detection(Task):
 
     def cases(self, answer: Sequence[Mapping | None], batch: Mapping, thorough: bool) -> list[dict]:
         """`true_positives` and `false_positives` count the detections with a score of `FOUND_SCORE` or more, at IoU 0.1."""
-        return [_case(detection, target) for detection, target in zip(answer, batch[DETECTION])]
+        return [_case(found, target) if target else {} for found, target in zip(answer, batch[DETECTION])]
 
     def comparable(self, cases: Sequence[dict], sources: Sequence[str]) -> Sequence[dict]:
         """Where a source has boxes but no instance masks, its images without lesions have no part in mask AP."""
         masked = {source for source, case in zip(sources, cases) if "mask_match" in case and case["n_boxes"]}
-        return [
-            case if source in masked else {name: value for name, value in case.items() if name != "mask_match"}
-            for source, case in zip(sources, cases)
-        ]
+        without = [{name: value for name, value in case.items() if name != "mask_match"} for case in cases]
+        return [case if source in masked else bare for source, case, bare in zip(sources, cases, without)]
 
     def figures(self, cases: Sequence[dict]) -> Figures:
-        return detection_figures(cases)
+        """AP at IoU 0.1, 0.5 and 0.5:0.95, mask AP, and sensitivity at given false positives per image (FROC, IoU 0.1).
+
+        Left out where there is no annotated lesion. MONAI's COCOMetric computes the same AP from the same matches, some fifty
+        times slower than the bootstrap can wait for.
+        """
+        boxes, masks = _Matches([case["match"] for case in cases]), _Matches([case.get("mask_match", {}) for case in cases])
+
+        def figures(weights: np.ndarray) -> dict[str, float]:
+            result = dict(zip(("ap10", "ap50", "ap"), boxes.average_precision(weights)))
+            result |= dict(zip(("mask_ap10", "mask_ap50", "mask_ap"), masks.average_precision(weights)))
+            if weights @ boxes.lesions:
+                rates, sensitivity = boxes.froc(weights)
+                reached = [float(sensitivity[rates <= rate].max(initial=0.0)) for rate in FALSE_POSITIVE_RATES]
+                result |= {f"froc_{rate:g}": value for rate, value in zip(FALSE_POSITIVE_RATES, reached)}
+                result["froc_mean"] = float(np.mean(reached))
+            return result
+
+        return figures
 
     def is_defined(self, case: Mapping, figure: str) -> bool:
         return "mask_match" in case or not figure.startswith("mask_")
 
     def finish(self, report: dict, cases: Sequence[dict]) -> dict:
-        froc = {name.removeprefix("froc_"): value for name, value in report.items() if name.startswith("froc_")}
-        rest = {name: value for name, value in report.items() if not name.startswith("froc_")}
-        return {**rest, "froc": froc} if froc else rest
+        froc = {name: report.pop(name) for name in list(report) if name.startswith("froc_")}
+        return report | ({"froc": {name.removeprefix("froc_"): value for name, value in froc.items()}} if froc else {})
 
     def table_row(self, case: Mapping) -> dict:
         return {name: case[name] for name in ("n_boxes", "n_detections", "true_positives", "false_positives")}
@@ -127,8 +141,10 @@ class Detection(Task):
         return [None if found[0] is None else fuse(found) for found in zip(*answers)]
 
     def join_members(self, answers: Sequence) -> list:
-        """All detections, of overlapping ones the surest."""
-        return [None if found[0] is None else _pool(found) for found in zip(*answers)]
+        """All detections, of overlapping ones the surest, by descending score."""
+        joined = [found[0] and _pooled(found) for found in zip(*answers)]
+        kept = [found and ops.nms(found["boxes"], found["scores"], SAME_LESION) for found in joined]
+        return [found and {name: values[rows] for name, values in found.items()} for found, rows in zip(joined, kept)]
 
     def to_slice(self, answer: Mapping[str, torch.Tensor], sample: Mapping, seen) -> dict[str, torch.Tensor]:
         """Boxes in pixels of the stored slice, x = column as stored, clipped to its edges; weak and vanished ones go.
@@ -180,7 +196,7 @@ def fuse(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
 
     Boxes and masks of overlapping detections are averaged by score; their score is the mean over all views.
     """
-    both = {key: torch.cat([found[key] for found in detections]) for key in detections[0]}
+    both = _pooled(detections)
     strongest = ops.nms(both["boxes"], both["scores"], SAME_LESION)
     if not len(strongest):
         return dict(detections[0])
@@ -199,10 +215,8 @@ def fuse(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
     }
 
 
-def _pool(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    pooled = {name: torch.cat([found[name] for found in detections]) for name in detections[0]}
-    kept = ops.nms(pooled["boxes"], pooled["scores"], SAME_LESION)  # descending by score
-    return {name: values[kept] for name, values in pooled.items()}
+def _pooled(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([found[name] for found in detections]) for name in detections[0]}
 
 
 def _mirror(detection: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
@@ -211,18 +225,7 @@ def _mirror(detection: Mapping[str, torch.Tensor], width: int) -> dict[str, torc
     return {**detection, "boxes": boxes, "masks": detection["masks"].flip(-1)}
 
 
-def _target(sample: Mapping) -> dict | None:
-    if BOXES not in sample:
-        return None
-    target = {"boxes": plain(sample[BOXES]), "labels": torch.ones(len(sample[BOXES]), dtype=torch.int64)}
-    if INSTANCES in sample:
-        target["masks"] = plain(sample[INSTANCES])
-    return target
-
-
-def _case(detection: Mapping, target: Mapping | None) -> dict:
-    if target is None:
-        return {}
+def _case(detection: Mapping, target: Mapping) -> dict:
     scores = detection["scores"].cpu().numpy()
     boxes, truth = detection["boxes"].cpu().numpy(), target["boxes"].cpu().numpy()
     case = {"match": _match(box_iou, boxes, scores, truth), "n_boxes": len(truth), "n_detections": len(scores)}
@@ -245,27 +248,6 @@ def _mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = a.astype(np.float32), b.astype(np.float32)
     both = a @ b.T
     return both / np.maximum(a.sum(1)[:, None] + b.sum(1)[None] - both, 1)
-
-
-def detection_figures(cases: Sequence[dict]) -> Figures:
-    """AP at IoU 0.1, 0.5 and 0.5:0.95, mask AP, and sensitivity at given false positives per image (FROC, IoU 0.1).
-
-    Left out where there is no annotated lesion. MONAI's COCOMetric computes the same AP from the same matches, some fifty
-    times slower than the bootstrap can wait for.
-    """
-    boxes = _Matches([case["match"] for case in cases])
-    masks = _Matches([case.get("mask_match", {}) for case in cases])
-
-    def figures(weights: np.ndarray) -> dict[str, float]:
-        result = dict(zip(("ap10", "ap50", "ap"), boxes.average_precision(weights)))
-        result |= dict(zip(("mask_ap10", "mask_ap50", "mask_ap"), masks.average_precision(weights)))
-        if weights @ boxes.lesions:
-            curve = boxes.froc(weights)
-            result |= {f"froc_{rate:g}": sensitivity_at(curve, rate) for rate in FALSE_POSITIVE_RATES}
-            result["froc_mean"] = float(np.mean([result[f"froc_{rate:g}"] for rate in FALSE_POSITIVE_RATES]))
-        return result
-
-    return figures
 
 
 class _Matches:
@@ -311,8 +293,3 @@ def froc_curve(cases: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
     MONAI's compute_froc_curve_data leaves out the lowest threshold, so that the last detections never count.
     """
     return _Matches([case["match"] for case in cases]).froc(np.ones(len(cases)))
-
-
-def sensitivity_at(curve: tuple[np.ndarray, np.ndarray], rate: float) -> float:
-    """Highest sensitivity with at most `rate` false positives per image."""
-    return float(curve[1][curve[0] <= rate].max(initial=0.0))

@@ -1,7 +1,5 @@
 """Boxes of single slices linked to lesions in space, and volumes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,15 +22,14 @@ def link_boxes(slices: Sequence[Sequence[Mapping]], scan: Scan, min_iou: float) 
             x = the first of the two in-plane axes; "score"; "area" of the instance mask, in those pixels}.
 
     Returns:
-        Lesions, highest score first: {"id" from 1; "slices" [first, last]; "box", hull of its boxes; "center_mm" [x, y, z]
-        of the hull in LPS; "size_mm" of the hull along the two axes of the stored slice and across the slices; "volume_ml",
-        area of the instance masks times slice thickness; "score", the highest; "boxes" [{"slice", "box", "score"}]}.
-        Values in mm and mL are None where the scan has no geometry.
+        Lesions, highest score first: {"id" from 1; "slices" [first, last]; "box", hull of its boxes; "score", the highest;
+        "boxes" [{"slice", "box", "score"}]; and, None where the scan has no geometry, "center_mm" [x, y, z] of the hull in
+        LPS, "size_mm" of the hull along the two axes of the stored slice and across the slices, and "volume_ml", area of the
+        instance masks times slice thickness}.
     """
     if not 0 < min_iou <= 1:
         raise UserError(f"link_iou: found {min_iou}, expected a number above 0 and up to 1")
-    lesions: list[list[dict]] = []
-    open_lesions: list[list[dict]] = []  # those with a box in the slice before
+    lesions, open_lesions = [], []  # all so far, as lists of boxes, and those with a box in the slice before
     for index, boxes in enumerate(slices):
         boxes = [{"slice": index, **box} for box in boxes]
         iou = box_iou(_corners([lesion[-1] for lesion in open_lesions]), _corners(boxes)).nan_to_num().numpy()  # no area: 0/0

@@ -1,7 +1,5 @@
 """Reconstruction: the clean slice, from the slice itself; it needs no annotation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Segmentation: the lesion mask of a slice."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -32,9 +30,6 @@ class Segmentation(Task):
         decoder_channels, decoder_dropout: see `DenseHead`.
         segmentation_loss: a key of `SEGMENTATION_LOSSES`.
         lesion_threshold: probability above which a pixel is lesion in a prediction.
-
-    Raises:
-        UserError: if the loss is unknown, or names of classes would share a file.
     """
 
     name, field = SEGMENTATION, MASK
@@ -143,14 +138,14 @@ class Segmentation(Task):
         return {"lesion_pixels": pixels, "lesion_mm2": mm2}
 
     def entry(self, result) -> dict:
-        return {name: self._lesion(name, result) for name in self.classes}
-
-    def _lesion(self, name: str, result) -> dict:
-        found = {"volume_ml": None, "share_of_lung": None, "pixels": sum(row["lesion_pixels"][name] for row in result.slices)}
-        if result.scan.thickness is not None:
-            found["volume_ml"] = volume_ml([row["lesion_mm2"][name] for row in result.slices], result.scan)
-            if lung := result.entries["lung"]:
-                found["share_of_lung"] = round(found["volume_ml"] / lung["volume_ml"], 6)
+        found = {}
+        for name in self.classes:
+            volume, share, pixels = None, None, sum(row["lesion_pixels"][name] for row in result.slices)
+            if result.scan.thickness is not None:
+                volume = volume_ml([row["lesion_mm2"][name] for row in result.slices], result.scan)
+                if lung := result.entries["lung"]:
+                    share = round(volume / lung["volume_ml"], 6)
+            found[name] = {"volume_ml": volume, "share_of_lung": share, "pixels": pixels}
         return found
 
     def caption(self, row: Mapping) -> list[str]:
@@ -165,11 +160,10 @@ class Segmentation(Task):
         return sizes | {name: f"{sizes[name]} · {100 * share:.1f} % of lung" for name, share in shares.items()}
 
     def line(self, entry: Mapping) -> str:
-        def extent(found: Mapping) -> str:
-            share = found["share_of_lung"]
-            return f"{found['pixels']} pixels" if share is None else f"{share:.1%} of the lung"
-
-        return ", ".join(f"{name} {extent(found)}" for name, found in entry.items())
+        extents = {name: f"{found['pixels']} pixels" for name, found in entry.items()}
+        shares = {name: found["share_of_lung"] for name, found in entry.items() if found["share_of_lung"] is not None}
+        extents |= {name: f"{share:.1%} of the lung" for name, share in shares.items()}
+        return ", ".join(f"{name} {extent}" for name, extent in extents.items())
 
     def scan_columns(self, entry: Mapping) -> dict:
         keys = ("volume_ml", "share_of_lung", "pixels")

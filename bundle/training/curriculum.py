@@ -1,7 +1,5 @@
 """The curriculum: stages that are trained in order, each from the weights before it, and measured after each."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping
@@ -15,15 +13,7 @@ from bundle.config import check_config, overlay, raw_config
 from bundle.errors import UserError
 from bundle.files import list_files, listed_files, remove_listed_files, write_checkpoint, write_json, write_text
 from bundle.training.history import stage_table
-from bundle.training.run_folder import (
-    RESULTS,
-    check_kept,
-    check_own_files,
-    check_resumable,
-    close_run,
-    hash_inputs,
-    lock_folder,
-)
+from bundle.training import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +26,8 @@ def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> Non
     Stage NAME is the configuration with the entries of that stage in train.json and then its own entries of `stages`, in the
     folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint`. A finished stage is skipped, an
     unfinished one resumed; with `resume` false a stage and those that build on it start anew. Writes `stage_table.md` after
-    every stage and, from the last one, `model.pt`.
-
-    Args:
-        workflow: that runs the configuration.
-        output_dir: folder of the curriculum.
-        config_dir: folder of train.json, evaluate.json and metadata.json; that of the workflow by default.
-
-    Raises:
-        UserError: for stages that cannot be trained, see `_stage_configs`, or of `bundle.training.run_folder`.
+    every stage and, from the last one, `model.pt`. `config_dir` has train.json, evaluate.json and metadata.json; by default it
+    is that of the workflow.
     """
     folder, config_dir = Path(output_dir), Path(config_dir or workflow.config_root_path)
     configs = _stage_configs(workflow, folder, config_dir)
@@ -59,7 +42,10 @@ def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> Non
                 logger.info(f"{folder / name}: finished before")
             else:
                 logger.info(f"{folder / name}: {', '.join(config['tasks'])}")
-                _run_stage(config, config_dir)
+                run_workflow(config, folder / name / "train.json", config_dir)
+                entries = {"split": "validation", "bootstrap": 0, "evaluation_dir": str((folder / name / REPORT).parent)}
+                evaluate = ConfigParser.load_config_file(str(config_dir / "evaluate.json"))
+                run_workflow(overlay(config, evaluate, entries), folder / name / "evaluate.json", config_dir)
             idist.barrier()
             if first:
                 reports[name] = json.loads((folder / name / REPORT).read_text())
@@ -70,37 +56,28 @@ def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> Non
             print(stage_table(reports))
     finally:
         if first:
-            close_run(folder)
-
-
-def _run_stage(config: Mapping, config_dir: Path) -> None:
-    """Train a stage and measure all tasks that its weights answer on the validation split."""
-    stage = Path(config["output_dir"])
-    run_workflow(config, stage / "train.json", config_dir)
-    entries = {"split": "validation", "bootstrap": 0, "evaluation_dir": str((stage / REPORT).parent)}
-    evaluate = ConfigParser.load_config_file(str(config_dir / "evaluate.json"))
-    run_workflow(overlay(config, evaluate, entries), stage / "evaluate.json", config_dir)
+            run_folder.close_run(folder)
 
 
 def _open_curriculum(folder: Path, configs: Mapping[str, Mapping], resume: bool) -> None:
     """Lock the folder, refuse stages that were begun with another configuration, and remove those that are not resumed."""
-    lock_folder(folder)
+    run_folder.lock_folder(folder)
     anew = [folder / name for name, config in configs.items() if not config["resume"]]
     first, *others = configs.values()
     for config in (first, *(config for config in others if not config["transfer"])):
-        check_kept(config["init_checkpoint"], [*anew, *[folder] * (not resume)])
+        run_folder.check_kept(config["init_checkpoint"], [*anew, *[folder] * (not resume)])
     for name, config in configs.items():
-        check_own_files(folder / name, RESULTS)
+        run_folder.check_own_files(folder / name, run_folder.RESULTS)
         if config["resume"] and (folder / name / "last.pt").exists():
             parser = ConfigParser(dict(config))
             parser.get_parsed_content("imports")
-            inputs = hash_inputs(parser.get_parsed_content("datalist"), config["init_checkpoint"])
-            check_resumable(folder / name, config, inputs)
-    check_own_files(folder, ["model.pt", "stage_table.md", *(f"{name}/{REPORT}" for name in configs)])
+            inputs = run_folder.hash_inputs(parser.get_parsed_content("datalist"), config["init_checkpoint"])
+            run_folder.check_resumable(folder / name, config, inputs)
+    run_folder.check_own_files(folder, ["model.pt", "stage_table.md", *(f"{name}/{REPORT}" for name in configs)])
     for stage in reversed(anew):  # last first: killed here, no stage is left whose origin is gone
-        lock_folder(stage)
+        run_folder.lock_folder(stage)
         remove_listed_files(stage)
-        close_run(stage)
+        run_folder.close_run(stage)
     if not resume:
         remove_listed_files(folder)  # what an earlier curriculum left at its end
     list_files(folder)
@@ -135,10 +112,7 @@ def _stage_configs(workflow: ConfigWorkflow, folder: Path, config_dir: Path) -> 
 
 
 def run_workflow(config: Mapping, path: Path, config_dir, run_id: str = "run") -> None:
-    """Run an id of a raw configuration as an ordinary MONAI workflow, from the file `path` that is written for it.
-
-    `config_dir` has metadata.json.
-    """
+    """Run an id of a raw configuration as an ordinary MONAI workflow, from the file `path`, which is written for it."""
     if idist.get_rank() == 0:
         write_json(config, path)
     idist.barrier()

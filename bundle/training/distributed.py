@@ -1,7 +1,5 @@
 """Several processes, started by torchrun, that work as one; a process alone needs nothing of it."""
 
-from __future__ import annotations
-
 import atexit
 import logging
 import os
@@ -27,9 +25,6 @@ def join() -> None:
     """Join the processes that torchrun started, with nccl on GPUs and gloo on CPUs, until this one ends.
 
     Only the first process logs more than warnings. Processes wait for one another without limit: torchrun ends all if one dies.
-
-    Raises:
-        UserError: if torchrun started none.
     """
     if distributed.is_initialized():
         return
@@ -48,11 +43,7 @@ def join() -> None:
 
 
 def shard(records: Sequence) -> list:
-    """The records that this process evaluates: every n-th for n processes, beginning with its rank.
-
-    Raises:
-        UserError: if there are fewer records than processes, or torchrun started processes that `join` did not join.
-    """
+    """The records that this process evaluates: every n-th for n processes, beginning with its rank."""
     started, processes = int(os.environ.get("WORLD_SIZE", 1)), idist.get_world_size()
     if started != processes:
         raise UserError(
@@ -65,10 +56,7 @@ def shard(records: Sequence) -> list:
 
 
 def seed_worker(worker: int) -> None:
-    """Seed the random transforms in a worker of a data loader, differently in every worker of every process.
-
-    MONAI's own seeds are those of PyTorch's workers, which are the same in processes that draw the same order of samples.
-    """
+    """Seed the random transforms in a worker of a data loader; MONAI's seeds are the same in the workers of all processes."""
     info = get_worker_info()
     set_rnd(info.dataset, seed=info.seed + info.num_workers * int(os.environ.get("RANK", 0)))
 

@@ -1,7 +1,5 @@
 """What a run has reached, epoch by epoch and stage by stage, as a picture and a table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
@@ -23,10 +21,7 @@ def stage_table(reports: Mapping[str, Mapping]) -> str:
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
-    """Losses (left) and validation metrics in [0, 1] (right) by epoch, as a PNG.
-
-    Losses have a logarithmic scale, unless one is not above 0, as may be with `uncertainty_weights`.
-    """
+    """Draw losses (left) and validation metrics in [0, 1] (right) by epoch, as a PNG."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, metrics = figure.subplots(1, 2)
     shown = {"score"} | {f"{task}_{name}" for task, name in STAGE_COLUMNS.values()}
@@ -36,6 +31,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path) -> None:
         if axis is not None:
             points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
             axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+    # With `uncertainty_weights` a loss may be below 0.
     positive = all(entry[name] > 0 for entry in history for name in entry if name.startswith("loss"))
     losses.set(title="training loss", xlabel="epoch", yscale="log" if positive else "linear")
     metrics.set(title="validation", xlabel="epoch", ylim=(0, 1))

@@ -1,7 +1,5 @@
 """One loss for partially labelled batches: every task is judged on the samples annotated for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import ignite.distributed as idist
@@ -20,7 +18,6 @@ class MultiTaskLoss(nn.Module):
     call `terms` holds the unweighted terms by task, and the parts of a loss that has parts as TASK_PART.
 
     Args:
-        tasks: give w_t and L_t.
         uncertainty: learn the balance: w_t exp(-s_t) L_t + s_t / 2 with one trainable s_t = log(sigma_t^2) for each task
             (Kendall et al., CVPR 2018, arXiv 1705.07115; the factor 1/2 of the regression terms is left to w_t).
     """
@@ -47,8 +44,13 @@ class MultiTaskLoss(nn.Module):
             terms = self._over_processes(terms, label)
         self.terms = {name: term.item() for name, term in terms.items()} | parts
         # Backward works without a term too, and where all terms are those of other processes.
-        nothing = torch.zeros((), device=label[TARGET].device, requires_grad=True)
-        return sum((self._weighted(task, terms[task.name]) for task in self.tasks if task.name in terms), nothing)
+        loss = torch.zeros((), device=label[TARGET].device, requires_grad=True)
+        for task in (task for task in self.tasks if task.name in terms):
+            weight, half = task.weight, 0.0
+            if task.name in self.log_variance:
+                weight, half = weight * torch.exp(-self.log_variance[task.name]), self.log_variance[task.name] / 2
+            loss = loss + (weight * terms[task.name] + half)
+        return loss
 
     def _over_processes(self, terms: Mapping[str, torch.Tensor], label: dict) -> dict[str, torch.Tensor]:
         """Terms whose value is the mean over the samples of all processes, and whose gradient is the share of this one.
@@ -66,9 +68,3 @@ class MultiTaskLoss(nn.Module):
                     share = terms[name] * count * idist.get_world_size() / all_count
                     shared[name] = shared[name] + (share - share.detach())
         return shared
-
-    def _weighted(self, task: Task, term: torch.Tensor) -> torch.Tensor:
-        if task.name not in self.log_variance:
-            return task.weight * term
-        log_variance = self.log_variance[task.name]
-        return task.weight * torch.exp(-log_variance) * term + log_variance / 2

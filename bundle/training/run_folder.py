@@ -1,7 +1,5 @@
 """The folder of a training run: who writes to it, whether the run in it may go on, and what starting anew removes."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -37,10 +35,6 @@ def open_run(output_dir, config: Mapping, resume: bool = True, init_checkpoint=N
     Args:
         config: raw configuration, see `bundle.config.raw_config`.
         resume: go on from the folder's last checkpoint if there is one; False removes the files of the manifest first.
-
-    Raises:
-        UserError: if another training writes to the folder, its run has another configuration, a file of the user would be
-            overwritten, or `init_checkpoint` removed.
     """
     folder = Path(output_dir)
     if idist.get_rank() == 0:
@@ -90,23 +84,16 @@ def hash_inputs(datalist, init_checkpoint) -> dict[str, str]:
 
 
 def check_resumable(folder: Path, config: Mapping, inputs: Mapping[str, str]) -> None:
-    """Check that a run goes on with the same configuration and `hash_inputs`; `CHANGEABLE` may differ.
-
-    Raises:
-        UserError: naming the first key that differs.
-    """
+    """Check that a run goes on with the same configuration and `hash_inputs`; `CHANGEABLE` may differ."""
     if not {"last.pt", "config.json"} <= set(listed_files(folder)) or not (folder / "last.pt").exists():
         return
     before, now = dict(leaves(json.loads((folder / "config.json").read_text()))), dict(leaves(config))
-    differ = [
-        f"{key} {before.get(key)!r}, found {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if not _same(before.get(key), now.get(key)) and key.split("::")[0] not in CHANGEABLE
-    ]
+    keys = [key for key in sorted(before.keys() | now.keys()) if key.split("::")[0] not in CHANGEABLE]
+    pairs = [(key, before.get(key), now.get(key)) for key in keys]
+    differ = [f"{key} {old!r}, found {new!r}" for key, old, new in pairs if not _same(old, new)]
     known = json.loads((folder / "environment.json").read_text()).get("inputs", {})
-    differ += [
-        f"another content of {name}" for name in sorted(known.keys() & inputs.keys()) if known[name] != inputs[name]
-    ]
+    changed = [name for name in sorted(known.keys() & inputs.keys()) if known[name] != inputs[name]]
+    differ += [f"another content of {name}" for name in changed]
     if differ:
         raise UserError(
             f"{folder}: holds a run with {differ[0]}; set another output_dir (with init_checkpoint {folder / 'model.pt'} to "

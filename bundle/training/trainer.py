@@ -1,7 +1,5 @@
 """The trainer, and the recorder that makes its run repeatable, resumable and readable."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import defaultdict
@@ -71,11 +69,10 @@ class RunRecorder:
     Every epoch is seeded from (seed, epoch) alone. After every epoch the folder holds `best.pt` (the network of the epoch with
     the highest validation score), `last.pt` (the state_dicts of `state` and the history; a run that finds it goes on from it),
     `history.json` and `curves.png`. At the end `model.pt` holds the best network, with the heads of `init_checkpoint` that this
-    run did not have, and `metrics.json` the best epoch. Where the evaluator's network is an average of the trained one,
-    `best.pt` and `model.pt` hold the average, and `last.pt` both. Of several processes the first one writes.
+    run did not have, and `metrics.json` the best epoch. With `ema`, `best.pt` and `model.pt` hold the average, and `last.pt`
+    both. Of several processes the first one writes.
 
     Args:
-        output_dir: folder of the run.
         state: name -> object with a state_dict, "network" among them.
         dataset: training dataset, whose random transforms are seeded.
         evaluator: engine of the validation; its `state.metrics` then hold the metrics, "score" among them.
@@ -86,15 +83,9 @@ class RunRecorder:
     def __init__(
         self, output_dir, state: dict, dataset, evaluator, val_interval=1, seed=0, init_checkpoint=None, resume=True, ema=None
     ) -> None:
-        self.folder = Path(output_dir)
-        self.state = dict(state)
-        self.dataset = dataset
-        self.evaluator = evaluator
-        self.val_interval = val_interval
-        self.seed = seed
-        self.init_checkpoint = init_checkpoint
-        self.resume = resume
-        self.ema = ema
+        self.folder, self.state, self.dataset, self.evaluator = Path(output_dir), dict(state), dataset, evaluator
+        self.val_interval, self.seed, self.ema = val_interval, seed, ema
+        self.init_checkpoint, self.resume = init_checkpoint, resume
         self.history: list[dict] = []
 
     def attach(self, trainer) -> None:
@@ -152,30 +143,22 @@ class RunRecorder:
         entry = {"epoch": epoch, "learning_rate": self.learning_rate}
         entry |= {name if name == "loss" else f"loss_{name}": float(np.mean(v)) for name, v in self.terms.items()}
         if epoch % self.val_interval == 0 or epoch == epochs:
-            self._share_statistics()
+            if idist.get_world_size() > 1:  # all evaluate the network of the first, which is kept
+                for buffer in self.evaluator.network.buffers():
+                    buffer.copy_(idist.broadcast(buffer))
             self.evaluator.run(epoch)
             entry |= {name: float(v) for name, v in self.evaluator.state.metrics.items() if np.isscalar(v)}
         self.history.append(entry)
         trainer.state.metrics = {name: value for name, value in entry.items() if name != "epoch"}  # for those who log them
         if idist.get_rank() == 0:
-            self.write_epoch(entry)
+            if self.best() is entry:
+                write_checkpoint(self.evaluator.network.state_dict(), self.folder / "best.pt")
+            states = {name: item.state_dict() for name, item in self.state.items()}
+            write_checkpoint({**states, "history": self.history}, self.folder / "last.pt")  # killed before, it is repeated
+            write_json(self.history, self.folder / "history.json")
+            plot_curves(self.history, self.folder / "curves.png")
             figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name.startswith(("loss", "score")))
             logger.info(f"{self.folder}: epoch {epoch} of {epochs}: {figures}")
-
-    def _share_statistics(self) -> None:
-        """Give all processes the running statistics of the first, whose network is the one that is kept."""
-        if idist.get_world_size() > 1:
-            for buffer in self.evaluator.network.buffers():
-                buffer.copy_(idist.broadcast(buffer))
-
-    def write_epoch(self, entry: dict) -> None:
-        """Write the checkpoints, history and curves after an epoch, `last.pt` after `best.pt`: killed between, it is repeated."""
-        if self.best() is entry:
-            write_checkpoint(self.evaluator.network.state_dict(), self.folder / "best.pt")
-        states = {name: item.state_dict() for name, item in self.state.items()}
-        write_checkpoint({**states, "history": self.history}, self.folder / "last.pt")
-        write_json(self.history, self.folder / "history.json")
-        plot_curves(self.history, self.folder / "curves.png")
 
     def best(self) -> dict | None:
         """Entry of the epoch with the highest validation score, the earliest of equals; None before a validation."""

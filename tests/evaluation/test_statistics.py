@@ -9,8 +9,8 @@ from some_tasks import some_tasks
 
 from bundle.evaluation.statistics import with_intervals
 from bundle.tasks.base import mean_figures
-from bundle.tasks.classification import auroc, calibration_error, classification_figures, confusion
-from bundle.tasks.detection import COCO, FALSE_POSITIVE_RATES, detection_figures, froc_curve
+from bundle.tasks.classification import auroc, calibration_error, classification_figures
+from bundle.tasks.detection import COCO, FALSE_POSITIVE_RATES, froc_curve
 
 CLASSIFICATION, SEGMENTATION, DETECTION = some_tasks("classification", "segmentation", "detection")
 
@@ -94,7 +94,7 @@ def test_one_class_alone_has_no_auroc():
 
 def test_confusion_has_annotated_rows_and_predicted_columns():
     cases = classification([0, 0, 2, 2], [[1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]])
-    assert confusion(cases, 3) == [[1, 1, 0], [0, 0, 0], [0, 1, 1]]
+    assert CLASSIFICATION.finish({}, cases)["confusion_matrix"]["counts"] == [[1, 1, 0], [0, 0, 0], [0, 1, 1]]
 
 
 def test_means_leave_out_what_is_not_defined():
@@ -111,7 +111,7 @@ def test_means_leave_out_what_is_not_defined():
 @pytest.mark.parametrize("seed", range(2))
 def test_average_precision_is_that_of_ignite_and_of_monai(seed):
     pred, targets, cases = random_detection(seed=seed)
-    found = figures(detection_figures, cases)
+    found = figures(DETECTION.figures, cases)
     for names, thresholds in ((("ap10",), [0.1]), (("ap50",), [0.5]), (("ap",), np.linspace(0.5, 0.95, 10).tolist())):
         metric = ObjectDetectionAvgPrecisionRecall(iou_thresholds=thresholds, num_classes=1)
         y_pred = [
@@ -132,8 +132,8 @@ def test_average_precision_is_that_of_ignite_and_of_monai(seed):
     [
         (classification_figures, random_classification(40)),
         (mean_figures, [{"dice": v, "hd95": np.nan if v > 0.7 else v} for v in np.random.default_rng(0).random(40)]),
-        (detection_figures, random_detection(40)[2]),
-        (detection_figures, random_detection(20)[2] + random_detection(20, seed=1, instances=False)[2]),
+        (DETECTION.figures, random_detection(40)[2]),
+        (DETECTION.figures, random_detection(20)[2] + random_detection(20, seed=1, instances=False)[2]),
     ],
     ids=["classification", "means", "detection", "detection, some with instances"],
 )
@@ -165,7 +165,7 @@ def test_froc_by_hand():
     assert rates.tolist() == [0, 0.5, 0.5, 1, 1.5] and sensitivity.tolist() == pytest.approx(
         [1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3]
     )
-    found = figures(detection_figures, cases)
+    found = figures(DETECTION.figures, cases)
     expected = {0.125: 1 / 3, 0.25: 1 / 3, 0.5: 2 / 3, 1: 2 / 3, 2: 2 / 3, 4: 2 / 3, 8: 2 / 3}
     assert {rate: found[f"froc_{rate:g}"] for rate in FALSE_POSITIVE_RATES} == pytest.approx(expected)
     assert found["froc_mean"] == pytest.approx(np.mean(list(expected.values())))
@@ -177,8 +177,8 @@ def test_images_without_lesion_or_detection():
     rates, sensitivity = froc_curve([detection_case([False], [0.9], 1), *[detection_case([], [], 0)] * 3])
     assert rates.tolist() == [0.25] and sensitivity.tolist() == [0], "they count as images without false positives"
     cases = [detection_case([False], [0.9], 0), detection_case([], [], 0)]
-    assert figures(detection_figures, cases) == with_intervals(DETECTION, cases, ["a", "b"], 10, 0) == {}, "no lesion, no figure"
-    missed = figures(detection_figures, [detection_case([], [], 2)])
+    assert figures(DETECTION.figures, cases) == with_intervals(DETECTION, cases, ["a", "b"], 10, 0) == {}, "no lesion, no figure"
+    missed = figures(DETECTION.figures, [detection_case([], [], 2)])
     assert missed["ap50"] == 0 and missed["froc_8"] == 0
 
 

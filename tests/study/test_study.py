@@ -215,7 +215,7 @@ os.kill(os.getpid(), 9)
 
 def test_no_job_outlives_a_killed_study():
     # The job has the same standard output, which is read to its end: until the last of them is gone.
-    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent, timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent, timeout=300)
     assert done.returncode == -signal.SIGKILL and done.stdout.startswith("job ")
 
 
