@@ -36,7 +36,8 @@ RUNS = {  # config files, what is run by default, description, knobs that --help
     ),
 }
 RUNNER_OPTIONS = {"--input": "INPUT", "--config_file": "--config FILE"}  # that the commands set; the runner takes the last
-OF_NO_CONCERN = ("monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin")  # loggers whose warnings help no user
+NEEDLESS = ("monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin")  # loggers whose warnings help no user
+CHATTY = (*NEEDLESS, "monai.bundle.scripts", "monai.handlers.StatsHandler")  # those that have handlers of their own
 OPTIONS = ("--output_dir", "--config", "--verbose", "--help")  # everything else with two dashes is a knob
 
 
@@ -149,7 +150,8 @@ def _runner_arguments(known: argparse.Namespace) -> list[str]:
         merge_overlays(files[0], files[1:])
     if not known.verbose:
         shown = logging.StreamHandler(sys.stdout)
-        shown.addFilter(_is_for_users)
+        for place in (shown, *map(logging.getLogger, CHATTY)):
+            place.addFilter(_is_for_users)
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[shown])
         if all(file.parent == CONFIGS for file in files):  # nobody needs to be warned of the configs of this package
             warnings.filterwarnings("ignore", "parsing config_file")
@@ -162,9 +164,9 @@ def _runner_arguments(known: argparse.Namespace) -> list[str]:
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """True for what this package reports and for warnings, except those of optional parts that are not installed."""
+    """True for what this package reports and for warnings that help a user."""
     ours = record.name.startswith("bundle.") and not record.name.startswith("bundle.data.")
-    least = logging.ERROR if record.name.startswith(OF_NO_CONCERN) else logging.INFO if ours else logging.WARNING
+    least = logging.ERROR if record.name in NEEDLESS else logging.INFO if ours else logging.WARNING
     return record.levelno >= least
 
 

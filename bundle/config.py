@@ -58,7 +58,7 @@ def without_metadata(config: Mapping) -> dict:
 
 
 def merge_overlays(file, overlays: Sequence) -> dict:
-    """Merge overlays into a config file as MONAI's runner does it; a UserError names one that cannot be read or does not fit."""
+    """Merge overlays into a config file as MONAI's runner does; one that cannot be read or does not fit is a UserError."""
     parser = ConfigParser(ConfigParser.load_config_file(file))
     for overlay in overlays:
         try:
@@ -78,7 +78,7 @@ def merge_overlays(file, overlays: Sequence) -> dict:
 
 
 def check_running(running: ConfigWorkflow, workflow: str) -> None:
-    """Call `check_config` on the running configuration, for the id `initialize` of a config; announce the use of phantom data."""
+    """Call `check_config` on the running configuration, for the id `initialize`; announce the use of phantom data."""
     config = raw_config(running)
     if running.run_id not in config:
         others = "; calibrate, reference and grad_cam need configs/evaluate.json" if workflow == "train" else ""

@@ -25,7 +25,9 @@ def one_line_errors() -> None:
     def show(kind, error, trace):
         if message := user_message(error):
             print(f"error: {message}", file=sys.stderr)
-            _join_threads()
+            # A pool may still be reading files: the interpreter would take its threads down in the middle and abort.
+            for thread in set(threading.enumerate()) - {threading.current_thread()}:
+                thread.join(timeout=2.0)
         else:
             before(kind, error, trace)
 
@@ -45,13 +47,6 @@ def exit_in_one_line() -> Iterator[None]:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
-
-
-def _join_threads(seconds: float = 2.0) -> None:
-    """Wait for a pool that is still reading files: the interpreter would take its threads down in the middle and abort."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(seconds)
 
 
 _lock, _blocks, _filters = threading.Lock(), [], ExitStack()

@@ -1,6 +1,7 @@
 """The command line without its work: what reaches MONAI's runner, help, mistakes, and `info`."""
 
 import json
+import logging
 import re
 import sys
 
@@ -9,7 +10,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 import bundle
-from bundle.cli import CONFIGS, main
+from bundle.cli import CONFIGS, _is_for_users, main
 from bundle.files import file_hash
 
 NAMES = ["scan", "scan#1", "1001", "1_2", "DOE,JOHN", "[CT]", "it's", 'a "b"', "None", "a@input", "$x", "%y", "a\\#b", "a::b"]
@@ -87,6 +88,20 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     (tmp_path / "BROKEN").write_text('{"flips": false,}')
     status, shown = output_of(capsys, *arguments)
     assert status and shown.startswith(f"error: {message}") and shown.count("\n") == 1, shown
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "shown"),
+    [
+        ("bundle.training.trainer", "INFO", True),
+        ("bundle.data.datalist", "INFO", False),
+        ("monai.bundle.scripts", "INFO", False),
+        ("monai.bundle.workflows", "WARNING", False),
+        ("monai.transforms", "WARNING", True),
+    ],
+)
+def test_the_console_shows_what_this_package_reports_and_warnings(name, level, shown):
+    assert _is_for_users(logging.makeLogRecord({"name": name, "levelno": getattr(logging, level)})) == shown
 
 
 def test_help_shows_the_main_knobs_with_the_defaults_of_the_configs(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from bundle.config import WORKFLOWS, knobs
 from bundle.errors import UserError
+from bundle.names import TASKS
 from bundle.training import curriculum
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +21,9 @@ FILES = {
     "evaluate": ["train", "preset_smoke", "evaluate"],
     "inference": ["inference", "preset_smoke"],
 }
+
+
+HANDLERS = {"RunRecorder": "train#handlers", "MultiTaskMetrics": "handlers", "FailureGallery": "handlers"}  # where they are
 
 
 class Opened(ConfigWorkflow):
@@ -36,8 +41,9 @@ class Opened(ConfigWorkflow):
     def __getitem__(self, id):
         return self.parser.get_parsed_content(id)
 
-    def handler(self, section, name):
+    def handler(self, name, section=None):
         """The handler of a class in a list of handlers."""
+        section = section or HANDLERS[name]
         targets = [handler["_target_"].split(".")[-1] for handler in self.parser[section]]
         return self[f"{section}#{targets.index(name)}"]
 
@@ -103,27 +109,43 @@ def kinds(transforms):
     return [type(item).__name__ for item in transforms.transforms]
 
 
-# Knob -> [value, {component: how it is read}, other entries]; for an argument of a component, `knob::argument`.
+def both(component):
+    return {part: f"{part}#{component}" for part in ("train", "validate")}
+
+
+def task(id, name, attribute):
+    return lambda w: getattr(of_task(w[id], name), attribute)
+
+
+def passed(function, position):
+    return lambda w: w.arguments(function)[position]
+
+
+def outcome(id):
+    return lambda w: w.outcome(id)
+
+
+def read(w, how):
+    """The part of a workflow that a function reads, or "COMPONENT.ATTRIBUTE", whose component may be a handler or a head."""
+    if callable(how):
+        return how(w)
+    name, attributes = how.split(".", 1)
+    component = w.handler(name) if name in HANDLERS else w.head(name) if name in TASKS else w[name]
+    return attrgetter(attributes)(component)
+
+
+# Knob -> [value, {component: how `read` reads it} or that alone, other entries]; for an argument of a component, `knob::argument`.
 TRAIN = {
     "bundle_root": ["elsewhere", {"output_dir": lambda w: w.default("output_dir")}],
-    "dataset_dir": ["elsewhere", {"datalist": lambda w: w["datalist"], "records": lambda w: w.outcome("records")}],
-    "datalist": [
-        "none.json",
-        {"records": lambda w: w.outcome("records"), "run": lambda w: w.arguments("open_run")[4]},
-    ],
-    "output_dir": [
-        "out",
-        {
-            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").folder,
-            "run": lambda w: w.arguments("open_run")[0],
-        },
-    ],
+    "dataset_dir": ["elsewhere", {"datalist": lambda w: w["datalist"], "records": outcome("records")}],
+    "datalist": ["none.json", {"records": outcome("records"), "run": passed("open_run", 4)}],
+    "output_dir": ["out", {"recorder": "RunRecorder.folder", "run": passed("open_run", 0)}],
     "classes": [
         ["a", "b"],
         {
-            "records": lambda w: w.outcome("records"),
+            "records": outcome("records"),
             "head": lambda w: w.head("classification")[-1].out_features,
-            "metrics": lambda w: of_task(w.handler("validate#handlers", "MultiTaskMetrics"), "classification").classes,
+            "metrics": lambda w: of_task(w.handler("MultiTaskMetrics", "validate#handlers"), "classification").classes,
         },
     ],
     "segmentation_classes": [
@@ -131,7 +153,7 @@ TRAIN = {
         {
             "mask": lambda w: w["preprocessing"].transforms[0].segmentation_classes,
             "head": lambda w: sizes(w.head("segmentation").output),
-            "metrics": lambda w: of_task(w.handler("validate#handlers", "MultiTaskMetrics"), "segmentation").classes,
+            "metrics": lambda w: of_task(w.handler("MultiTaskMetrics", "validate#handlers"), "segmentation").classes,
         },
     ],
     "tasks": [
@@ -140,7 +162,7 @@ TRAIN = {
             "heads": lambda w: list(w["network"].heads),
             "loss": lambda w: {task.name: task.weight for task in w["loss"].tasks},
             "sampler": lambda w: w["train#sampler"].weights.tolist(),
-            "metrics": lambda w: names(w.handler("validate#handlers", "MultiTaskMetrics")),
+            "metrics": lambda w: names(w.handler("MultiTaskMetrics", "validate#handlers")),
         },
     ],
     "draws": [{"segmentation": 5.0}, {"sampler": lambda w: w["train#sampler"].weights.tolist()}],
@@ -156,9 +178,9 @@ TRAIN = {
         },
     ],
     "segmentation_loss": ["dice", {"loss": lambda w: [*map(type, of_task(w["loss"], "segmentation").criterion.losses)]}],
-    "label_smoothing": [0.3, {"loss": lambda w: of_task(w["loss"], "classification").label_smoothing}],
+    "label_smoothing": [0.3, {"loss": task("loss", "classification", "label_smoothing")}],
     "backbone": ["vgg13", {"encoder": lambda w: sizes(w["network"].encoder)}],
-    "pretrained": ["none.pth", {"encoder": lambda w: w.outcome("network")}],
+    "pretrained": ["none.pth", {"encoder": outcome("network")}],
     "decoder_channels": [[8, 8], {task: lambda w, t=task: sizes(w.head(t)) for task in ("segmentation", "reconstruction")}],
     "skips": [False, {"reconstruction": lambda w: sizes(w.head("reconstruction"))}],
     "dropout": [
@@ -169,11 +191,11 @@ TRAIN = {
     "detection::fpn_channels": [8, {"fpn": lambda w: sizes(w.head("detection").fpn)}],
     "detection::box_features": [8, {"box head": lambda w: sizes(w.head("detection").roi_heads.box_head)}],
     "detection::mask_channels": [[8, 8], {"mask head": lambda w: sizes(w.head("detection").roi_heads.mask_head)}],
-    "detection::anchor_sizes": [[[5], [6], [7], [8]], {"anchors": lambda w: w.head("detection").rpn.anchor_generator.sizes}],
-    "detection::aspect_ratios": [[1.5], {"anchors": lambda w: w.head("detection").rpn.anchor_generator.aspect_ratios}],
-    "detection::score_threshold": [0.2, {"boxes": lambda w: w.head("detection").roi_heads.score_thresh}],
-    "detection::nms_threshold": [0.7, {"boxes": lambda w: w.head("detection").roi_heads.nms_thresh}],
-    "detection::detections_per_image": [3, {"boxes": lambda w: w.head("detection").roi_heads.detections_per_img}],
+    "detection::anchor_sizes": [[[5], [6], [7], [8]], "detection.rpn.anchor_generator.sizes"],
+    "detection::aspect_ratios": [[1.5], "detection.rpn.anchor_generator.aspect_ratios"],
+    "detection::score_threshold": [0.2, "detection.roi_heads.score_thresh"],
+    "detection::nms_threshold": [0.7, "detection.roi_heads.nms_thresh"],
+    "detection::detections_per_image": [3, "detection.roi_heads.detections_per_img"],
     "image_size": [
         96,
         {
@@ -184,157 +206,110 @@ TRAIN = {
     ],
     "window": [[-200, 100], {"preprocessing": lambda w: of_transform(w["preprocessing"], "ScaleIntensityd").window}],
     "cropping": ["body", {"model": lambda w: w["model"]["cropping"]}],
-    "max_epochs": [
-        7,
-        {"trainer": lambda w: w["train#trainer"].state.max_epochs, "schedule": lambda w: w["lr_scheduler"].t_total},
-    ],
-    "batch_size": [
-        3,
-        {"train": lambda w: w["train#dataloader"].batch_size, "validate": lambda w: w["validate#dataloader"].batch_size},
-    ],
-    "epoch_size": [
-        2,
-        {"draws": lambda w: w["train#sampler"].num_samples, "drop_last": lambda w: w["train#dataloader"].drop_last},
-    ],
+    "max_epochs": [7, {"trainer": "train#trainer.state.max_epochs", "schedule": "lr_scheduler.t_total"}],
+    "batch_size": [3, both("dataloader.batch_size")],
+    "epoch_size": [2, {"draws": "train#sampler.num_samples", "drop_last": "train#dataloader.drop_last"}],
     "learning_rate": [0.5, {"optimizer": lambda w: w["optimizer"].param_groups[0]["lr"]}],
     "weight_decay": [0.5, {"optimizer": lambda w: w["optimizer"].param_groups[0]["weight_decay"]}],
-    "warmup_epochs": [4, {"schedule": lambda w: w["lr_scheduler"].warmup_steps}],
+    "warmup_epochs": [4, "lr_scheduler.warmup_steps"],
     "init_checkpoint": [
         "w.pt",
-        {
-            "check": lambda w: w.arguments("check_annotated")[2],
-            "run": lambda w: w.arguments("open_run")[3],
-            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").init_checkpoint,
-        },
+        {"check": passed("check_annotated", 2), "run": passed("open_run", 3), "recorder": "RunRecorder.init_checkpoint"},
     ],
     "transfer": [False, {"curriculum": lambda w: [c["init_checkpoint"] for c in stages(w).values()]}],
     "resume": [
         False,
         {
-            "run": lambda w: w.arguments("open_run")[2],
-            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").resume,
+            "run": passed("open_run", 2),
+            "recorder": "RunRecorder.resume",
             "curriculum": lambda w: [config["resume"] for config in stages(w).values()],
         },
     ],
-    "amp": [True, {"train": lambda w: w["train#trainer"].amp, "validate": lambda w: w["validate#evaluator"].amp}],
-    "num_workers": [
-        1,
-        {"train": lambda w: w["train#dataloader"].num_workers, "validate": lambda w: w["validate#dataloader"].num_workers},
-    ],
-    "cache_rate": [
-        1.0,
-        {"train": lambda w: w["train#dataset"].cache_num, "validate": lambda w: w["validate#dataset"].cache_num},
-    ],
+    "amp": [True, {"train": "train#trainer.amp", "validate": "validate#evaluator.amp"}],
+    "num_workers": [1, both("dataloader.num_workers")],
+    "cache_rate": [1.0, both("dataset.cache_num")],
     "ema_momentum": [
         0.5,
         {
             "average": lambda w: w["ema"] and w["ema"].momentum,
             "evaluator": lambda w: w["validate#evaluator"].network is w["network"],
-            "recorder": lambda w: w.handler("train#handlers", "RunRecorder").ema is None,
+            "recorder": lambda w: w.handler("RunRecorder").ema is None,
         },
     ],
     "frozen_encoder": [True, {"encoder": lambda w: any(p.requires_grad for p in w["network"].encoder.parameters())}],
     "lungs_at_random": [0.5, {"augmentation": lambda w: kinds(w["augmentation"])}],
     "denoising": [True, {"corruption": lambda w: kinds(w["corruption"])}],
-    "seed": [5, {"start": seed_after, "epochs": lambda w: w.handler("train#handlers", "RunRecorder").seed}],
+    "seed": [5, {"start": seed_after, "epochs": "RunRecorder.seed"}],
     "device": [
         "meta",
         {
             "network": lambda w: next(w["network"].parameters()).device,
-            "trainer": lambda w: w["train#trainer"].state.device,
-            "evaluator": lambda w: w["validate#evaluator"].state.device,
+            "trainer": "train#trainer.state.device",
+            "evaluator": "validate#evaluator.state.device",
         },
     ],
-    "val_interval": [4, {"recorder": lambda w: w.handler("train#handlers", "RunRecorder").val_interval}],
+    "val_interval": [4, "RunRecorder.val_interval"],
     "stages": [{"stage_joint": {"seed": 3}}, {"curriculum": lambda w: {name: c["seed"] for name, c in stages(w).items()}}],
 }
 EVALUATE = {
-    "pretrained": ["none.pth", {"encoder": lambda w: w.outcome("network")}],
+    "pretrained": ["none.pth", {"encoder": outcome("network")}],
     "split": ["training", {"data": lambda w: [record["image"] for record in w["data"]]}],
-    "bootstrap": [3, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").bootstrap}],
+    "bootstrap": [3, "MultiTaskMetrics.bootstrap"],
     "checkpoint": ["w.pt", {"run": lambda w: w.arguments("load_weights", "load")[1]}],
-    "tasks": [["detection"], {"metrics": lambda w: names(w.handler("handlers", "MultiTaskMetrics"))}],
-    "regions": [
-        "lung",
-        {
-            "data": lambda w: kinds(w["dataset"].transform),
-            "metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder,
-        },
-    ],
-    "failures": [True, {"gallery": lambda w: w.handler("handlers", "FailureGallery") is None}],
-    "with_images": [
-        False,
-        {"gallery": lambda w: w.handler("handlers", "FailureGallery").with_images},
-        {"failures": True},
-    ],
-    "evaluation_dir": ["there", {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder}],
-    "dataset_dir": ["elsewhere", {"data": lambda w: w.outcome("data")}],
+    "tasks": [["detection"], {"metrics": lambda w: names(w.handler("MultiTaskMetrics"))}],
+    "regions": ["lung", {"data": lambda w: kinds(w["dataset"].transform), "metrics": "MultiTaskMetrics.folder"}],
+    "failures": [True, {"gallery": lambda w: w.handler("FailureGallery") is None}],
+    "with_images": [False, {"gallery": lambda w: w.handler("FailureGallery").with_images}, {"failures": True}],
+    "evaluation_dir": ["there", "MultiTaskMetrics.folder"],
+    "dataset_dir": ["elsewhere", {"data": outcome("data")}],
     "leave_out": [["phantom"], {"data": lambda w: w.outcome("data") or len(w["data"])}, {"split": "training"}],
-    "output_dir": [
-        "out",
-        {"checkpoint": lambda w: w["checkpoint"], "metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").folder},
-    ],
-    "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
-    "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],
-    "seed": [5, {"metrics": lambda w: w.handler("handlers", "MultiTaskMetrics").seed}],
-    "amp": [True, {"evaluator": lambda w: w["evaluator"].amp}],
-    "device": ["meta", {"evaluator": lambda w: w["evaluator"].state.device}],
+    "output_dir": ["out", {"checkpoint": lambda w: w["checkpoint"], "metrics": "MultiTaskMetrics.folder"}],
+    "batch_size": [3, "dataloader.batch_size"],
+    "num_workers": [1, "dataloader.num_workers"],
+    "seed": [5, "MultiTaskMetrics.seed"],
+    "amp": [True, "evaluator.amp"],
+    "device": ["meta", "evaluator.state.device"],
 }
 INFERENCE = {
     "bundle_root": ["elsewhere", {"output_dir": lambda w: w.default("output_dir")}],
     "dataset_dir": ["elsewhere", {"input": lambda w: w.default("input")}],
-    "input": ["none.png", {"worklist": lambda w: w.outcome("worklist")}],
-    "output_dir": ["out", {"worklist": lambda w: w["worklist"].folder}],
+    "input": ["none.png", {"worklist": outcome("worklist")}],
+    "output_dir": ["out", "worklist.folder"],
     "checkpoint": [
         "w.pt",
         {
             "run": lambda w: w.arguments("load_weights", "load")[1],
             "reference": lambda w: w["reference"],
-            "stamp": lambda w: w["predictor"].fingerprint,
+            "stamp": "predictor.fingerprint",
         },
     ],
-    "reference": ["none.pt", {"predictor": lambda w: w.outcome("predictor")}],
+    "reference": ["none.pt", {"predictor": outcome("predictor")}],
     "classes": [
         ["a", "b"],
         {
             "head": lambda w: w.head("classification")[-1].out_features,
-            "predictor": lambda w: of_task(w["predictor"], "classification").classes,
+            "predictor": task("predictor", "classification", "classes"),
         },
     ],
     "segmentation_classes": [
         ["a", "b"],
-        {
-            "head": lambda w: sizes(w.head("segmentation").output),
-            "predictor": lambda w: of_task(w["predictor"], "segmentation").classes,
-        },
+        {"head": lambda w: sizes(w.head("segmentation").output), "predictor": task("predictor", "segmentation", "classes")},
     ],
-    "tasks": [
-        ["segmentation"],
-        {
-            "heads": lambda w: list(w["network"].heads),
-            "predictor": lambda w: names(w["predictor"]),
-        },
-    ],
+    "tasks": [["segmentation"], {"heads": lambda w: list(w["network"].heads), "predictor": lambda w: names(w["predictor"])}],
     **{knob: TRAIN[knob] for knob in ("backbone", "decoder_channels", "skips", "window", "cropping")},
     **{knob: case for knob, case in TRAIN.items() if knob.startswith("detection")},
     "image_size": [96, {"dataset": lambda w: w["dataset"][0]["image"].shape}],
-    "score_threshold": [0.9, {"boxes": lambda w: of_task(w["postprocessing"], "detection").score_threshold}],
-    "link_iou": [0.9, {"predictor": lambda w: of_task(w["predictor"], "detection").link_iou}],
+    "score_threshold": [0.9, {"boxes": task("postprocessing", "detection", "score_threshold")}],
+    "link_iou": [0.9, {"predictor": task("predictor", "detection", "link_iou")}],
     "flips": [False, {"inferer": lambda w: type(w["inferer"])}],
     "backend": ["onnxruntime", {"network": lambda w: type(w["network"])}],
-    "keep_identifiers": [True, {"predictor": lambda w: w["predictor"].keep_identifiers}],
-    "save_reconstruction": [True, {"predictor": lambda w: of_task(w["predictor"], "reconstruction").dense}],
+    "keep_identifiers": [True, "predictor.keep_identifiers"],
+    "save_reconstruction": [True, {"predictor": task("predictor", "reconstruction", "dense")}],
     "export_task": ["classification", {"network_def": lambda w: list(w["network_def"].heads)}],
-    "batch_size": [3, {"dataloader": lambda w: w["dataloader"].batch_size}],
-    "num_workers": [1, {"dataloader": lambda w: w["dataloader"].num_workers}],
-    "amp": [True, {"evaluator": lambda w: w["evaluator"].amp}],
-    "device": [
-        "meta",
-        {
-            "network": lambda w: next(w["network"].parameters()).device,
-            "evaluator": lambda w: w["evaluator"].state.device,
-        },
-    ],
+    "batch_size": [3, "dataloader.batch_size"],
+    "num_workers": [1, "dataloader.num_workers"],
+    "amp": [True, "evaluator.amp"],
+    "device": ["meta", {"network": lambda w: next(w["network"].parameters()).device, "evaluator": "evaluator.state.device"}],
 }
 CASES = {"train": TRAIN, "evaluate": EVALUATE, "inference": INFERENCE}
 
@@ -360,6 +335,6 @@ def test_changing_a_knob_changes_its_components(workflow, knob, phantom_dir, che
     value, components, *others = CASES[workflow][knob]
     usual = {id: entry for entries in others for id, entry in entries.items()}
     usual, changed = (Opened(workflow, phantom_dir, tmp_path, entries) for entries in (usual, {**usual, knob: value}))
-    for name, read in components.items():
-        before, after = read(usual), read(changed)
+    for name, how in components.items() if isinstance(components, dict) else [(components, components)]:
+        before, after = read(usual, how), read(changed, how)
         assert before != after, f"{workflow}: {knob} {value!r} leaves {name} as it is, {before!r}"

@@ -43,8 +43,8 @@ def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) 
     found = minimize_scalar(loss, bounds=np.log(LIMITS), method="bounded")
     temperature = float(np.exp(found.x))
     if not LIMITS[0] * 1.01 < temperature < LIMITS[1] / 1.01:
-        why = "none of them is classified wrong; take more slices" if temperature < 1 else "the network has not learned; train on"
-        raise UserError(f"split validation: found no temperature for its {len(labels)} slices with a class, expected one: {why}")
+        why = "none is classified wrong; take more slices" if temperature < 1 else "the network has not learned; train on"
+        raise UserError(f"split validation: found no temperature for its {len(labels)} slices with a class: {why}")
     last = network.heads[CLASSIFICATION][-1]
     with torch.no_grad():
         last.weight /= temperature

@@ -110,8 +110,8 @@ def _read_weights(path: str) -> object:
     try:
         return timm.models.load_state_dict(path)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        found = type(error).__name__
-        raise UserError(f"pretrained: {path}: cannot be read as weights ({found}), expected a state_dict of torch.save") from None
+        unreadable = f"cannot be read as weights ({type(error).__name__}), expected a state_dict of torch.save"
+        raise UserError(f"pretrained: {path}: {unreadable}") from None
 
 
 def _of_package(package: str, backbone: str) -> Mapping[str, torch.Tensor]:

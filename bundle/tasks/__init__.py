@@ -88,7 +88,9 @@ def trained_tasks(checkpoint) -> tuple[str, ...]:
 
 
 def read_model(checkpoint, knobs: Mapping, training: bool = False) -> dict:
-    """Describe a network as its checkpoint does, else by `DEFAULTS`, with what a user set: "tasks", name -> weight, and `DEFAULTS`.
+    """Describe a network as its checkpoint does, else by `DEFAULTS`, with what a user set.
+
+    Gives the entries of `DEFAULTS`, and "tasks", name -> weight.
 
     Args:
         checkpoint: path of weights; None for fresh ones.

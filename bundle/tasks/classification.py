@@ -79,12 +79,36 @@ class Classification(Task):
         return [{"label": int(row.argmax()), "probabilities": p} if row.sum() == 1 else {} for row, p in pairs]
 
     def figures(self, cases: Sequence[dict]) -> Figures:
-        return classification_figures(cases)
+        """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels), calibration error and AUROC.
+
+        AUROC ranks the classes that occur: of two, the higher one by its share of their joint probability; of more, the mean
+        of one class against the rest; of one, it is left out. A draw that has lost a class has accuracy and calibration error
+        alone: the others would be those of another question.
+        """
+        labels, probabilities = _arrays(cases)
+        classes, present = probabilities.shape[1], np.unique(labels)
+        cells, correct = labels * classes + probabilities.argmax(1), probabilities.argmax(1) == labels
+        share = probabilities[:, present] / np.maximum(probabilities[:, present].sum(1, keepdims=True), 1e-12)
+        ranks = [np.unique(column, return_inverse=True)[1] for column in share.T]  # equal shares have equal ranks
+
+        def figures(weights: np.ndarray) -> dict[str, float]:
+            counts = np.bincount(cells, weights, classes**2).reshape(classes, classes)
+            hits, annotated, predicted = np.diag(counts)[present], counts.sum(1)[present], counts.sum(0)[present]
+            result = {"accuracy": hits.sum() / counts.sum(), "ece": calibration_error(probabilities.max(1), correct, weights)}
+            if annotated.all():
+                result["balanced_accuracy"] = (hits / annotated).mean()
+                result["f1_macro"] = (2 * hits / (annotated + predicted)).mean()
+            if annotated.all() and len(present) > 1:
+                one_vs_rest = [auroc(r, labels == c, weights) for c, r in zip(present, ranks)]
+                result["auroc"] = one_vs_rest[1] if len(present) == 2 else np.mean(one_vs_rest)
+            return {name: float(value) for name, value in result.items()}
+
+        return figures
 
     def finish(self, report: dict, cases: Sequence[dict]) -> dict:
         """Adds the confusion matrix, rows by annotated and columns by predicted class."""
-        pairs = zip(*((case["label"], case["probabilities"].argmax()) for case in cases))
-        counts = confusion_matrix(*map(list, pairs), labels=range(len(self.classes))).tolist()
+        labels, probabilities = _arrays(cases)
+        counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(self.classes))).tolist()
         return {**report, "confusion_matrix": {"classes": self.classes, "counts": counts}}
 
     def table_row(self, case: Mapping) -> dict:
@@ -104,7 +128,13 @@ class Classification(Task):
                 RocCurveDisplay.from_predictions(labels == index, probabilities[:, index], name=name, ax=right)
         right.plot([0, 1], [0, 1], ":", color="grey")
         right.set_title("one class against the rest")
-        _draw_reliability(last, probabilities.max(1), probabilities.argmax(1) == labels, report["ece"]["value"])
+        confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+        CalibrationDisplay.from_predictions(correct, confidence, n_bins=CONFIDENCE_BINS, name="most probable class", ax=last)
+        last.set(title=f"reliability, ECE {report['ece']['value']:.3f}", xlabel="confidence", ylabel="accuracy")
+        counts, edges = np.histogram(confidence, CONFIDENCE_BINS, (0, 1))
+        share = {"color": "0.85", "label": "share of cases"}
+        last.bar(edges[:-1], counts / len(confidence), 1 / CONFIDENCE_BINS, align="edge", **share)
+        last.legend(loc="upper left")
         return figure
 
     def judge(self, case: Mapping) -> tuple[float, str]:
@@ -162,34 +192,6 @@ def _arrays(cases: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([case["label"] for case in cases]), np.stack([case["probabilities"] for case in cases])
 
 
-def classification_figures(cases: Sequence[dict]) -> Figures:
-    """Accuracy, balanced accuracy and macro F1 (over the classes that occur in the labels), calibration error and AUROC.
-
-    AUROC ranks the classes that occur: of two, the higher one by its share of their joint probability; of more, the mean of
-    one class against the rest; of one, it is left out. A draw that has lost a class has accuracy and calibration error alone:
-    the others would be those of another question.
-    """
-    labels, probabilities = _arrays(cases)
-    classes, present = probabilities.shape[1], np.unique(labels)
-    cells, correct = labels * classes + probabilities.argmax(1), probabilities.argmax(1) == labels
-    share = probabilities[:, present] / np.maximum(probabilities[:, present].sum(1, keepdims=True), 1e-12)
-    ranks = [np.unique(column, return_inverse=True)[1] for column in share.T]  # equal shares have equal ranks
-
-    def figures(weights: np.ndarray) -> dict[str, float]:
-        counts = np.bincount(cells, weights, classes**2).reshape(classes, classes)
-        hits, annotated, predicted = np.diag(counts)[present], counts.sum(1)[present], counts.sum(0)[present]
-        result = {"accuracy": hits.sum() / counts.sum(), "ece": calibration_error(probabilities.max(1), correct, weights)}
-        if annotated.all():
-            result["balanced_accuracy"] = (hits / annotated).mean()
-            result["f1_macro"] = (2 * hits / (annotated + predicted)).mean()
-        if annotated.all() and len(present) > 1:
-            one_vs_rest = [auroc(r, labels == c, weights) for c, r in zip(present, ranks)]
-            result["auroc"] = one_vs_rest[1] if len(present) == 2 else np.mean(one_vs_rest)
-        return {name: float(value) for name, value in result.items()}
-
-    return figures
-
-
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> float:
     """Expected calibration error: mean distance of confidence and accuracy over bins of confidence (arXiv 1706.04599)."""
     bins = np.minimum((confidence * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
@@ -201,11 +203,3 @@ def auroc(ranks: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> float
     positives, negatives = np.bincount(ranks, weights * positive), np.bincount(ranks, weights * ~positive)
     below = np.cumsum(negatives) - negatives / 2
     return float((positives * below).sum() / (positives.sum() * negatives.sum()))
-
-
-def _draw_reliability(axis, confidence: np.ndarray, correct: np.ndarray, error: float) -> None:
-    CalibrationDisplay.from_predictions(correct, confidence, n_bins=CONFIDENCE_BINS, name="most probable class", ax=axis)
-    axis.set(title=f"reliability, ECE {error:.3f}", xlabel="confidence", ylabel="accuracy")
-    counts, edges = np.histogram(confidence, CONFIDENCE_BINS, (0, 1))
-    axis.bar(edges[:-1], counts / len(confidence), 1 / CONFIDENCE_BINS, align="edge", color="0.85", label="share of cases")
-    axis.legend(loc="upper left")

@@ -134,7 +134,11 @@ class Detection(Task):
         return {"boxes": (batch[DETECTION][index]["boxes"].cpu().numpy(), found.cpu().numpy())}
 
     def mirror(self, answer: Sequence[Mapping | None], width: int) -> list:
-        return [found and _mirror(found, width) for found in answer]
+        mirrored = [found and {**found, "masks": found["masks"].flip(-1)} for found in answer]
+        for found in filter(None, mirrored):
+            x1, y1, x2, y2 = found["boxes"].unbind(1)
+            found["boxes"] = torch.stack([width - x2, y1, width - x1, y2], 1)
+        return mirrored
 
     def join_views(self, answers: Sequence) -> list:
         """Weighted boxes fusion: see `fuse`."""
@@ -217,12 +221,6 @@ def fuse(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
 
 def _pooled(detections: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([found[name] for found in detections]) for name in detections[0]}
-
-
-def _mirror(detection: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    x1, y1, x2, y2 = detection["boxes"].unbind(1)
-    boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
-    return {**detection, "boxes": boxes, "masks": detection["masks"].flip(-1)}
 
 
 def _case(detection: Mapping, target: Mapping) -> dict:

@@ -84,7 +84,7 @@ def test_what_cannot_be_calibrated_is_refused(network, tmp_path):
         calibrate(network, [unlabelled], path, path)
     with pytest.raises(ValueError, match="found no temperature for its 360 slices .*: the network has not learned; train on"):
         calibrate(network, make_batches(network, 1e6), path, path)
-    with pytest.raises(ValueError, match="found no temperature .*: none of them is classified wrong; take more slices"):
+    with pytest.raises(ValueError, match="found no temperature .*: none is classified wrong; take more slices"):
         calibrate(network, make_batches(network, 1e-6), path, path)
     assert not path.exists()
 

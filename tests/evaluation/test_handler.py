@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
+from PIL import Image
 from some_tasks import CLASSES, some_tasks
 
 from bundle.evaluation import MultiTaskMetrics
@@ -188,3 +189,22 @@ def test_per_case_csv_has_a_row_for_every_image_and_empty_cells_where_there_is_n
     assert [(row["n_boxes"], row["false_positives"]) for row in rows][2] == ("1", "0")
     assert all(row["ssim"] for row in rows)
     assert sum(float(rows[0][f"probability_{name}"]) for name in CLASSES) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("annotated", "names"),
+    [
+        (ALL, {"classification.png", "segmentation.png", "detection.png"}),
+        ({CLASSIFICATION: [True] * 4}, {"classification.png"}),
+        ({CLASSIFICATION: [True, False, False, False]}, {"classification.png"}),
+        ({}, set()),
+    ],
+    ids=["all", "classification", "one class", "none"],
+)
+def test_the_measured_tasks_are_drawn(tmp_path, annotated, names):
+    evaluate([batch(annotated), batch(annotated, "iqoth", start=4)], output_dir=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names | {"metrics.json", "per_case.csv"}
+    for name in names:
+        with Image.open(tmp_path / name) as image:
+            assert image.format == "PNG" and min(image.size) > 200
+            assert image.convert("L").getextrema() == (0, 255), "black lines on white"

@@ -9,7 +9,6 @@ from monai.bundle import ConfigParser
 from monai.data import Dataset, MetaTensor
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
-from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import mahalanobis
 
 from bundle.data.datalist import load_datalist, select
@@ -173,21 +172,13 @@ def unusual(kind):
     radius = np.hypot(rows, columns / 0.8)
     if kind == "head":
         return np.where(radius < 0.8, np.where(radius < 0.7, 0.93, 1.0), 0.23) + generator.normal(0, 0.01, (64, 64))
-    if kind == "X-ray":
-        ribs = 0.15 * np.sin(18 * rows + 4 * columns**2)
-        return np.clip(0.5 + ribs - 0.4 * np.exp(-((abs(columns) - 0.4) ** 2) / 0.05), 0, 1)
     if kind == "uniform noise":
         return generator.uniform(0, 1, (64, 64))
-    if kind == "low-frequency noise":
-        noise = gaussian_filter(generator.normal(size=(64, 64)), 4)
-        return (noise - noise.min()) / np.ptp(noise)
-    if kind == "blank":
-        return np.full((64, 64), 0.5)
     pixels = dcmread(get_testdata_file("MR_small.dcm")).pixel_array.astype(float)  # 64 x 64
     return (pixels - pixels.min()) / np.ptp(pixels)
 
 
-@pytest.mark.parametrize("kind", ["head", "X-ray", "uniform noise", "low-frequency noise", "blank", "MR"])
+@pytest.mark.parametrize("kind", ["head", "uniform noise", "MR"])
 def test_what_is_no_chest_is_unusual_even_to_untrained_features(parser, novelty, kind):
     network = parser.get_parsed_content("network").eval()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from some_tasks import some_tasks
 
 from bundle.evaluation.statistics import with_intervals
 from bundle.tasks.base import mean_figures
-from bundle.tasks.classification import auroc, calibration_error, classification_figures
+from bundle.tasks.classification import auroc, calibration_error
 from bundle.tasks.detection import COCO, FALSE_POSITIVE_RATES, froc_curve
 
 CLASSIFICATION, SEGMENTATION, DETECTION = some_tasks("classification", "segmentation", "detection")
@@ -61,7 +61,7 @@ def test_classification_figures_are_those_of_sklearn(seed):
     cases = random_classification(seed=seed)
     labels, probabilities = [c["label"] for c in cases], np.stack([c["probabilities"] for c in cases])
     share, predicted = probabilities / probabilities.sum(1, keepdims=True), probabilities.argmax(1)
-    assert figures(classification_figures, cases) == pytest.approx(
+    assert figures(CLASSIFICATION.figures, cases) == pytest.approx(
         {
             "accuracy": accuracy_score(labels, predicted),
             "balanced_accuracy": balanced_accuracy_score(labels, predicted),
@@ -81,14 +81,14 @@ def test_auroc_with_ties_and_weights_is_that_of_sklearn():
 
 def test_auroc_of_a_source_with_two_of_three_classes_ranks_these_two():
     cases = classification([0, 0, 1, 1], [[0.1, 0.2, 0.7], [0.3, 0.1, 0.6], [0.1, 0.4, 0.5], [0.05, 0.01, 0.94]])
-    found = figures(classification_figures, cases)
+    found = figures(CLASSIFICATION.figures, cases)
     assert found["auroc"] == pytest.approx(roc_auc_score([0, 0, 1, 1], [2 / 3, 1 / 4, 4 / 5, 1 / 6]))
     assert found["accuracy"] == 0.0, "the predicted class is the most probable of all three"
     assert found["balanced_accuracy"] == 0.0 and found["f1_macro"] == 0.0
 
 
 def test_one_class_alone_has_no_auroc():
-    found = figures(classification_figures, classification([1, 1, 1], [[0.2, 0.8, 0], [0.9, 0.1, 0], [0, 1, 0]]))
+    found = figures(CLASSIFICATION.figures, classification([1, 1, 1], [[0.2, 0.8, 0], [0.9, 0.1, 0], [0, 1, 0]]))
     assert found == pytest.approx({"accuracy": 2 / 3, "balanced_accuracy": 2 / 3, "f1_macro": 0.8, "ece": (0.2 + 0.9) / 3})
 
 
@@ -130,7 +130,7 @@ def test_average_precision_is_that_of_ignite_and_of_monai(seed):
 @pytest.mark.parametrize(
     ("compute", "cases"),
     [
-        (classification_figures, random_classification(40)),
+        (CLASSIFICATION.figures, random_classification(40)),
         (mean_figures, [{"dice": v, "hd95": np.nan if v > 0.7 else v} for v in np.random.default_rng(0).random(40)]),
         (DETECTION.figures, random_detection(40)[2]),
         (DETECTION.figures, random_detection(20)[2] + random_detection(20, seed=1, instances=False)[2]),
@@ -147,8 +147,8 @@ def test_a_weight_counts_as_so_many_copies(compute, cases):
 def test_a_draw_without_a_class_has_no_figure_that_would_be_one_of_the_other_classes():
     cases = random_classification()
     weights = np.array([case["label"] != 1 for case in cases], int)
-    expected = figures(classification_figures, drawn(cases, weights))
-    assert classification_figures(cases)(weights) == pytest.approx({name: expected[name] for name in ("accuracy", "ece")})
+    expected = figures(CLASSIFICATION.figures, drawn(cases, weights))
+    assert CLASSIFICATION.figures(cases)(weights) == pytest.approx({name: expected[name] for name in ("accuracy", "ece")})
 
 
 def detection_case(hits, scores, lesions):

@@ -151,19 +151,13 @@ def test_heads_of_the_first_checkpoint_travel_along(run, finished, tmp_path, nam
     assert torch.equal(weights(finished)[key], weights(second)[key])
 
 
-def test_the_optimizer_the_schedule_and_the_engines_take_their_knobs(phantom_dir):
+def test_everything_is_trained_and_the_rate_is_highest_after_the_warm_up(phantom_dir):
     parser = ConfigParser()
     parser.read_config(CONFIGS)
-    parser.update({"dataset_dir": str(phantom_dir), "device": "cpu", "cache_rate": 0.0, "uncertainty_weights": True})
-    parser.update({"weight_decay": 0.25, "warmup_epochs": 3, "max_epochs": 10, "amp": True})
-    parser.get_parsed_content("imports")
-    names = ("network", "loss", "optimizer", "lr_scheduler", "train#trainer", "validate#evaluator")
-    network, loss, optimizer, schedule, trainer, evaluator = map(parser.get_parsed_content, names)
-    assert len(list(loss.parameters())) == len(TASKS)
+    parser.update({"dataset_dir": str(phantom_dir), "uncertainty_weights": True, "warmup_epochs": 3, "max_epochs": 10})
+    network, loss, optimizer, schedule = map(parser.get_parsed_content, ("network", "loss", "optimizer", "lr_scheduler"))
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    assert trained == {*network.parameters(), *loss.parameters()}
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25}
+    assert trained == {*network.parameters(), *loss.parameters()} and len(list(loss.parameters())) == len(TASKS)
     factors = [schedule.lr_lambda(epoch) for epoch in range(11)]
-    assert factors[0] == 0.1 and max(factors) == factors[3] == 1, "highest after the warm-up"
-    assert trainer.amp and evaluator.amp and trainer.state.max_epochs == 10
+    assert factors[0] == 0.1 and max(factors) == factors[3] == 1
 
