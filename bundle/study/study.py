@@ -135,8 +135,9 @@ class Study:
                 f"experiment {experiment.name}: found {', '.join(found)} in its arms, settings or scale, expected it from the "
                 "command line, the same for every run; to use other data in an arm, set datalist or train::data"
             )
+        unused = SPEED if experiment.workflow == "training" else SPEED | {"stages"}
         # Sorted by id alone: within an entry the order may count, as that of the stages does.
-        identity = json.dumps(sorted(item for item in merged.items() if item[0] not in SPEED))
+        identity = json.dumps(sorted(item for item in merged.items() if item[0] not in unused))
         folder = self.output_dir / text_hash(identity)[:12]
         places = {**self.entries, "output_dir": str(folder)}
         # An id without use is an error, and not every experiment, nor every stage of one, has a use for these.

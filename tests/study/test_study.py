@@ -59,6 +59,7 @@ def test_a_run_is_known_by_what_it_computes(tmp_path):
     )["output_dir"]
     one = folder(study, make(arm=[ONE]))
     assert one == folder(elsewhere, make(arm=[ONE])) == folder(study, make("other", settings=[TWO], arm=[ONE]))
+    assert one == folder(study, make(arm=[ONE, {"stages": {"stage_joint": {}}}])), "that a single training does not look at"
     different = [make(arm=[TWO]), make(arm=[ONE, {"dropout": 0.1}]), make(workflow="training", arm=[ONE])]
     others = [folder(study, experiment) for experiment in different]
     others += [folder(study, make(arm=[ONE]), seed=1), folder(study, make(arm=[ONE]), member=1)]
