@@ -17,9 +17,10 @@ from operator import attrgetter
 
 import numpy as np
 import pydicom
+from pydicom.datadict import keyword_for_tag
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pydicom.uid import MediaStorageDirectoryStorage
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, EnhancedCTImageStorage, ExplicitVRBigEndian
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 from scipy import ndimage
 
 from bundle.errors import UserError
@@ -38,20 +39,20 @@ TEXTS = {
     "modality": "Modality",
     "photometric": "PhotometricInterpretation",
 }
-# What may tell the images of one place apart: the phases of a heart or of contrast, two energies, series that were merged.
-MARKS = ("AcquisitionNumber", "TemporalPositionIdentifier", "SeriesNumber", "SeriesDescription", "KVP", "TriggerTime")
-MARKS += ("TemporalPositionIndex", "FrameAcquisitionNumber", "NominalPercentageOfCardiacPhase", "StackID")
-# What is looked at of a header, since a whole one takes 50 KB of memory.
-TAGS = (*TEXTS.values(), *MARKS, "AcquisitionTime", "ContentTime", "SharedFunctionalGroupsSequence")
-TAGS += ("PerFrameFunctionalGroupsSequence", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PixelRepresentation")
-TAGS += ("BitsAllocated", "BitsStored", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-TAGS += ("SliceThickness", "RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit")
-TAGS += ("ModalityLUTSequence",)
+# What may tell images of one place apart: phases of the heart or of contrast, energies, series that were merged.
+MARKS = "AcquisitionNumber TemporalPositionIdentifier SeriesNumber SeriesDescription KVP TriggerTime TemporalPositionIndex "
+MARKS = (MARKS + "FrameAcquisitionNumber NominalPercentageOfCardiacPhase StackID SliceThickness ImageType").split()
+# What is read of a header, since a whole one takes 50 KB of memory.
+TAGS = "AcquisitionTime ContentTime InstanceNumber SliceLocation Rows Columns NumberOfFrames SamplesPerPixel BitsAllocated "
+TAGS += "BitsStored PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope "
+TAGS += "RescaleIntercept RescaleType ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit "
+TAGS = (*TEXTS.values(), *MARKS, *(TAGS + "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence").split())
 
 LOCALIZERS, DIRECTORY, NOT_AXIAL = "localizers", "a directory of files (DICOMDIR)", "images that are not axial"
 NO_IMAGE = ("SEG", "RTDOSE")  # modalities whose pixels are no picture of the body
 GREY = ("MONOCHROME1", "MONOCHROME2", "")
-AIR, TOO_DENSE = -1024, 30000  # HU: of air, and from where on a value around the field of view is padding that no tag names
+CT_STORAGE = (CTImageStorage, EnhancedCTImageStorage)
+AIR = -1024  # HU
 SAME_PLACE = 0.01  # mm: slices that are nearer show one place
 MANY = 10  # slices: from here on a series is a scan even if its positions say nothing
 BOLUS_TIME, BOLUS_THICKNESS = 0.9, 5  # s between images and mm: a monitored slice is repeated slowly, and is thick
@@ -63,11 +64,7 @@ COMMON = (*IDENTITY, "size", "unknown")
 
 @dataclass(slots=True)
 class Frame:
-    """What a DICOM header says about one frame. Texts are empty and numbers None where it says nothing that makes sense.
-
-    `unknown` says why the values are no Hounsfield units, and is empty where they are. `padding` are the lowest and the
-    highest stored value of pixels outside the field of view. Lengths are in mm, positions in LPS.
-    """
+    """What a DICOM header says about one frame, in mm and LPS; texts are empty and numbers None if it says nothing of use."""
 
     path: str
     index: int  # in the file
@@ -83,18 +80,18 @@ class Frame:
     image_type: str
     modality: str
     photometric: str
-    marks: tuple[str, ...]  # of `MARKS`, then the dimension indices
+    marks: tuple[str, ...]  # of `MARKS`, the place of the corner along rows and columns in mm, dimension indices
     number: float | None
     time: float | None
     content_time: float | None
-    padding: tuple[int, int] | None
+    padding: tuple[int, int] | None  # lowest and highest stored value outside of the field of view
     position: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
     spacing: tuple[float, ...] | None
     thickness: float | None
     slope: float | None
     intercept: float | None
-    unknown: str = ""
+    unknown: str = ""  # why the values are no HU; empty if they are
 
     @property
     def patient(self) -> str:
@@ -126,7 +123,7 @@ class Frame:
 
 
 def starts_as_dicom(start: bytes) -> bool:
-    """Whether the first 132 bytes are those of a DICOM file, with a preamble or, in old archives, without."""
+    """Whether 132 bytes begin a DICOM file, with a preamble or, in old archives, without."""
     return start[128:132] == b"DICM" or (start[:1] in (b"\x02", b"\x08") and start[1:2] == start[3:4] == b"\0")
 
 
@@ -137,7 +134,7 @@ def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
 
 
 def _read_header(file, tags: Sequence[str] | None) -> pydicom.Dataset:
-    """The same of an open file, which then stands at its pixels."""
+    """The same of an open file, which is then at its pixels."""
     start = file.read(132)
     if not starts_as_dicom(start):
         raise UserError("found no DICOM header")
@@ -165,9 +162,11 @@ def frames_of(path: str, header: pydicom.Dataset) -> list[Frame]:
     shared = {field: _text(header, tag) for field, tag in TEXTS.items()} | {
         "path": str(path),
         "size": (int(header.Columns), int(header.Rows)),
-        "number": _number(_value(header, "InstanceNumber")),
+        "number": _number(_look([header], "InstanceNumber", "SliceLocation")),
         "padding": _padding(header),
     }
+    shared["patient_name"] = shared["patient_name"].rstrip("^ ")
+    shared["modality"] = shared["modality"].upper() or "CT" * (shared["sop_class"] in CT_STORAGE)
     return [_frame(header, index, shared) for index in range(count)]
 
 
@@ -175,15 +174,17 @@ def _frame(header: pydicom.Dataset, index: int, shared: dict) -> Frame:
     layers = _layers(header, index)
     spacing = _numbers(_look(layers, "PixelSpacing"), 2)
     orientation = _numbers(_look(layers, "ImageOrientationPatient"), 6)
-    dimensions = _look(layers, "DimensionIndexValues")
+    position = _numbers(_look(layers, "ImagePositionPatient"), 3)
+    corner = [round(np.dot(position, axis)) for axis in (orientation[:3], orientation[3:])] if position and orientation else ""
+    marks = [*(_look(layers, name) for name in MARKS), corner, *np.atleast_1d(_look(layers, "DimensionIndexValues") or [])]
     frame = Frame(
         index=index,
-        marks=_interned((*(str(_look(layers, name) or "") for name in MARKS), *map(str, np.atleast_1d(dimensions or [])))),
-        time=_number(_look(layers, "FrameAcquisitionDateTime") or _look(layers, "AcquisitionTime")),
+        marks=_shared(tuple(map(str, marks))),
+        time=_number(_look(layers, "FrameAcquisitionDateTime", "AcquisitionTime")),
         content_time=_number(_look(layers, "ContentTime")),
-        position=_numbers(_look(layers, "ImagePositionPatient"), 3),
-        orientation=_interned(orientation) if orientation and any(orientation) else None,
-        spacing=_interned(spacing) if spacing and min(spacing) > 0 else None,
+        position=position,
+        orientation=_shared(orientation) if orientation and any(orientation) else None,
+        spacing=_shared(spacing) if spacing and min(spacing) > 0 else None,
         thickness=_number(_look(layers, "SliceThickness")),
         slope=_number(_look(layers, "RescaleSlope")),
         intercept=_number(_look(layers, "RescaleIntercept")),
@@ -203,19 +204,19 @@ def _layers(header: pydicom.Dataset, index: int) -> list[pydicom.Dataset]:
     return [*layers, header]
 
 
-def _look(layers: Sequence[pydicom.Dataset], name: str):
-    return next((value for layer in layers if (value := _value(layer, name)) not in (None, "")), None)
+def _look(layers: Sequence[pydicom.Dataset], *names: str):
+    """The first value that there is, or None."""
+    return next((value for name in names for layer in layers if (value := _value(layer, name)) not in (None, "")), None)
 
 
 def _unknown_values(frame: Frame, header: pydicom.Dataset, unit: str) -> str:
-    """Why the values of a frame are no HU; empty if they are. US means unspecified, which old scanners write."""
     rescaled = bool(header.get("ModalityLUTSequence"))
     reasons = {
         f"the modality is {frame.modality or 'not given'}, not CT": frame.modality != "CT",
         f"images in colours ({frame.photometric})": frame.photometric not in GREY,
         "the header has no rescale slope": not rescaled and not frame.slope,
         "the header has no rescale intercept": not rescaled and frame.intercept is None,
-        f"the header says that the values are {unit}": not unit.startswith(("HU", "US")),
+        f"the header says that the values are {unit}": not unit.startswith(("HU", "US")),  # unspecified, of old scanners
         "images of 8 bits": (_number(header.get("BitsStored")) or 16) <= 8,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), "")
@@ -238,7 +239,7 @@ def _text(header: pydicom.Dataset, *names: str) -> str:
     return sys.intern("|".join(str(value) for name in names if (value := header.get(name)) not in (None, "")).strip())
 
 
-_interned = lru_cache(maxsize=256)(tuple)  # of values that many headers share in memory
+_shared = lru_cache(maxsize=256)(lambda values: values)  # of values that many headers share in memory
 _normal = lru_cache(maxsize=256)(lambda orientation: tuple(np.cross(orientation[:3], orientation[3:]).tolist()))
 
 
@@ -272,24 +273,30 @@ class Pixels:
         self.path = path
         with open(path, "rb") as file:
             self.header = _read_header(file, None)
-            implicit, little = self.header.original_encoding
-            plain = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-            self.syntax = self.header.file_meta.get("TransferSyntaxUID", plain)
-            if not self.syntax.is_transfer_syntax:
-                raise UserError(f"found the private transfer syntax {self.syntax}, expected a standard one")
-            tag = np.frombuffer(file.read(8 if implicit else 12), "<u2" if little else ">u2")
-            self.start = file.tell()
-        if len(tag) < 4:
+            start, element = file.tell(), file.read(12)
+        little = self.header.original_encoding[1]
+        explicit = element[4:6] in (b"OW", b"OB", b"OF", b"OD", b"UN")  # whatever the transfer syntax says
+        plain = (ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian) if little else ExplicitVRBigEndian
+        self.syntax = self.header.file_meta.get("TransferSyntaxUID", plain)
+        if not self.syntax.is_transfer_syntax:
+            raise UserError(f"found the private transfer syntax {self.syntax}, expected a standard one")
+        if len(element) < 12:
             raise UserError("found no pixels after the header")
-        self.keyword = pydicom.datadict.keyword_for_tag((int(tag[0]), int(tag[1])))
+        self.start = start + (12 if explicit else 8)
+        tag = np.frombuffer(element[:4], "<u2" if little else ">u2").tolist()
+        usual = {"samples_per_pixel": 1, "photometric_interpretation": "MONOCHROME2", "pixel_representation": 0}
+        self.options = usual | pydicom.pixels.as_pixel_options(self.header, pixel_keyword=keyword_for_tag(tag))
+        # Bits below the value, in old files whose value is at the upper end of its 16 bits.
+        self.spare = max(0, self.header.get("HighBit", 0) + 1 - self.header.get("BitsStored", 1))
+        self.options["bits_stored"] = self.options.get("bits_stored", 16) + self.spare
 
     def stored(self, index: int) -> np.ndarray:
         """Stored values of a frame: (rows, columns) or, of RGB, (rows, columns, 3)."""
-        options = pydicom.pixels.as_pixel_options(self.header, pixel_keyword=self.keyword)
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
-                return pydicom.pixels.get_decoder(self.syntax).as_array(file, index=index, **options)[0]
+                pixels, _ = pydicom.pixels.get_decoder(self.syntax).as_array(file, index=index, **self.options)
+            return pixels >> self.spare if self.spare and not (pixels & (1 << self.spare) - 1).any() else pixels
         except RuntimeError as error:
             if "missing dependencies" not in str(error):
                 raise
@@ -297,10 +304,7 @@ class Pixels:
             raise UserError(f"found {self.syntax.name}, for which no decoder is installed: pip install {packages}") from None
 
     def read(self, frame: Frame) -> np.ndarray:
-        """float32 (columns, rows): HU of CT; otherwise grey values, luminance of colours, low values dark.
-
-        In HU, padding that is connected to the border is air.
-        """
+        """float32 (columns, rows): HU of CT, padding as air; otherwise grey values, luminance of colours, low values dark."""
         pixels = self.stored(frame.index)
         if frame.photometric == "PALETTE COLOR":
             pixels = pydicom.pixels.apply_color_lut(pixels, self.header)
@@ -314,20 +318,23 @@ class Pixels:
             values = pixels * np.float32(frame.slope or 1) + np.float32(frame.intercept or 0)
         if frame.unknown:
             return (values.max() - values if frame.photometric == "MONOCHROME1" else values).T
-        low, high = frame.padding or (np.inf, -np.inf)
-        padded = ((pixels >= low) & (pixels <= high)) | (values > TOO_DENSE)
-        if padded.any():
-            labels, _ = ndimage.label(padded)
-            outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-            values[np.isin(labels, outside[outside > 0])] = AIR
+        if frame.padding:
+            low, high = frame.padding
+            values[reaching_border((pixels >= low) & (pixels <= high))] = AIR
         return values.T
 
 
-def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Divide frames into scans by patient, study, series, frame of reference, kernel, grid (with a tolerance) and phase.
+def reaching_border(mask: np.ndarray) -> np.ndarray:
+    """The parts of a mask that reach its border."""
+    labels, _ = ndimage.label(mask)
+    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    return np.isin(labels, border[border > 0])
 
-    An identifier that is blank, or that an anonymiser has made anew for each slice, is ignored where the slices are regular
-    stacks without it. Files of one series may lie in several folders.
+
+def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Divide frames into scans by what they have in `COMMON`, grid, folder and phase.
+
+    An identifier that is blank, or that differs in every slice, is ignored where the slices are regular stacks without it.
     """
     _drop_scrambled(frames)
     _fill_blanks(frames)
@@ -338,7 +345,7 @@ def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
 
 
 def _drop_scrambled(frames: Sequence[Frame]) -> None:
-    """Blank the identifiers that differ in every slice of what is one series without them."""
+    """Blank the identifiers that an anonymiser made anew for every slice of a series."""
     for group in _divide(frames, attrgetter("series")):
         named = bool(group[0].series)
         fields = _scrambled(group, ("study", "frame_of_reference") + PATIENT * named)
@@ -363,10 +370,7 @@ def _set(frames: Sequence[Frame], values: Mapping[str, str]) -> None:
 
 
 def _fill_blanks(frames: Sequence[Frame]) -> None:
-    """Give slices without an identifier the one that the others of their stack have, where all else agrees.
-
-    All else is every other identifier, or, where several are blank here and there, one that names somebody.
-    """
+    """Give slices without an identifier that of the others of their stacks, which agree in every other one, or in one."""
     others = [[name for name in IDENTITY if name != field] for field in IDENTITY]
     for known in [*others, *([name] for name in IDENTITY[:-1])]:
         for group in _divide(frames, attrgetter(*known, "size", "unknown")):
@@ -394,37 +398,32 @@ def _divide(items: Iterable, key: Callable) -> list[list]:
 def _by_grid(frames: Sequence[Frame]) -> list[list[Frame]]:
     groups: list[list[Frame]] = []
     for frame in frames:
-        alike = next((group for group in groups if _on_one_grid(group[0], frame)), None)
-        if alike is None:
-            groups.append([frame])
-        else:
+        if alike := next((group for group in groups if _on_one_grid(group[0], frame)), None):
             alike.append(frame)
+        else:
+            groups.append([frame])
     return groups
 
 
 def _on_one_grid(one: Frame, other: Frame) -> bool:
-    """Digits differ from slice to slice: 0.01 of a direction and 0.001 mm of a pixel are no other grid."""
-    for first, second, tolerance in ((one.orientation, other.orientation, 0.01), (one.spacing, other.spacing, 0.001)):
-        if first and second and max(abs(a - b) for a, b in zip(first, second)) > tolerance:
-            return False
-    return True
+    """Whether directions differ by at most 0.01 and sides of a pixel by 0.001 mm, if they are known."""
+    pairs = ((one.orientation, other.orientation, 0.01), (one.spacing, other.spacing, 0.001))
+    return all(np.abs(np.subtract(first, second)).max() <= most for first, second, most in pairs if first and second)
 
 
 def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Folders are parts of one scan unless they hold the same places, or unless nothing but the places joins them.
-
-    Archives give each file a folder of its own: then the places of all of them count.
-    """
+    """Folders are parts of one scan unless they hold the same places, or unless nothing but the places joins them."""
     place, folders = dict(zip(map(id, frames), _places(frames))), _divide(frames, attrgetter("folder"))
     places = [{place[id(frame)] for frame in folder} for folder in folders]
     repeated = sum(map(len, places)) - len(set().union(*places))
-    fewest = len(frames) if MANY <= len(frames) == len(folders) else min(map(len, places))
+    one_each = MANY <= len(frames) == len(folders)  # as in archives: then the places of all of them count
+    fewest = len(frames) if one_each else min(map(len, places))
     joined = 2 * repeated <= fewest and (frames[0].series or _is_stack(frames))
     return [list(frames)] if joined else folders
 
 
 def _places(frames: Sequence[Frame]) -> list:
-    """What two slices of a scan never have in common: the number of each one's place, from the feet to the head."""
+    """What two slices of a scan never have in common: the number of the place, from the feet, or else of the image."""
     heights = np.array([frame.height if frame.placed else np.nan for frame in frames])
     order = np.argsort(heights)  # unknown ones last
     numbers = np.empty(len(frames), int)
@@ -437,48 +436,48 @@ def _repeated(frames: Sequence[Frame]) -> int:
 
 
 def _by_phase(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Where slices lie at one place or stacks overlap: by the first attribute that tells most of them apart, or by order."""
+    """Divide slices at the same places, and stacks that overlap, by what tells most of them apart, or else by their order."""
     repeated = _repeated(frames)
-    marks = [lambda frame, index=index: frame.marks[index : index + 1] for index in range(len(frames[0].marks))]
-    for mark in (*marks, attrgetter("thickness"), attrgetter("image_type"), _corner):
-        parts = _divide(frames, mark)
+    for index in range(len(frames[0].marks)):
+        parts = _divide(frames, lambda frame: frame.marks[index : index + 1])
         if len(parts) > 1 and min(map(len, parts)) > 1:
-            if sum(map(_repeated, parts)) < repeated / 2 or not repeated and _overlap(parts):
+            overlap = not repeated and index < len(MARKS) and _overlap(parts)
+            if sum(map(_repeated, parts)) < repeated / 2 or overlap:
                 return [finer for part in parts for finer in _by_phase(part)]
-    return _by_order(frames) if repeated else [list(frames)]
-
-
-def _corner(frame: Frame) -> tuple[float, ...] | None:
-    """Where the first pixel of a slice lies along its rows and columns, to 1 mm: elsewhere in another field of view."""
-    if not frame.placed:
-        return None
-    return tuple(float(np.round(np.dot(frame.position, axis))) for axis in (frame.orientation[:3], frame.orientation[3:]))
+    return _by_order(frames) if repeated or not _is_stack(frames) else [list(frames)]
 
 
 def _by_order(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """By time or number, where half of the places are shown again: sweep after sweep, or at each place one after the other."""
+    """Divide slices by time or number: into sweeps along the body, or, of places that come again, turn by turn."""
     place = dict(zip(map(id, frames), _places(frames)))
     times = Counter(place.values())
-    if len(times) < 3 or 2 * sum(count > 1 for count in times.values()) < len(times):
+    most, again = max(times.values()), sum(count > 1 for count in times.values())
+    if len(times) < 3 or 0 < 2 * again < len(times) or not all(frame.placed for frame in frames):
         return [list(frames)]  # one place over time, or copies of a few slices
     for field in ("time", "content_time", "number", "index"):
         value = attrgetter(field)
         if None in map(value, frames) or len({(place[id(frame)], value(frame)) for frame in frames}) < len(frames):
             continue
-        sweeps, seen, turns, turn = [], {*times}, defaultdict(list), Counter()
-        for frame in sorted(frames, key=value):
-            if (at := place[id(frame)]) in seen:
-                sweeps, seen = [*sweeps, []], set()
+        order = sorted(frames, key=value)
+        sweeps, turns, turn, way = [[order[0]]], defaultdict(list), Counter(), 0
+        for last, frame in zip(order, order[1:]):
+            step = place[id(frame)] - place[id(last)]
+            if step == 0 or step * way < 0:
+                sweeps.append([])
+            way = step if sweeps[-1] else 0
             sweeps[-1].append(frame)
-            seen.add(at)
-            turns[turn[at]].append(frame)
-            turn[at] += 1
-        return sweeps if len(sweeps) == len(turns) else list(turns.values())
+        for frame in order:
+            turns[turn[place[id(frame)]]].append(frame)
+            turn[place[id(frame)]] += 1
+        if again:
+            return sweeps if len(sweeps) == most else list(turns.values())
+        if _overlap(sweeps):
+            return sweeps
     return [list(frames)]
 
 
 def _overlap(parts: Sequence[Sequence[Frame]]) -> bool:
-    """Whether these are stacks that make none together, and half of one lies in another: slabs overlap by less."""
+    """Whether these are stacks that make none together, and half of one is inside of another: slabs overlap by less."""
     if not all(map(_is_stack, parts)) or _is_stack([frame for part in parts for frame in part]):
         return False
     ends = sorted((min(heights), max(heights)) for heights in ([frame.height for frame in part] for part in parts))
@@ -491,7 +490,7 @@ def _are_stacks(frames: Sequence[Frame]) -> bool:
 
 
 def _is_stack(frames: Sequence[Frame]) -> bool:
-    """Whether slices lie one above the other at a regular distance, some of them missing perhaps."""
+    """Whether slices are one above the other at a regular distance, some of them missing perhaps."""
     if len(frames) < 3 or not all(frame.placed for frame in frames):
         return False
     points = np.array([frame.position for frame in sorted(frames, key=lambda frame: frame.height)])
@@ -500,7 +499,8 @@ def _is_stack(frames: Sequence[Frame]) -> bool:
     if not (length := np.linalg.norm(usual)) > 0.01:
         return False
     counts = np.round(steps @ usual / length**2)
-    return bool(counts.min() >= 1 and np.abs(steps - counts[:, None] * usual).max() < 0.1 * length)
+    few_missing = counts.min() >= 1 and 3 * (counts > 1).sum() <= len(counts)
+    return bool(few_missing and np.abs(steps - counts[:, None] * usual).max() < 0.1 * length)
 
 
 def _is_numbered(frames: Sequence[Frame]) -> bool:
@@ -512,7 +512,7 @@ def _is_numbered(frames: Sequence[Frame]) -> bool:
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
-    """Drop what is not axial, and extras (`_extra`) of a study with a scan: the scans left, and by study what was dropped."""
+    """Drop what is not axial, and `_extra` images of a study with a scan: the scans left, and what was dropped by study."""
     kept, left_out = [], defaultdict(Counter)
     for study in _divide(groups, lambda group: study_of(group[0])):
         scans = [group for group in study if not _extra(group, 0)]
@@ -538,10 +538,7 @@ def study_of_header(path, header: pydicom.Dataset) -> tuple[str, str]:
 
 
 def _extra(group: Sequence[Frame], largest: int) -> str:
-    """What images are called that are no scan beside a scan of `largest` slices; empty for a scan.
-
-    Slices that time the contrast or test are few, thick, or the same place again and again.
-    """
+    """What images are called that are no scan beside a scan of `largest` slices; empty for a scan."""
     first = group[0]
     if not first.axial:
         return NOT_AXIAL
@@ -570,10 +567,7 @@ def _is_bolus(group: Sequence[Frame]) -> bool:
 
 
 def order_frames(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
-    """The slices of a scan from the feet to the head, and what is to be known of them, one line each.
-
-    Where lengths are not known, no slice of the result has a position.
-    """
+    """The slices of a scan from the feet to the head, without positions if lengths are not known, and warnings."""
     notes, placed = [], [frame for frame in frames if frame.placed]
     if not placed or _say_nothing(placed):
         by_height = not placed and all(frame.position and frame.orientation for frame in frames)
@@ -602,7 +596,7 @@ def _order(frame: Frame) -> tuple:
 
 
 def _say_nothing(frames: Sequence[Frame]) -> bool:
-    """Whether the same position of many different images is an anonymiser's work, or that of a file of many frames."""
+    """Whether one position of many different images is an anonymiser's work, or that of a file of many frames."""
     if len(frames) < 2 or len(set(_places(frames))) > 1:
         return False
     if len({frame.path for frame in frames}) == 1:
@@ -615,7 +609,7 @@ def _say_nothing(frames: Sequence[Frame]) -> bool:
 
 
 def measure_gaps(heights: np.ndarray) -> tuple[list[float], list[str]]:
-    """mm that each slice stands for, half the way to both neighbours, and warnings where the gaps are unequal."""
+    """mm that each slice stands for, half the way to both neighbours, and warnings of unequal gaps."""
     gaps, notes = np.diff(heights), []
     usual = float(np.median(gaps))
     missing = int(np.maximum(np.round(gaps / usual) - 1, 0).sum())

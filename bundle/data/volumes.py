@@ -1,8 +1,4 @@
-"""Read any file as a scan: axial slices on the grid of the file, one by one. Nothing else in the package reads images.
-
-nibabel reads NIfTI and turns axes, SimpleITK reads MetaImage and NRRD, Pillow pictures, pydicom DICOM. Ours is which files
-make a scan (of DICOM: `bundle.data.series`), what is excluded, what is warned of, and limits against headers that lie.
-"""
+"""Read any file as a scan: axial slices on the grid of the file, one by one. Nothing else in the package reads images."""
 
 from __future__ import annotations
 
@@ -27,27 +23,31 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from bundle.data import series
-from bundle.data.series import AIR, DIRECTORY, Frame
+from bundle.data.series import AIR, DIRECTORY, Frame, reaching_border
 from bundle.errors import UserError, no_warnings
 from bundle.files import text_hash
 
 logger = logging.getLogger(__name__)
 
-# Extensions, in lower case. Every other image is DICOM, which needs none.
+# Extensions, in lower case; DICOM needs none.
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 NIFTI = (".nii", ".nii.gz")
+PAIRS = (".hdr", ".hdr.gz")  # of NIfTI; the pixels are in a file beside it
 ITK = (".mhd", ".mha", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima")
 EXTENSIONS = (*PICTURES, *NIFTI, *ITK, *DICOM)
 
-# What a header may claim before any pixel is read: a damaged or malicious one must not fill the memory.
+# What a header may claim, so that a damaged one does not fill the memory.
 MAX_SLICE_PIXELS, MAX_BYTES = 2**26, 2**32
 MAX_SIDES = 100  # longer to shorter side of a slice: of a thinner one nothing is left at the size of the network
+TOO_DENSE = 30000  # HU: from here on a value around the field of view is padding
 
-# First bytes of archives, whose content is not read.
+# First bytes of files.
 GZIP, ARCHIVES = b"\x1f\x8b", (b"PK\3\4", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zX")
+PICTURE_STARTS = (b"\x89PNG\r\n", b"\xff\xd8\xff")
 NO_THICKNESS = "the file gives no thickness of the slice: volumes count 1 mm"
 NOT_ORIENTED = "the file gives no orientation (qform and sform codes 0): its axes are taken to run to left, posterior and head"
+EIGHT_BITS = "values of 8 bits: they are not known to be HU, the slices count as pictures"
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # of the units that NIfTI knows
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # what matters is raised
@@ -61,7 +61,7 @@ class Scan:
         name: path of its results below the output folder.
         path: its file, or the folder of its series, as messages name it.
         shape: of the grid, along the file's own axes: three.
-        affine: (4, 4) from voxel index to RAS in mm; None where the file has no geometry.
+        affine: (4, 4) from voxel index to RAS in mm; None without geometry.
         files: whose change makes it another scan; none of one in memory.
 
     Attributes:
@@ -69,9 +69,8 @@ class Scan:
         hounsfield: whether values are Hounsfield units.
         input_axes: axes of `shape` in the order in which a user counts them: a picture has its rows first.
         axis: array axis of `shape` that the axial slices are stacked along, the one nearest to the patient's axis.
-        positions: in mm along the normal of the slices, for each; None without geometry, as are thickness and spacing.
-        thickness: mm that each slice stands for: half the way to both neighbours.
-        spacing: mm between rows and between columns of a slice as it is read.
+        positions, thickness: of each slice in mm along the normal, and half the way to both neighbours; None if unknown.
+        spacing: mm between rows and between columns of a slice as it is read; None if unknown.
         turn: nibabel's orientation that turns the axes of the file to rows (to posterior), columns (to the left) and slices.
         oriented: whether the file says how it lies in space.
         sources: (path, frame) of each slice.
@@ -111,7 +110,6 @@ class Scan:
         self.stamp = text_hash(repr(self._seen[0]))
 
     def _measure(self, rows: int, columns: int) -> None:
-        """Positions, thickness and spacing of the slices, whose rows and columns run along these array axes."""
         affine, sides = self.affine, nibabel.affines.voxel_sizes(self.affine)
         self.spacing = float(sides[rows]), float(sides[columns])
         normal = np.cross(affine[:3, rows], affine[:3, columns])
@@ -127,17 +125,13 @@ class Scan:
         return {**self.__dict__, "_voxels": None}  # every process opens its own
 
     def _look(self) -> tuple[list[tuple], list[int]]:
-        """Name, size and time of each file, and the time of the folders of a series, in which files come and go."""
+        """Name, size and time of each file, and the time of the folders of a series, which is new when a file comes."""
         states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in self.files]
         folders = sorted({os.path.dirname(file) or "." for file in self.files}) if len(self.files) > 2 else []
         return states, [os.stat(folder).st_mtime_ns for folder in folders]
 
     def check_unchanged(self) -> None:
-        """Check that the files are those that were found, and that a series has got no further ones.
-
-        Raises:
-            UserError: if they are still being copied, say.
-        """
+        """Raise a UserError if files are not those that were found or a series has got others: they are still copied, say."""
         try:
             unchanged = self._look() == self._seen
         except OSError:
@@ -146,7 +140,7 @@ class Scan:
             raise UserError(f"{self.path}: changed while it was read, expected whole files; predict it again later")
 
     def close(self) -> None:
-        """Let go of what is open; the next slice opens it again."""
+        """Free what is held; the next slice opens the file again."""
         self._voxels = None
 
     def read(self, index: int) -> MetaTensor:
@@ -155,11 +149,7 @@ class Scan:
         Returns:
             MetaTensor (1, rows, columns) of float32. The affine (3, 3) leads from (row, column) to (y, x) of the stored slice,
             where x, the column, runs along the first of its two axes. `meta` holds "filename_or_obj", "hounsfield", "picture",
-            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, both None
-            without geometry.
-
-        Raises:
-            UserError: see `read_stored`.
+            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, None if unknown.
         """
         stored = np.expand_dims(self.read_stored(index), self.axis)
         pixels = orientations.apply_orientation(stored, self.turn)[..., 0]
@@ -178,7 +168,7 @@ class Scan:
     def read_stored(self, index: int) -> np.ndarray:
         """Read a slice as it lies in the file: float32 (x, y), the shape of the grid without `axis`.
 
-        NaN, which surrounds the field of view in some files, is air.
+        NaN is air, as is in HU what is below air, and what no tissue reaches around the field of view.
 
         Raises:
             UserError: naming the file, if the pixels cannot be read or are not finite.
@@ -190,7 +180,12 @@ class Scan:
         except Exception as error:  # readers raise anything: one line instead of a library's traceback
             raise unreadable(file, error) from None
         outside = np.isnan(plane)
-        if outside.any() and (len(self) > 1 or not outside.all()):
+        outside &= len(self) > 1 or not outside.all()  # NaN alone is no slice
+        if self.hounsfield:
+            outside |= plane < AIR
+            if (dense := plane > TOO_DENSE).any():
+                outside |= reaching_border(dense)
+        if outside.any():
             plane = np.where(outside, AIR if self.hounsfield else np.nanmin(plane), plane)
         if not np.isfinite(plane).all():
             raise UserError(f"{file}: found NaN or infinite pixels, expected finite values")
@@ -205,8 +200,12 @@ class Scan:
         raise NotImplementedError
 
 
+def maps_to_space(affine: np.ndarray) -> bool:
+    return affine.shape == (4, 4) and bool(np.isfinite(affine).all()) and np.linalg.matrix_rank(affine[:3, :3]) == 3
+
+
 def _turn_to_view(affine: np.ndarray) -> np.ndarray:
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+    if not maps_to_space(affine):
         raise UserError("found an affine that does not map to space")
     return orientations.ornt_transform(nibabel.io_orientation(affine), orientations.axcodes2ornt("PLS")).astype(int)
 
@@ -254,16 +253,18 @@ class NiftiScan(Scan):
         self._image, image = image, image or _load_nifti(path)  # the first, if it is in memory
         check_shape(image.shape, image.get_data_dtype())
         header, affine = image.header, image.affine
-        if np.linalg.matrix_rank(affine[:3, :3]) < 3 and header["qform_code"] > 0:
+        if not maps_to_space(affine) and header["qform_code"] > 0:
             affine = header.get_qform()
         if not (oriented := bool(header["qform_code"] > 0 or header["sform_code"] > 0)):
             sides = [*header.get_zooms(), 1.0][:3]
             affine = np.diag([-sides[0], -sides[1], sides[2], 1])
         affine = np.diag([MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0]) @ affine
-        super().__init__(name, path, image.shape, affine, [path] if os.path.isfile(path) else [])
-        self.oriented = oriented
-        self.warnings += [] if oriented else [NOT_ORIENTED]
-        self.warnings += [NO_THICKNESS] if len(image.shape) < 3 else []
+        files = {file for entry in image.file_map.values() if (file := entry.filename) and os.path.isfile(file)}
+        super().__init__(name, path, image.shape, affine, sorted({*files, path} if os.path.isfile(path) else files))
+        scaled = nibabel.is_proxy(image.dataobj) and (image.dataobj.slope, image.dataobj.inter) != (1, 0)
+        self.oriented, self.hounsfield = oriented, scaled or image.get_data_dtype().itemsize > 1
+        self.warnings += [NOT_ORIENTED] * (not oriented) + [NO_THICKNESS] * (len(image.shape) < 3)
+        self.warnings += [EIGHT_BITS] * (not self.hounsfield)
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -291,7 +292,7 @@ def _load_nifti(path):
     """nibabel's image, compressed or not, whatever its name says."""
     with open(path, "rb") as file:
         compressed = file.read(2) == GZIP
-    if str(path).lower().endswith(".nii.gz" if compressed else ".nii"):
+    if str(path).lower().endswith((".nii.gz", ".hdr.gz") if compressed else (".nii", ".hdr")):
         return nibabel.load(path)
     stream = gzip.open(path) if compressed else open(path, "rb")
     second = stream.read(4) in (b"\x1c\2\0\0", b"\0\0\2\x1c")  # the size of its header, 540
@@ -309,17 +310,23 @@ class ItkScan(Scan):
         if reader.GetNumberOfComponents() != 1 or reader.GetPixelID() == _simpleitk().sitkUnknown:
             raise UserError(f"found {reader.GetNumberOfComponents()} values in a pixel, expected one")
         check_shape(reader.GetSize(), np.dtype(np.float64))
-        dimensions, affine = reader.GetDimension(), np.eye(4)
-        axes, space = np.reshape(reader.GetDirection(), (dimensions, dimensions)) * reader.GetSpacing(), min(dimensions, 3)
-        affine[:space, :space], affine[:space, 3] = axes[:space, :space], reader.GetOrigin()[:space]
-        super().__init__(name, path, reader.GetSize(), np.diag([-1.0, -1, 1, 1]) @ affine, [path, *_pixel_file(Path(path))])
-        self.warnings += [NO_THICKNESS] if dimensions < 3 else []
+        super().__init__(name, path, reader.GetSize(), itk_affine(reader), [path, *_pixel_file(Path(path))])
+        self.hounsfield = reader.GetPixelID() != _simpleitk().sitkUInt8
+        self.warnings += [NO_THICKNESS] * (reader.GetDimension() < 3) + [EIGHT_BITS] * (not self.hounsfield)
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
             self._voxels = _simpleitk().ReadImage(self.path)
         voxels = _simpleitk().GetArrayViewFromImage(self._voxels).T.reshape(self.shape, order="F")
         return np.moveaxis(voxels, self.axis, 0)[index]
+
+
+def itk_affine(image) -> np.ndarray:
+    """(4, 4) from voxel index to RAS in mm of an image or a reader of SimpleITK."""
+    dimensions, affine = image.GetDimension(), np.eye(4)
+    axes, space = np.reshape(image.GetDirection(), (dimensions, dimensions)) * image.GetSpacing(), min(dimensions, 3)
+    affine[:space, :space], affine[:space, 3] = axes[:space, :space], image.GetOrigin()[:space]
+    return np.diag([-1.0, -1, 1, 1]) @ affine
 
 
 def _simpleitk():
@@ -330,7 +337,7 @@ def _simpleitk():
 
 
 def _pixel_file(header: Path) -> list[Path]:
-    """The file that the pixels lie in, where the header of a MetaImage or an NRRD names another one."""
+    """The file of the pixels, if the header of a MetaImage or an NRRD names one."""
     with header.open("rb") as file:
         named = re.search(rb"^(?:ElementDataFile *=|data ?file:) *(.*?)\s*$", file.read(2**16), re.MULTILINE)
     name = os.fsdecode(named[1]) if named else "LOCAL"
@@ -405,16 +412,29 @@ def _reader(path: Path) -> Callable[[str, str], Scan]:
         return _open_dicom
     if reader := next((reader for names, reader in READERS.items() if name.endswith(names)), None):
         return reader
+    if start.startswith(PICTURE_STARTS):
+        return PictureScan
     if start.startswith(GZIP):
         with gzip.open(path) as file:
             start = file.read(352)
-    if start[344:347] == b"n+1" or start[4:7] == b"n+2":
+        if start[128:132] == b"DICM":
+            return _refusing("found DICOM compressed by gzip, expected DICOM; unpack it")
+    if start[344:347] == b"n+1" or start[4:7] == b"n+2" or name.endswith(PAIRS) and start[344:347] == b"ni1":
         return NiftiScan
+    if name.endswith(PAIRS) and start[:4] in (b"\\\1\0\0", b"\0\0\1\\"):  # 348
+        return _refusing("found Analyze 7.5, which does not say where left is, expected NIfTI; convert it")
     if series.starts_as_dicom(start):
         return _open_dicom
     if start.startswith(ARCHIVES):
-        raise UserError("found an archive, expected the files in it; unpack it")
+        return _refusing("found an archive, expected the files in it; unpack it")
     raise UserError(f"found no DICOM header, expected DICOM or one of {', '.join(EXTENSIONS)}")
+
+
+def _refusing(reason: str) -> Callable[[str, str], Scan]:
+    def refuse(name: str, path: str) -> Scan:
+        raise UserError(reason)
+
+    return refuse
 
 
 def _open_dicom(name: str, path: str) -> Scan:
@@ -451,7 +471,7 @@ class SliceSize(NamedTuple):
 
 
 def slice_size(path) -> SliceSize:
-    """Size of the one axial slice in a file, from its header; a UserError if that cannot be read or has more slices."""
+    """Size of the one axial slice in a file, from its header."""
     scan = open_scan(path)
     if len(scan) != 1:
         raise UserError(f"found {len(scan)} slices in {path}, expected a single one")
@@ -463,13 +483,12 @@ def slice_size(path) -> SliceSize:
 def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
     """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches; only headers are read.
 
-    Images are files with an extension of `EXTENSIONS`, and DICOM and NIfTI files of any name; hidden files and links to
-    folders are skipped. Images that are not axial and the extras of `series.drop_extras` are excluded; the warnings of the
-    other scans of the study list them.
+    Images are files with an extension of `EXTENSIONS`, and others whose content is known; hidden files and links to folders
+    are skipped.
 
     Args:
         source: file, folder or pattern with * ? or [.
-        output_dir: folder of the results, if any, which must not lie in the source: the next run would take them as images.
+        output_dir: folder of the results, if any, which must not be in the source: the next run would take them as images.
 
     Returns:
         The scans, in the order of their names, and {"file", "reason"} of what cannot be read.
@@ -512,7 +531,7 @@ def _name(path, root: Path) -> str:
 
 
 def _list_files(source: str) -> tuple[Path, list[Path], list[dict]]:
-    """The folder that names start from, the files in sorted order, and the folders that cannot be listed."""
+    """The folder that names start from, the sorted files, and the folders that cannot be listed."""
     path = Path(source)
     if path.is_dir():
         found, root = [path], path
@@ -577,20 +596,14 @@ def _dicom_scans(
 
 
 def _series_names(groups: Sequence[Sequence[Frame]], root: Path) -> list[str]:
-    """Folder and hash for each scan, of as few attributes as tell it from the others: it stays when others join them."""
-    keys = []
+    """Folder and hash of what a scan has in common: a name stays when other scans come."""
+    seen, names = Counter(), []
     for group in groups:
         first, folder = group[0], os.path.commonpath([frame.folder for frame in group])
-        turn = first.orientation and tuple(np.round(first.orientation, 2).tolist())
-        spacing = first.spacing and tuple(np.round(first.spacing, 3).tolist())
-        levels = [(first.series, first.size, turn), (first.series, first.size, turn, spacing)]
-        levels.append((*levels[1], first.study, first.frame_of_reference, first.kernel))
-        levels.append((*levels[2], first.patient, first.marks, first.thickness, first.image_type, first.unknown))
-        levels.append((*levels[3], first.instance, first.index))
-        keys.append([(folder, level) for level in levels])
-    counts = Counter(key for levels in keys for key in levels)
-    names = []
-    for levels in keys:
-        folder, told_apart_by = next((key for key in levels if counts[key] == 1), levels[-1])
-        names.append(_name(Path(folder, f"series_{text_hash(str(told_apart_by))[:8]}"), root))
+        grid = [part and np.round(part, digits).tolist() for part, digits in ((first.orientation, 2), (first.spacing, 3))]
+        marks = [values[0] for values in zip(*(frame.marks for frame in group)) if len(set(values)) == 1]
+        name = f"series_{text_hash(str((*(getattr(first, field) for field in series.COMMON), grid, marks)))[:8]}"
+        seen[folder, name] += 1
+        count = seen[folder, name]
+        names.append(_name(Path(folder, f"{name}_{count}" if count > 1 else name), root))
     return names

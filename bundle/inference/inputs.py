@@ -9,24 +9,27 @@ from collections.abc import Sequence
 import nibabel
 import numpy as np
 
-from bundle.data.volumes import NO_THICKNESS, NiftiScan, Scan, find_scans
+from bundle.data.volumes import NO_THICKNESS, NiftiScan, Scan, find_scans, itk_affine
 from bundle.errors import UserError
 
 
 class ArrayScan(Scan):
-    """A volume in memory.
+    """A volume or, without an affine, a picture in memory.
 
     Args:
-        voxels: (x, y, z) in HU, z may be absent.
+        voxels: (x, y, z) in HU, z may be absent; grey values (columns, rows) of a picture.
         affine: (4, 4) from voxel index to RAS in mm.
         window: HU that the 0 and the 1 (in 8 bits 255) of `voxels` stand for; None if the values are HU.
     """
 
-    def __init__(self, voxels: np.ndarray, affine: np.ndarray, window: Sequence[float] | None = None) -> None:
+    def __init__(self, voxels: np.ndarray, affine: np.ndarray | None, window: Sequence[float] | None = None) -> None:
         super().__init__("array", "array", voxels.shape, affine, files=[])
         self.voxels, self.window = voxels.reshape(self.shape), window
-        self.warnings += [NO_THICKNESS] if voxels.ndim < 3 else []
-        self.stamp = _hash(repr((self.shape, affine.tolist(), window)).encode(), voxels)
+        self.stamp = _hash(repr((self.shape, None if affine is None else affine.tolist(), window)).encode(), voxels)
+        if affine is None:
+            self.kind, self.hounsfield, self.input_axes = "picture", False, (1, 0, 2)
+        elif voxels.ndim < 3:
+            self.warnings.append(NO_THICKNESS)
 
     def _plane(self, index: int) -> np.ndarray:
         plane = np.moveaxis(self.voxels, self.axis, 0)[index]
@@ -34,21 +37,6 @@ class ArrayScan(Scan):
             return plane
         low, high = self.window
         return low + plane.astype(np.float32) * ((high - low) / (255 if plane.dtype == np.uint8 else 1))
-
-
-class PictureArray(Scan):
-    """A picture in memory: 8-bit grey values (rows, columns)."""
-
-    kind = "picture"
-    hounsfield = False
-    input_axes = (1, 0, 2)
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        super().__init__("array", "array", pixels.shape[::-1], None, files=[])
-        self.pixels, self.stamp = pixels, _hash(repr(pixels.shape).encode(), pixels)
-
-    def _plane(self, index: int) -> np.ndarray:
-        return self.pixels.T
 
 
 def as_scan(source, spacing: Sequence[float] | None = None, window: Sequence[float] | None = None) -> Scan:
@@ -96,12 +84,9 @@ def _from_simpleitk(image) -> Scan:
 
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"found {image.GetNumberOfComponentsPerPixel()} values in a pixel, expected one")
-    dimensions, affine = image.GetDimension(), np.eye(4)
-    if dimensions not in (2, 3):
-        raise UserError(f"found an image of {dimensions} dimensions, expected 2 or 3")
-    affine[:dimensions, :dimensions] = np.reshape(image.GetDirection(), (dimensions, dimensions)) * image.GetSpacing()
-    affine[:dimensions, 3] = image.GetOrigin()
-    scan = ArrayScan(SimpleITK.GetArrayViewFromImage(image).T, np.diag([-1.0, -1, 1, 1]) @ affine)
+    if image.GetDimension() not in (2, 3):
+        raise UserError(f"found an image of {image.GetDimension()} dimensions, expected 2 or 3")
+    scan = ArrayScan(SimpleITK.GetArrayViewFromImage(image).T, itk_affine(image))
     scan.image = image  # a view does not keep the voxels in memory
     return scan
 
@@ -113,7 +98,7 @@ def _from_array(array: np.ndarray, spacing: Sequence[float] | None, window: Sequ
     if spacing is None:
         if array.ndim == 3 or array.dtype != np.uint8 or window is not None:
             raise UserError("spacing: found none, expected mm between slices, rows and columns; an 8-bit picture needs none")
-        return PictureArray(array)
+        return ArrayScan(array.T, None)
     sides = np.asarray(spacing, float)
     if sides.shape != (array.ndim,) or not (np.isfinite(sides).all() and (sides > 0).all()):
         raise UserError(f"spacing: found {spacing}, expected {array.ndim} numbers in mm above 0, in the order of the axes")

@@ -67,6 +67,11 @@ CONTAINERS |= {
     "signs and CJK in the name": lambda folder: nifti(folder / "胸部 #1 @x [2].nii.gz"),
     "4D of one volume": lambda folder: nifti(folder / "x.nii", HU[..., None]),
     "NaN outside": lambda folder: nifti(folder / "x.nii", np.where(HU == -1000, np.nan, HU).astype(np.float32)),
+    "below air outside": lambda folder: nifti(folder / "x.nii", np.where(HU == -1000, -3024, HU).astype(np.int16)),
+    "-inf outside": lambda folder: nifti(folder / "x.nii", np.where(HU == -1000, -np.inf, HU).astype(np.float32)),
+    "wrapped padding outside": lambda folder: nifti(folder / "x.nii", np.where(HU == -1000, 62512, HU).astype(np.int32)),
+    "pair": lambda folder: nifti(folder / "x.hdr", kind=nib.Nifti1Pair),
+    "compressed pair": lambda folder: nifti(folder / "x.img.gz", kind=nib.Nifti1Pair),
     "hidden file": lambda folder: nifti(folder / "x.nii") or (folder / "._x.nii").write_bytes(b"\0\5\x16\7" * 99),
 }
 
@@ -105,13 +110,10 @@ def micrometres(folder):
     nifti(folder / "x.nii", affine=np.diag([1e3] * 3 + [1]) @ RAS, xyzt_units=3)
 
 
-@container
-def zero_sform(folder):
-    image = nib.Nifti1Image(HU, RAS)
-    image.set_qform(RAS, 1)
-    nib.save(image, folder / "x.nii")
-    patched(folder / "x.nii", {280: bytes(48)})  # and a code that says that they hold
-
+for _value in (0, np.nan):
+    CONTAINERS[f"sform of {_value} beside a qform"] = lambda folder, value=_value: (
+        nifti(folder / "x.nii", qform_code=1) or patched(folder / "x.nii", {280: np.full(12, value, "<f4").tobytes()})
+    )  # and a code that says that they hold
 
 for _kind in (nib.Nifti1Image, nib.Nifti2Image):
     for _old, _new in (("x.nii.gz", "x.nii"), ("x.nii", "x.nii.gz"), ("x.nii", "x"), ("x.nii.gz", "x.gz"), ("x.nii", "x.dcm")):
@@ -213,6 +215,13 @@ DICOM: dict[str, dict] = {
     "garbage above 12 bits": {
         "change": lambda d, z: stored(d, (HU.T[z] + 1024).astype("<u2") | 0xF000, BitsStored=12, HighBit=11)
     },
+    "value in the upper bits": {
+        "change": lambda d, z: stored(d, (HU.T[z] + 1024).astype("<u2") << 4, BitsStored=12, HighBit=15)
+    },
+    "all above the value by mistake": {"BitsStored": 12},
+    "no samples, photometric or sign": dict.fromkeys(("SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")),
+    "modality blank": {"Modality": ""},
+    "name with carets": {"change": lambda d, z: setattr(d, "PatientName", "a^b^^^" if z % 2 else "a^b")},
     "implicit": {"change": lambda d, z: setattr(d.file_meta, "TransferSyntaxUID", ImplicitVRLittleEndian)},
     "RLE": {"change": lambda d, z: d.compress(RLELossless, generate_instance_uid=False)},
     "JPEG-LS": {"change": lambda d, z: d.compress(JPEGLSLossless, generate_instance_uid=False)},
@@ -276,6 +285,13 @@ def dicom_without_preamble_but_with_its_header(folder):
     dicoms(folder)
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[132:])
+
+
+@container
+def dicom_explicit_that_says_implicit(folder):
+    dicoms(folder)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2\0\0\0", 1))
 
 
 @container

@@ -1,5 +1,6 @@
 """The same volume comes out of every container, and what cannot be read is named in one line."""
 
+import gzip
 import os
 import zipfile
 
@@ -97,6 +98,7 @@ PHASES = {
     "numbers that run on": lambda phase, z: {"InstanceNumber": 10 * phase + z},
     "numbers that alternate": lambda phase, z: {"InstanceNumber": phase + 2 * z},
     "one slice less": lambda phase, z: {"InstanceNumber": 10 * phase + z},
+    "1 mm higher": lambda phase, z: {"InstanceNumber": 10 * phase + z, "ImagePositionPatient": [-140, -123, 5 * z + phase]},
     "another field of view": lambda phase, z: {"ImagePositionPatient": [60 * phase, -123, -1000 + 5 * z]},
 }
 
@@ -213,6 +215,13 @@ def test_what_is_not_known_to_be_hu_is_a_picture(tmp_path, tags, words):
     assert not scan.hounsfield and len(scan.warnings) == 1 and words in scan.warnings[0]
 
 
+@pytest.mark.parametrize("name", ["x.nii", "x.mha"])
+def test_a_volume_of_8_bits_is_not_known_to_be_hu(tmp_path, name):
+    sitk.WriteImage(sitk.Cast(itk() > 0, sitk.sitkUInt8), str(tmp_path / name))
+    (scan,), _ = find_scans(tmp_path)
+    assert not scan.hounsfield and "values of 8 bits" in scan.warnings[0] and scan.read(5).max() == 1
+
+
 def zipped(folder):
     nifti(folder / "x.nii")
     with zipfile.ZipFile(folder / "x.zip", "w") as archive:
@@ -252,6 +261,8 @@ REFUSED = {
     "complex": (lambda f: nifti(f / "x.nii", HU.astype(np.complex64)), "found values of type complex64, expected numbers"),
     "colours": (lambda f: sitk.WriteImage(sitk.Compose([itk()] * 3), str(f / "x.nrrd")), "found 3 values in a pixel"),
     "archive": (zipped, "found an archive, expected the files in it; unpack it"),
+    "Analyze": (lambda f: nib.save(nib.AnalyzeImage(HU, None), f / "x.hdr"), "found Analyze 7.5, which does not say"),
+    "gzip": (lambda f: dicoms(f) or (f / "x.gz").write_bytes(gzip.compress((f / "0").read_bytes())), "compressed by gzip"),
     "other format": (lambda f: nib.save(nib.MGHImage(HU, None), f / "x.mgz"), "found no DICOM header, expected DICOM or"),
     "DICOMDIR": (dicomdir, "found a directory of files .*; give its folder"),
     "JPEG": (lambda f: decoder_missing(f, JPEGLosslessSV1), "found JPEG Lossless.*pip install pylibjpeg"),

@@ -327,7 +327,7 @@ def test_a_slice_of_nothing_but_nan_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "kind",
     ["white is zero 8", "white is zero 16", "RGB 16 tif", "RGB 16 png", "MPO", "WebP", "GIF", "NaN tif", "EXIF 9 jpg"]
-    + [f"EXIF {number} {suffix}" for number in (3, 6, 7) for suffix in ("jpg", "png", "tif", "webp")],
+    + ["unnamed"] + [f"EXIF {number} {suffix}" for number in (3, 6, 7) for suffix in ("jpg", "png", "tif", "webp")],
 )
 def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, kind):
     grey = np.add.outer(np.arange(20) * 4, np.arange(30) * 4).astype(np.uint8)  # brighter to the right and down
@@ -357,8 +357,8 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, kind):
         options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
         (grey_picture.transpose(turn) if turn is not None else grey_picture).save(path, exif=content, **options)
     else:
-        path = tmp_path / f"x.{kind.lower()}"
-        grey_picture.save(path, **({"lossless": True} if kind == "WebP" else {}))
+        path = tmp_path / ("x" if kind == "unnamed" else f"x.{kind.lower()}")
+        grey_picture.save(path, "PNG" if kind == "unnamed" else None, **({"lossless": True} if kind == "WebP" else {}))
     ((scan,), _) = find_scans(path, tmp_path / "out")
     read = scan.read(0)[0].numpy()
     assert read.shape == (20, 30) == (scan.shape[1], scan.shape[0])
