@@ -6,24 +6,28 @@ from pathlib import Path
 
 import pytest
 
+import command
+
 
 @pytest.fixture(scope="session")
 def chestct_command(checkpoint):
     """Function that gives the command line of `chestct predict` with the smallest network."""
 
-    def command(source, output_dir, *knobs) -> list[str]:
+    def words(source, output_dir, *knobs) -> list[str]:
         chestct = Path(sys.executable).with_name("chestct")
         return list(map(str, [chestct, "predict", source, "-o", output_dir, "--checkpoint", checkpoint, *knobs]))
 
-    return command
+    return words
 
 
 @pytest.fixture(scope="session")
 def chestct(chestct_command):
-    """Function that runs it and returns the finished process."""
+    """Function that runs it and returns the finished process, a real one if a launcher comes before."""
 
     def run(source, output_dir, *knobs, before=()):
-        command = [*before, *chestct_command(source, output_dir, *knobs)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        words = chestct_command(source, output_dir, *knobs)
+        if before:
+            return subprocess.run([*before, *words], capture_output=True, text=True, timeout=300)
+        return command.run("chestct", *words[1:])
 
     return run

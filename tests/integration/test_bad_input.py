@@ -3,8 +3,7 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import nibabel
@@ -13,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import command
+
 from bundle.data.phantom import make_phantom
 
-ROOT = Path(__file__).parents[2]
 TRAIN, EVALUATE = ["train", "preset_smoke"], ["train", "preset_smoke", "evaluate"]
 
 
@@ -156,11 +156,8 @@ def refusal(case, small_data, folder):
             (data / "datalist.json").write_text(json.dumps(datalist))
         else:
             (data / "datalist.json").unlink()
-    files = str([f"configs/{name}.json" for name in configs])
-    places = ["--dataset_dir", str(data), "--output_dir", str(out)]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *places]
-    command += [argument.replace("DATA", str(data)) for argument in arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300), data, out
+    words = command.bundle(configs=configs, dataset_dir=data, output_dir=out)
+    return command.run(*words, *(argument.replace("DATA", str(data)) for argument in arguments)), data, out
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +179,11 @@ def test_wrong_input_is_refused_in_one_line(name, small_data, tmp_path):
 
 @pytest.mark.parametrize(("names", "knob"), [(TRAIN, "dataset_dir"), (EVALUATE, "dataset_dir"), (["inference"], "input")])
 def test_the_first_line_says_that_the_phantom_data_are_used(names, knob, tmp_path):
-    files = str([f"configs/{name}.json" for name in names])
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, "--output_dir", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        first = process.stdout.readline()
-        process.kill()
+    log = tmp_path / "log"
+    log.touch()
+    process = command.start(*command.bundle(configs=names, output_dir=tmp_path), log=log, errors=tmp_path / "errors")
+    while "\n" not in log.read_text() and process.exitcode is None:
+        time.sleep(0.01)
+    process.kill()
     expected = f"{knob} is not set: using the phantom data, which are artificial; to use your own, set --{knob} PATH\n"
-    assert first == expected
+    assert log.read_text().startswith(expected)

@@ -2,28 +2,18 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-RUN = (sys.executable, "-m", "monai.bundle", "run")
-CHESTCT = Path(sys.executable).with_name("chestct")
+import command
+
 TASKS = {"classification": 1.0, "segmentation": 1.0, "reconstruction": 1.0, "detection": 1.0, "severity_task.Severity": 0.5}
 
 
-def command(*arguments) -> str:
-    """Run a command in the root, with the folder of severity_task.py on the path; what it printed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    line = list(map(str, arguments))
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+def run(*words) -> None:
+    done = command.run(*words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +30,25 @@ def datalist(phantom_dir, tmp_path_factory):
 
 
 def test_a_fifth_task_from_one_file_outside_the_package(phantom_dir, datalist, tmp_path):
-    run, out = tmp_path / "run", tmp_path / "predictions"
-    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": TASKS}))
-    files = ["configs/train.json", "configs/preset_smoke.json", str(tmp_path / "tasks.json")]
-    data = ["--dataset_dir", phantom_dir, "--datalist", datalist, "--output_dir", run, "--device", "cpu"]
-    training = ["--max_epochs", 1, "--epoch_size", 8, "--batch_size", 4]
+    run_dir, out = tmp_path / "run", tmp_path / "predictions"
+    data = {"tasks": TASKS, "dataset_dir": phantom_dir, "datalist": datalist, "output_dir": run_dir, "device": "cpu"}
 
-    command(*RUN, "--config_file", files, *data, *training)
-    history = json.loads((run / "history.json").read_text())
+    run(*command.bundle(**data, max_epochs=1, epoch_size=8, batch_size=4))
+    history = json.loads((run_dir / "history.json").read_text())
     assert {"loss_severity", "loss_classification", "loss_detection", "severity_agreement"} <= history[0].keys()
-    weights = torch.load(run / "model.pt", weights_only=True)
+    weights = torch.load(run_dir / "model.pt", weights_only=True)
     assert {"heads.severity.output.weight", "heads.classification.0.weight"} <= weights.keys()
 
-    command(*RUN, "--config_file", [files[0], "configs/evaluate.json", *files[1:]], *data, "--bootstrap", 10)
-    report = json.loads((run / "evaluation/metrics.json").read_text())
+    run(*command.bundle(configs=("train", "evaluate", "preset_smoke"), **data, bootstrap=10))
+    report = json.loads((run_dir / "evaluation/metrics.json").read_text())
     assert report.keys() == {*list(TASKS)[:-1], "severity"}
     annotated = sum("severity" in record for record in json.loads(datalist.read_text())["test"])
     assert report["severity"]["agreement"]["n"] == annotated > 0
-    rows = list(csv.DictReader((run / "evaluation/per_case.csv").open()))
+    rows = list(csv.DictReader((run_dir / "evaluation/per_case.csv").open()))
     assert sum(bool(row["agreement"]) for row in rows) == annotated
 
     scan = next((phantom_dir / "images").rglob("*.png"), None) or next((phantom_dir / "images").rglob("*.nii.gz"))
-    command(CHESTCT, "predict", scan, "-o", out, "--checkpoint", run / "model.pt")  # the weights name their tasks
+    run("chestct", "predict", scan, "-o", out, "--checkpoint", run_dir / "model.pt")  # the weights name their tasks
     (path,) = out.rglob("predictions.json")
     prediction = json.loads(path.read_text())
     assert 0 < prediction["severity"] < 1 and 0 < prediction["slices"][0]["severity"] < 1

@@ -1,8 +1,6 @@
 """The command line of configs/inference.json, as a user types it, and what MONAI asks of the configs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +8,14 @@ import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
+import command
+
 ROOT = Path(__file__).parents[2]
 INFERENCE = ROOT / "configs/inference.json"
 
 
 def predict(*arguments):
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return command.run("monai.bundle", "run", "--config_file", INFERENCE, *arguments)
 
 
 def config(name):

@@ -1,27 +1,22 @@
 """Weights of one's own need no overlay: the checkpoint says what its network, names and preprocessing are."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 import torch
 
+import command
+
 from bundle.networks.weights import describe
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ["healthy", "bacterial pneumonia", "COVID-19"]
 KNOBS = {"classes": CLASSES, "window": [-1000, 300], "image_size": 96, "tasks": {"classification": 1.0, "segmentation": 1.0}}
 
 
-def run(*names, **entries):
-    files = str([f"configs/{name}.json" for name in names])
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
-    command += [str(part) for key, value in entries.items() for part in (f"--{key}", value)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(*configs, **knobs):
+    return command.run(*command.bundle(configs=configs, **knobs))
 
 
 @pytest.fixture(scope="module")
