@@ -13,6 +13,11 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from bundle.data.phantom import make_phantom
 
 
+def pytest_collection_modifyitems(items):
+    """Commands first, as they take longest: several workers then end at about the same time."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the public data sets: CHEST_CT_DATA, or shared/data beside the repository."""
