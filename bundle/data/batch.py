@@ -1,7 +1,4 @@
-"""Batches of partially labelled samples, and the draw that keeps tasks, sources and classes in balance.
-
-What a task adds to a batch is the task's own: see `bundle.tasks.Task`.
-"""
+"""Batches of partially labelled samples, and the draw that keeps tasks, sources and classes in balance."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ def collate(samples: Sequence[dict], tasks: Sequence) -> dict:
     """Join samples, annotated for different tasks, into one batch.
 
     Returns:
-        image and target (B, 1, S, S), which defaults to the image; annotated, task -> bool (B,); record, a list of B
-        dictionaries; and the entries of each task, see `bundle.tasks.Task.collate`.
+        image and target (B, 1, S, S), by default the image; annotated, task -> bool (B,); record, a list of B
+        dictionaries; and what `bundle.tasks.Task.collate` of each task returns.
     """
     image = torch.stack([plain(sample[IMAGE]) for sample in samples])
     batch = {
@@ -39,11 +36,10 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
-    """Compute weights for `torch.utils.data.WeightedRandomSampler` that divide the draws among tasks, sources and classes.
+    """Compute weights (float64, of sum 1) for torch's WeightedRandomSampler that divide the draws among tasks and strata.
 
     A task divides its `share` as its `strata` say: see `bundle.tasks.Task`. One that needs no annotation learns from every
-    draw; it has a share of its own only of the records that are not annotated for another of the tasks. The weight of a
-    record is the sum of its shares; all weights, float64, sum to one.
+    draw; it has a share of its own only of the records that are not annotated for another of the tasks.
     """
     weights = torch.zeros(len(records), dtype=torch.float64)
     for task in tasks:
@@ -63,12 +59,7 @@ def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
 
 
 def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
-    """Move a batch of `collate` to the device and split it for a MONAI engine.
-
-    Returns:
-        (image (B, 1, S, S), the whole batch as label, no positional and the network's keyword arguments: the
-        batch again, for heads that compute their losses themselves, and which images are annotated for which task).
-    """
+    """Move a batch of `collate` to the device, for a MONAI engine: image, label (the batch), the network's arguments."""
     batch = _to_device(batch, device, non_blocking)
     return batch[IMAGE], batch, (), {"targets": batch, "annotated": batch[ANNOTATED]}
 

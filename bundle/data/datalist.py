@@ -26,11 +26,11 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, 
     Args:
         path: JSON file with `classes` and the lists training, validation and test.
         dataset_dir: folder of the files; if given, they must be there, and boxes, masks and instances fit the image.
-        classes: names that the configuration expects; they must be the datalist's, in its order.
+        classes: names that the configuration expects, in its order.
         tasks: `bundle.tasks.Task` whose fields are checked beside those of `FIELDS`.
 
     Raises:
-        UserError: in one line, for the first thing that is wrong: file, record, field, found, expected.
+        UserError: for the first thing that is wrong: file, record, field, found, expected.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
@@ -42,8 +42,7 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, 
         validate(datalist, dataset_dir, tasks)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    if classes is not None and list(classes) != datalist["classes"]:
-        found = datalist["classes"]
+    if classes is not None and list(classes) != (found := datalist["classes"]):
         raise UserError(f"{path}: classes: found {found}, expected {list(classes)} as in the config's classes")
     return datalist
 
@@ -88,10 +87,8 @@ def _complaints(datalist, dataset_dir, tasks):
                 yield f"{name}: {IMAGE}: found in {first} as well, expected one record with all annotations of an image"
             group = record.get(GROUP, image)
             if isinstance(group, str) and (first := split_of.setdefault(group, split)) != split:
-                yield (
-                    f"{name}: {GROUP}: found {group!r} in {split} and in {first}, expected it in one split only; "
-                    "keep all slices of a patient together"
-                )
+                expected = "expected it in one split only; keep all slices of a patient together"
+                yield f"{name}: {GROUP}: found {group!r} in {split} and in {first}, {expected}"
 
 
 def record_complaints(
@@ -104,8 +101,7 @@ def record_complaints(
         known: fields that a record may have.
     """
     for field in record.keys() - set(known):
-        fields = ", ".join(FIELDS)
-        yield f"{field}: unknown field, expected one of {fields}, or one that the datalist lists under `fields`"
+        yield f"{field}: unknown field, expected one of {', '.join(FIELDS)}, or one that the datalist lists under `fields`"
     files = {}
     for field in (IMAGE, MASK, INSTANCES):
         if field not in record and field != IMAGE:
@@ -183,10 +179,7 @@ def select(
 
     Args:
         split: one of `SPLITS`, or left_out for what `leave_out`, sources, takes away from training and validation.
-        seen: sources that the weights were trained on.
-
-    Raises:
-        UserError: if the split or a source is unknown, a source left out was seen, or no record is left.
+        seen: sources that the weights were trained on, which may not be left out.
     """
     if split not in (*SPLITS, LEFT_OUT):
         raise UserError(f"split: found {split!r}, expected one of {', '.join((*SPLITS, LEFT_OUT))}")

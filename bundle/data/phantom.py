@@ -68,14 +68,14 @@ def make_slice(
     """Draw one slice as radiologists see it: the patient's right on the left of the picture, the spine below.
 
     Args:
-        size: rows and columns in pixels, at least 64.
+        size: rows and columns in pixels.
         label: 0 normal, 1 COVID-19 (hazy opacities in both lungs), 2 lung cancer (one to three nodules of 20 to 40 mm).
-        patient: of `make_patient` with the same size; drawn where there is none.
-        level: from 0 (above the heart) to 1 (heart); drawn where there is none.
+        patient: of `make_patient` with the same size; by default drawn.
+        level: from 0 (above the heart) to 1 (heart); by default drawn.
 
     Returns:
-        image, int16 HU (size, size); mask, uint8 {0, 1} (size, size), the COVID-19 lesion; instances, uint8 (size, size), value
-        n + 1 for nodule n; boxes, [[x1, y1, x2, y2], …] of the nodules in pixels; class, `label`; spacing, mm per pixel.
+        image, int16 HU; mask, uint8 {0, 1}, the COVID-19 lesion; instances, uint8, value n + 1 for nodule n, all (size, size);
+        boxes, [[x1, y1, x2, y2], …] of the nodules in pixels; class; spacing, mm per pixel.
     """
     if size < MIN_SIZE:
         raise UserError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
@@ -84,11 +84,8 @@ def make_slice(
     patient = patient or make_patient(rng, size)
     canvas = _Canvas(rng, size, patient["spacing"])
     lungs = _draw_chest(canvas, patient, rng.uniform(0, 1) if level is None else level)
-    mask, instances = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
-    if label == 1:
-        mask = _add_opacities(canvas, lungs)
-    if label == 2:
-        instances = _add_nodules(canvas, lungs)
+    mask = _add_opacities(canvas, lungs) if label == 1 else np.zeros((size, size), np.uint8)
+    instances = _add_nodules(canvas, lungs) if label == 2 else np.zeros((size, size), np.uint8)
     boxes = [[columns.start, rows.start, columns.stop, rows.stop] for rows, columns in ndimage.find_objects(instances)]
     image = ndimage.gaussian_filter(canvas.image, 0.5 * size / 256) + patient["noise"] * canvas.noise(1.3 * canvas.pixel)
     image = np.clip(np.rint(image), -1024, 3071).astype(np.int16)
@@ -170,12 +167,8 @@ def make_phantom(
     second the mask, the third the boxes; the last slice of every second training patient has no label at all.
 
     Args:
-        folder: to make, with datalist.json, images (NIfTI in HU), masks and instances (PNG).
-        size: rows and columns of the slices.
+        folder: of datalist.json, images (NIfTI in HU), masks and instances (PNG); a UserError if it holds something else.
         groups: number of patients for training, validation and test, at least 3 each.
-
-    Raises:
-        UserError: if an argument is out of range, or the folder holds something else.
     """
     groups = list(groups) if isinstance(groups, Sequence) else [groups]
     if len(groups) != len(SPLITS) or min(groups) < len(CLASSES):
@@ -195,18 +188,17 @@ def make_phantom(
         for index, (split, number) in enumerate(tqdm(patients, desc="phantom data", unit="patient", disable=None)):
             datalist[split] += _write_patient(temporary, arguments, index, number, split)
         (temporary / "datalist.json").write_text(json.dumps(datalist, indent=1) + "\n")
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not _is_made(folder, arguments):  # otherwise another process was faster, as under torchrun
-                raise
+        os.replace(temporary, folder)
+    except OSError:
+        if not _is_made(folder, arguments):  # otherwise another process was faster, as under torchrun
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)
 
 
 def make_volume(path, label: int = 1, slices: int = 24, size: int = 256, seed: int = 0) -> None:
-    """Write a volume of one patient as NIfTI in HU, its slices 10 mm apart; `label` and `size` as in `make_slice`."""
+    """Write a volume of one patient as NIfTI in HU, its slices 10 mm apart."""
     rng = np.random.default_rng(seed)
     patient = make_patient(rng, size)
     drawn = [make_slice(rng, size, label, patient, level)[IMAGE] for level in np.linspace(1, 0, slices)]

@@ -23,11 +23,7 @@ from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECOR
 
 
 class LoadSlice(Transform):
-    """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `Scan.read`.
-
-    Raises:
-        UserError: naming the file, if it cannot be read, is not a single slice, or holds infinite pixels.
-    """
+    """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `Scan.read`."""
 
     def __call__(self, path) -> MetaTensor:
         if not Path(path).is_file():
@@ -39,11 +35,7 @@ class LoadSlice(Transform):
 
 
 def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
-    """Turn pixels (rows, columns) on the grid of a slice back to how its file stores them; nothing is interpolated.
-
-    Returns:
-        (rows, columns) for a picture; for a volume an array of its file's shape, x first.
-    """
+    """Pixels (rows, columns) on the grid of a slice as its file stores them: rows first in a picture, x first in a volume."""
     to_plane = to_affine_nd(2, slice_.affine).numpy()
     plane = pixels.T if to_plane[0, 1] else pixels
     flipped = [axis for axis in (0, 1) if to_plane[axis, :2].sum() < 0]
@@ -54,9 +46,8 @@ def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
 class LoadSliced(MapTransform):
     """Read a record of the datalist: `image`, and the annotations it has.
 
-    Adds {image, group, source} under "record". A mask of "empty" becomes zeros; a mask becomes one {0, 1} channel for each
-    of `segmentation_classes` (any non-zero value where there is one class, otherwise channel k is value k + 1);
-    `instances` becomes uint8 (number of boxes, rows, columns).
+    Adds {image, group, source} under "record". A mask becomes one {0, 1} channel for each of `segmentation_classes` (any
+    non-zero value where there is one class, otherwise channel k is value k + 1), `instances` (number of boxes, rows, columns).
 
     Raises:
         UserError: naming the files, if mask, instances or boxes do not fit the image or each other.
@@ -75,11 +66,10 @@ class LoadSliced(MapTransform):
         if MASK in record:
             empty = record[MASK] == EMPTY_MASK
             mask = torch.zeros_like(image.as_tensor()) if empty else self._labels(record, MASK, image)
-            values = range(1, self.segmentation_classes + 1)
-            if self.segmentation_classes > 1 and not set(mask.unique().tolist()) <= {0, *values}:
-                found = sorted(set(mask.unique().tolist()))
+            values, found = range(1, self.segmentation_classes + 1), mask.unique().tolist()
+            if len(values) > 1 and not set(found) <= {0, *values}:
                 raise UserError(f"{record[MASK]}: found the values {found}, expected 0 and {', '.join(map(str, values))}")
-            channels = [mask > 0] if self.segmentation_classes == 1 else [mask == value for value in values]
+            channels = [mask > 0] if len(values) == 1 else [mask == value for value in values]
             sample[MASK] = MetaTensor(torch.cat(channels).float(), affine=image.affine)
         if BOXES in record:
             sample[BOXES] = torch.as_tensor(record[BOXES], dtype=torch.float32).reshape(-1, 4)
@@ -95,9 +85,8 @@ class LoadSliced(MapTransform):
         labels = load_labels(record[key])
         if labels.shape != image.shape:
             found, expected = tuple(labels.shape[1:]), tuple(image.shape[1:])
-            raise UserError(
-                f"{record[key]}: found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
-            )
+            found = f"found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
+            raise UserError(f"{record[key]}: {found}")
         if image.meta["picture"] and not torch.equal(labels.affine, image.affine):
             found = f"found a header that turns the {key}, while {record[IMAGE]} has none"
             raise UserError(f"{record[key]}: {found}, expected a picture as {key}")
@@ -111,11 +100,7 @@ class LoadSliced(MapTransform):
 
 
 def load_labels(path) -> MetaTensor:
-    """Read a mask or instances as `LoadSlice` does, NaN as 0 and 0.9999999 as 1.
-
-    Raises:
-        UserError: if a value is below 0, or all that are not 0 are hidden from a viewer.
-    """
+    """Read a mask or instances as `LoadSlice` does, NaN as 0 and 0.9999999 as 1; a UserError for values that are no labels."""
     labels = LoadSlice()(path)
     labels[labels == AIR] = 0  # which NaN became
     if (labels - labels.round()).abs().max() < 1e-3:
@@ -123,17 +108,12 @@ def load_labels(path) -> MetaTensor:
     if labels.min() < 0:
         raise UserError(f"{path}: found the value {float(labels.min()):g}, expected labels from 0 up")
     if labels.meta["picture"] and not labels.any():
-        _check_hidden(path)
+        with Image.open(path) as picture:
+            stored = np.atleast_3d(np.asarray(picture)).astype(int)
+        if np.ptp(stored, axis=(0, 1)).any():
+            where = "indices of a black palette" if stored.shape[2] == 1 else "alpha channel"
+            raise UserError(f"{path}: found values only in the {where}, expected a grey picture; convert it")
     return labels
-
-
-def _check_hidden(path) -> None:
-    """Refuse a black picture that has values in its alpha channel or as indices of a black palette."""
-    with Image.open(path) as picture:
-        stored = np.atleast_3d(np.asarray(picture)).astype(int)
-    if np.ptp(stored, axis=(0, 1)).any():
-        where = "indices of a black palette" if stored.shape[2] == 1 else "alpha channel"
-        raise UserError(f"{path}: found values only in the {where}, expected a grey picture; convert it")
 
 
 def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> None:
@@ -159,12 +139,9 @@ def _place(slice_: MetaTensor) -> torch.Tensor:
 
 
 class ScaleIntensityd(MapTransform):
-    """Bring a slice to [0, 1]: Hounsfield units through a window, pictures by their own 0.5th and 99.5th percentile.
+    """Bring a slice to [0, 1]: HU through a window (low, high), pictures by their own 0.5th and 99.5th percentile.
 
     The values that became 0 and 1 are kept in `meta` as "intensity_range".
-
-    Args:
-        window: lowest and highest value shown, in HU.
     """
 
     def __init__(self, keys: KeysCollection, window: tuple[float, float]) -> None:
@@ -186,10 +163,7 @@ class ScaleIntensityd(MapTransform):
 
 
 class KeepLungd(MapTransform):
-    """Blacken what is outside of the lungs (`keep` "lung") or the lungs (`keep` "rest"): see `bundle.lungs.lung_region`.
-
-    To try whether a network looks at the lungs. Apply it to the preprocessed image, in [0, 1].
-    """
+    """Blacken what is outside of the lungs (`keep` "lung") or the lungs ("rest") of an image in [0, 1]."""
 
     def __init__(self, keys: KeysCollection, keep: str) -> None:
         super().__init__(keys)
@@ -206,10 +180,9 @@ class KeepLungd(MapTransform):
 
 
 class RandKeepLungd(RandomizableTransform, KeepLungd):
-    """Blacken what is outside of the lungs at random, so that a classifier cannot live on the table, arms or captions.
+    """Blacken what is outside of lungs, lesions and boxes at random, so that no classifier lives on table, arms or captions.
 
-    Lesions and boxes are kept, too. Slices with more than 5 % of them outside of the lungs are left alone, since the shape of
-    what is kept would give them away; so are those in which no lung is found.
+    Slices without lungs are left alone, and those with more than 5 % of lesions and boxes outside, whose shape would tell.
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 0.5) -> None:
@@ -242,9 +215,8 @@ def _marked(data: Mapping, image: MetaTensor) -> torch.Tensor:
 
 
 class FollowImaged(MapTransform):
-    """Bring boxes to the pixel grid of the image after any affine transforms of MONAI (resize, pad, flip, rotate, zoom).
+    """Bring boxes to the pixel grid of the image after any affine transforms of MONAI, through the inverse of its affine.
 
-    The image's affine tells where every pixel lies in the file; corners of the stored boxes are sent through its inverse.
     Where instance masks exist, their extent is taken instead, which stays tight under rotation. Boxes are clipped to the
     image; those thinner than `min_size` pixels are dropped, with their instance.
     """
@@ -258,16 +230,11 @@ class FollowImaged(MapTransform):
             return sample
         sample = dict(sample)
         image, boxes = sample[IMAGE], sample[BOXES]
-        rows, columns = image.shape[-2:]
-        masks = None
+        masks = None if len(boxes) else torch.zeros(0, *image.shape[-2:], dtype=torch.bool)  # no box, no instance
         if INSTANCES in sample:
             masks = sample[INSTANCES].as_tensor() > 0.5
-            boxes = torch.stack([_extent(mask) for mask in masks])
-        elif len(boxes) == 0:  # nothing there: no instance either
-            masks = torch.zeros(0, rows, columns, dtype=torch.bool)
-        else:
-            boxes = boxes_on_grid(boxes, image)
-        boxes = clip_boxes_to_image(boxes, (rows, columns))
+        boxes = boxes_on_grid(boxes, image) if INSTANCES not in sample else torch.stack([_extent(mask) for mask in masks])
+        boxes = clip_boxes_to_image(boxes, image.shape[-2:])
         kept = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
         sample[BOXES] = boxes[kept]
         if masks is not None:
@@ -281,11 +248,7 @@ def boxes_on_grid(boxes: torch.Tensor, image: MetaTensor) -> torch.Tensor:
 
 
 def move_boxes(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Hulls (N, 4) of boxes (N, 4) x1 y1 x2 y2, x = column, after an affine map of pixel grids.
-
-    Args:
-        matrix: (3, 3) from (row, column, 1) to (row, column, 1), integers at pixel centres, as MetaTensor's affine.
-    """
+    """Hulls (N, 4) of boxes (N, 4) x1 y1 x2 y2, x = column, after an affine map (3, 3) of (row, column), as MetaTensor's."""
     x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
     # Edges of pixel k lie at k - 0.5 and k + 0.5 of the affine's coordinates, whose integers are pixel centres.
     corners = torch.stack([y[:, [0, 0, 1, 1]], x[:, [0, 1, 0, 1]]], -1) - 0.5

@@ -25,6 +25,7 @@ Records = Iterator[tuple[str | None, dict]]
 SIZE, COMPLAINT = "size", "complaint"
 SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation", "test": "test"}
 SPLIT_NAMES |= {"training": "training", "validation": "validation"}
+csv.field_size_limit(2**31 - 1)  # a cell may be long
 ABSENT = ("na", "n/a", "#n/a", "<na>", "nan", "none", "null")  # what programs write into an empty cell
 # Connected parts of a mask below this many pixels are dust of the annotation, not lesions to be found.
 MIN_LESION_PIXELS = 20
@@ -135,7 +136,8 @@ def read_labels(path: Path) -> tuple[np.ndarray, bool]:
         labels = share > 0.5
     corners = [0, 0, -1, -1], [0, -1, 0, -1]
     if labels[corners].all():
-        raise UserError(f"{path}: found {stored[corners].min():g} or more in all corners, expected 0 outside of lesions; invert it")
+        found = f"found {stored[corners].min():g} or more in all corners"
+        raise UserError(f"{path}: {found}, expected 0 outside of lesions; invert it")
     return labels, convert
 
 

@@ -16,11 +16,13 @@ OBJECTS, SPLIT, IMPLIED = "objects", "split", "implied"
 COVID, OTHER, CANCER = "COVID-19", "other", "lung cancer"
 # Share of the lung or image below which a lesion is too small for its slice to stand for COVID-19.
 SMALL_LESION = 0.005
-# A slice with little or no lesion of a COVID-19 patient may as well be of somebody healthy; a tumour patient was scanned before
-# COVID-19, and whether a slice shows the cancer is not known.
-COVID_LESION, COVID_PATIENT = {BOXES: [], CLASS: COVID}, {BOXES: [], CLASS: [OTHER, COVID]}
-TUMOUR_PATIENT = {MASK: EMPTY_MASK, CLASS: [OTHER, CANCER]}
-NO_INFECTION, HEALTHY = {MASK: EMPTY_MASK}, {MASK: EMPTY_MASK, BOXES: []}
+# What each kind of row implies. A slice with little lesion of a COVID-19 patient may as well be of somebody healthy; a tumour
+# patient was scanned before COVID-19, and whether a slice shows the cancer is not known.
+MEDSEG = {"": {CLASS: COVID, BOXES: []}}
+VOLUMES = {"lesion": {BOXES: [], CLASS: COVID}, "": {BOXES: [], CLASS: [OTHER, COVID]}}
+TUMOURS = {"": {MASK: EMPTY_MASK, CLASS: [OTHER, CANCER]}}
+MOSMED = {OTHER: {MASK: EMPTY_MASK}}
+IQOTH = {"normal": {MASK: EMPTY_MASK, BOXES: []}, "benign": {MASK: EMPTY_MASK}}
 
 
 class Known(NamedTuple):
@@ -58,24 +60,17 @@ def _lesion_size(row: Mapping) -> str:
 
 KNOWN = (
     Known("covid_ct", "coloured_mark"),
-    Known("iqoth_nccd", "label group_id orig_file", implied={"normal": HEALTHY, "benign": NO_INFECTION}),
-    Known(
-        "medseg_covid19", "mask_multiclass official_split", lambda row: {MASK: row["mask_multiclass"]}, {"": COVID_LESION}
-    ),
-    Known(
-        "lung_tumor_slices", "mask tumour_px", lambda row: {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}, {"": TUMOUR_PATIENT}
-    ),
-    Known("luna16_nodules", "max_diameter_mm crop_kind", implied={"": TUMOUR_PATIENT}),
-    Known("mosmed_slices", "label severity source_file", implied={OTHER: NO_INFECTION}),
+    Known("iqoth_nccd", "label group_id orig_file", implied=IQOTH),
+    Known("medseg_covid19", "mask_multiclass official_split", lambda row: {MASK: row["mask_multiclass"]}, MEDSEG),
+    Known("lung_tumor_slices", "mask tumour_px", lambda row: {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}, TUMOURS),
+    Known("luna16_nodules", "max_diameter_mm crop_kind", implied=TUMOURS),
+    Known("mosmed_slices", "label severity source_file", implied=MOSMED),
     Known("sars_cov2_ct", "label block orig_file", lambda row: {GROUP: row["block"]}),
-    Known(
-        *("covid_volumes", "volume lesion_frac label_source", _patient_of_volume),
-        *({"lesion": COVID_LESION, "": COVID_PATIENT}, _lesion_size),
-    ),
+    Known("covid_volumes", "volume lesion_frac label_source", _patient_of_volume, VOLUMES, _lesion_size),
     Known("covid_volumes", "volume orig_file", _patient_of_volume),
     Known("lung_pet_ct_dx", "sop_uid series_uid n_boxes", unused="a DICOM series, for inference only"),
 )
-OFFICIAL = Known("medseg_covid19", "official_split", _medseg_official, {"": COVID_LESION})
+OFFICIAL = Known("medseg_covid19", "official_split", _medseg_official, MEDSEG)
 
 
 def recognise(columns: Sequence[str]) -> Known | None:

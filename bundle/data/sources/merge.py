@@ -73,36 +73,32 @@ def detect_layout(path) -> str | None:
 
 
 def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
-    """(layout, path) of every LAYOUT=PATH or PATH; a folder of no layout stands for those in it that have one.
+    """(layout, path) of every LAYOUT=PATH or PATH, each path once; a folder of no layout stands for those in it that have one.
 
-    No path is returned twice: the layout that an argument names for it goes before the one that is recognised.
+    The layout that an argument names for a path goes before the one that is recognised.
     """
     named: dict[Path, str] = {}
-    recognised: dict[Path, str] = {}
+    recognised: dict[Path, str | None] = {}
     for argument in arguments:
         layout, _, path = argument.partition("=") if argument.split("=")[0] in SOURCES else ("", "", argument)
         if not Path(path).exists():
             layouts = f" and no layout; layouts: {', '.join(SOURCES)}" if "=" in argument else ""
             raise UserError(f"{argument}: no such folder or file{layouts}")
         path = Path(path).resolve()
-        if layout and named.setdefault(path, layout) != layout:
-            raise UserError(f"{path}: found the layouts {named[path]} and {layout}, expected one")
-        if not layout:
-            recognised |= _recognised(path)
-    for path, layout in recognised.items():
-        if not layout and path not in named:
-            logger.warning(f"{path}: left out, it has no known layout")
+        if layout:
+            if named.setdefault(path, layout) != layout:
+                raise UserError(f"{path}: found the layouts {named[path]} and {layout}, expected one")
+            continue
+        inside = {path: detect_layout(path)}
+        if not inside[path]:
+            inside = {folder: detect_layout(folder) for folder in sorted(path.glob("*")) if folder.is_dir()}
+        if not any(inside.values()):
+            layouts = ", ".join(f"{name} ({', '.join(source.marks)})" for name, source in SOURCES.items() if source.marks)
+            raise UserError(f"{path}: found no known layout, expected one of {layouts}; name it: LAYOUT={path}")
+        recognised |= inside
+    for path in (path for path, layout in recognised.items() if not layout and path not in named):
+        logger.warning(f"{path}: left out, it has no known layout")
     return [(layout, path) for path, layout in (recognised | named).items() if layout]
-
-
-def _recognised(path: Path) -> dict[Path, str]:
-    """Path -> layout, of the path itself or of the folders in it; "" for a folder in it that has none."""
-    layout = detect_layout(path)
-    inside = {path: layout} if layout else {p: detect_layout(p) or "" for p in sorted(path.glob("*")) if p.is_dir()}
-    if not any(inside.values()):
-        layouts = ", ".join(f"{name} ({', '.join(source.marks)})" for name, source in SOURCES.items() if source.marks)
-        raise UserError(f"{path}: found no known layout, expected one of {layouts}; name it: LAYOUT={path}")
-    return inside
 
 
 def merge(
@@ -152,30 +148,28 @@ def merge(
         found = ", ".join(arguments)
         raise UserError(f"{found}: found no data set that can be read, expected one or more; see the lines above")
     datalist = {"name": "chest CT", "classes": list(classes), **{split: [] for split in SPLITS}}
-    counts: dict[str, Counter] = {}
+    datalist |= {"implied": {}} if implied else {}
     for source, found in sources.items():
         for split, one in _with_splits(_without_annotated_elsewhere(found), seed):
             extra = {key: value for key, value in one.implied.items() if key not in one.record}
-            use = implied and split == "training"
-            if use and extra:
-                counts.setdefault(source, Counter()).update(list(extra))
-            datalist[split].append(one.record | extra if use else one.record)
-    if implied:
-        datalist["implied"] = counts
+            extra = extra if implied and split == "training" else {}
+            datalist[split].append(one.record | extra)
+            if extra:
+                datalist["implied"].setdefault(source, Counter()).update(extra.keys())
     validate(datalist)
     write_json(datalist, output / "datalist.json")
     return datalist
 
 
 def _usable(read: Records, layout: str, path: Path, output: Path, classes: Sequence[str]) -> list[_Found]:
-    """The slices of a folder or table that can be used; a warning names each of the others, or says how many boxes changed."""
+    """The slices of a folder or table that can be used; a warning names each of the others, or counts what was changed."""
     good: dict[str, _Found | None] = {}  # by image; None for one that two rows annotate differently
     bad, changes, split_of, masks = [], Counter(), {}, set()
     for split, found in read:
         image = os.path.normpath(found[IMAGE])
         try:
             one = _finished(split, found, layout, path, classes)
-            own = {one.record[key] for key in (MASK, INSTANCES) if one.record.get(key, EMPTY_MASK) != EMPTY_MASK}
+            own = {file for file in map(one.record.get, (MASK, INSTANCES)) if file} - {EMPTY_MASK}
             done = _repair_boxes(one.record)
             _check(one.record, found.get(SIZE), len(classes))
             if image in good and good[image] != one:
@@ -203,9 +197,8 @@ def _usable(read: Records, layout: str, path: Path, output: Path, classes: Seque
         if split and (first := split_of.setdefault(record[GROUP], split)) != split:
             found = f"found {record[GROUP]!r} in {split} and in {first}, expected it in one split"
             raise UserError(f"{path}: {record[IMAGE]}: {GROUP}: {found}")
-        for key in (IMAGE, MASK, INSTANCES):
-            if record.get(key, EMPTY_MASK) != EMPTY_MASK:
-                record[key] = os.path.relpath(record[key], output)
+        for key in {IMAGE, MASK, INSTANCES} & record.keys():
+            record[key] = record[key] if record[key] == EMPTY_MASK else os.path.relpath(record[key], output)
     return usable
 
 
@@ -215,7 +208,8 @@ def _finished(split: str | None, found: dict, layout: str, path: Path, classes: 
         raise UserError(found[COMPLAINT])
     source = found.get(SOURCE) or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
     record = {key: value for key, value in found.items() if key not in (SIZE, IMPLIED, SOURCE)}
-    record, implied = record | {GROUP: f"{source}/{found[GROUP]}", SOURCE: source}, found.get(IMPLIED, {})
+    record |= {IMAGE: os.path.normpath(found[IMAGE]), GROUP: f"{source}/{found[GROUP]}", SOURCE: source}
+    implied = found.get(IMPLIED, {})
     for part in (record, implied):
         if CLASS in part:
             part[CLASS] = _class_number(part[CLASS], classes)
@@ -237,17 +231,18 @@ def _class_number(found, classes: Sequence[str]):
     """Number of a class from its name (letter case, spaces, - and _ do not matter) or an alias; or of each in a list."""
     if isinstance(found, list):
         return [_class_number(item, classes) for item in found]
-    if not isinstance(found, str) or found in classes:
-        return found if not isinstance(found, str) else list(classes).index(found)
-    plain = [_plain_name(name) for name in classes]
-    name = next((name for name in (_plain_name(found), ALIASES.get(_plain_name(found))) if name in plain), None)
-    if name is None:
-        expected = f"a number from 0 to {len(classes) - 1} or one of {', '.join(classes)}; name others with --classes"
-        raise UserError(f"{CLASS}: found {found!r}, expected {expected}")
-    return plain.index(name)
+    if not isinstance(found, str):
+        return found
+    numbers = {_plain(name): number for number, name in enumerate(classes)}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    for name in (found, _plain(found), ALIASES.get(_plain(found))):
+        if name in numbers:
+            return numbers[name]
+    expected = f"a number from 0 to {len(classes) - 1} or one of {', '.join(classes)}; name others with --classes"
+    raise UserError(f"{CLASS}: found {found!r}, expected {expected}")
 
 
-def _plain_name(name: str) -> str:
+def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.casefold())
 
 
@@ -305,13 +300,9 @@ def _with_splits(found: Sequence[_Found], seed: int) -> list[tuple[str, _Found]]
     """The slices with a split for those that have none: their group's where it has one, otherwise drawn."""
     split_of = {one.record[GROUP]: one.split for one in found if one.split}
     groups = sorted({one.record[GROUP] for one in found} - split_of.keys())
-    shuffled = [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
-    few = len(groups) < 3
-    validation = 0 if few else max(1, round(0.1 * len(groups)))
-    test = 0 if few else max(1, round(0.2 * len(groups)))
-    split_of |= dict.fromkeys(shuffled[:validation], "validation")
-    split_of |= dict.fromkeys(shuffled[validation : validation + test], "test")
-    split_of |= dict.fromkeys(shuffled[validation + test :], "training")
+    validation, test = (max(1, round(share * len(groups))) if len(groups) > 2 else 0 for share in (0.1, 0.2))
+    drawn = ["validation"] * validation + ["test"] * test + ["training"] * (len(groups) - validation - test)
+    split_of |= {groups[index]: split for index, split in zip(np.random.default_rng(seed).permutation(len(groups)), drawn)}
     return [(one.split or split_of[one.record[GROUP]], one) for one in found]
 
 
@@ -320,25 +311,17 @@ def table(datalist: dict) -> str:
 
     "3 + 2" of a task are 3 slices annotated and 2 whose annotation is implied; a class known in part is one of several.
     """
-    classes = datalist["classes"]
-    lines = [
-        f"| source | split | slices | groups | {' | '.join(TASKS)} | {BOXES} | {' | '.join(classes)} | one of several |",
-        "|" + "---|" * (6 + len(TASKS) + len(classes)),
-    ]
+    head = ["source", "split", "slices", "groups", *TASKS, BOXES, *datalist["classes"], "one of several"]
+    lines = [head, ["---"] * len(head)]
     for source in sorted({record[SOURCE] for split in SPLITS for record in datalist[split]}):
         for split in SPLITS:
             records = [record for record in datalist[split] if record[SOURCE] == source]
-            if not records:
-                continue
             tasks = Counter(task for record in records for task in annotated_tasks(record))
             implied = datalist.get("implied", {}).get(source, {}) if split == "training" else {}
-            labels = Counter(str(record.get(CLASS)) for record in records)
-            counts = [len(records), len({record[GROUP] for record in records})]
-            for task in TASKS:
-                of_these = implied.get(ANNOTATION.get(task), 0)
-                counts.append(f"{tasks[task] - of_these} + {of_these}" if of_these else tasks[task])
-            counts.append(sum(len(record.get(BOXES, [])) for record in records))
-            counts += [labels[str(index)] for index in range(len(classes))]
-            counts.append(sum(isinstance(record.get(CLASS), list) for record in records))
-            lines.append(f"| {source} | {split} | {' | '.join(map(str, counts))} |")
-    return "\n".join(lines) + "\n"
+            cells = [source, split, len(records), len({record[GROUP] for record in records})]
+            for task, of_these in ((task, implied.get(ANNOTATION.get(task))) for task in TASKS):
+                cells.append(f"{tasks[task] - of_these} + {of_these}" if of_these else tasks[task])
+            cells.append(sum(len(record.get(BOXES, [])) for record in records))
+            labels = Counter("several" if isinstance(r.get(CLASS), list) else r.get(CLASS) for r in records)
+            lines += [[*cells, *map(labels.__getitem__, (*range(len(datalist["classes"])), "several"))]] if records else []
+    return "".join("|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|\n" for line in lines)

@@ -24,8 +24,7 @@ def covid_ct_original(folder: Path, export: Path) -> Records:
 
     Patients come from *MetaInfo*.csv beside them; an image that these do not name is a group of its own.
     """
-    patients = _patients(folder)
-    unknown = 0
+    patients, unknown = _patients(folder), 0
     for kind, label in (("COVID", "COVID-19"), ("NonCOVID", "other")):
         for split in ("train", "val", "test"):
             listing = folder / "Data-split" / kind / f"{split}CT_{kind}.txt"
@@ -60,15 +59,12 @@ def iqoth_nccd_original(folder: Path, export: Path) -> Records:
     """
     for case, label in (("Normal", "other"), ("Bengin", "other"), ("Malignant", "lung cancer")):
         run, before = 0, None
-        for image in sorted(pictures(folder / f"{case} cases"), key=_number):
+        images = pictures(folder / f"{case} cases")
+        for image in sorted(images, key=lambda path: int("".join(filter(str.isdigit, path.stem)) or 0)):
             thumbnail = _thumbnail(image)
             run += before is not None and float((thumbnail * before).mean()) < SAME_PATIENT
             before = thumbnail
             yield None, {IMAGE: str(image), CLASS: label, GROUP: f"{case.lower()}_{run}"}
-
-
-def _number(path: Path) -> int:
-    return int("".join(filter(str.isdigit, path.stem)) or 0)
 
 
 def _thumbnail(path: Path) -> np.ndarray:
@@ -87,11 +83,8 @@ def inf_net(folder: Path, export: Path) -> Records:
     The pictures lie transposed there: they are written below `export` with the spine down. A seventh of the training slices,
     evenly spaced, is for validation. Patients are not named: every slice is a group.
     """
-    places = (
-        (folder / "TrainingSet/LungInfection-Train/Doctor-label", ["validation"] + 6 * ["training"]),
-        (folder / "TestingSet/LungInfection-Test", ["test"]),
-    )
-    for place, splits in places:
+    training, test = folder / "TrainingSet/LungInfection-Train/Doctor-label", folder / "TestingSet/LungInfection-Test"
+    for place, splits in ((training, ["validation"] + 6 * ["training"]), (test, ["test"])):
         masks = {path.stem: path for path in pictures(place / "GT")}
         for index, image in enumerate(pictures(place / "Imgs")):
             if image.stem not in masks:

@@ -175,9 +175,13 @@ def coco(folder: Path, export: Path, categories: Sequence[str] = ()) -> Records:
     """
     contents, chosen, found = {}, {}, Counter()
     for path in sorted(folder.glob("annotations_*.json")):
-        contents[path] = content = _coco_content(path)
-        names = {item["id"]: str(item.get("name", item["id"])) for item in content.get("categories") or ()}
-        used = [names.get(item.get("category_id"), str(item.get("category_id"))) for item in content["annotations"]]
+        try:
+            contents[path] = content = _coco_content(path)
+            names = {item["id"]: str(item.get("name", item["id"])) for item in content.get("categories") or ()}
+            used = [names.get(item.get("category_id"), str(item.get("category_id"))) for item in content["annotations"]]
+        except (TypeError, KeyError, AttributeError) as error:
+            expected = "expected COCO's images (id, file_name), annotations (image_id, bbox) and categories (id, name)"
+            raise UserError(f"{path}: found {type(error).__name__} {error}, {expected}") from None
         chosen[path] = [item for item, name in zip(content["annotations"], used) if not categories or name in categories]
         found.update({**dict.fromkeys(names.values(), 0), **Counter(used)})
     if unknown := found and set(categories) - set(found):
@@ -227,11 +231,11 @@ def _coco_records(path: Path, images: Sequence[Mapping], annotations: Sequence[M
         boxes[annotation["image_id"]].append(box)
         crowded |= set() if annotation.get("iscrowd") in (None, 0, "0") else {annotation["image_id"]}
     for image in images:
-        patient = image.get("patient_id")
+        patient, size = image.get("patient_id"), [str(image.get(side) or "") for side in ("width", "height")]
         record = {IMAGE: str(path.parent / image["file_name"].replace("\\", "/")), BOXES: boxes[image["id"]]}
         record[GROUP] = str(image["file_name"] if patient in (None, "") else patient)
-        if image.get("width") and image.get("height"):
-            record[SIZE] = image["width"], image["height"]
+        if all(map(str.isdigit, size)):
+            record[SIZE] = tuple(map(int, size))
         records += [record] if image["id"] not in crowded else []
     if crowded:
         logger.info(f"{path}: {len(crowded)} slices left out whose objects are marked as a crowd (iscrowd)")

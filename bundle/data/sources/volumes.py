@@ -39,7 +39,7 @@ class Volume(NamedTuple):
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a volume of any format, if its axes are at right angles: on others balls and boxes would be wrong."""
+    """Read a volume of any format whose axes are at right angles."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a volume")
     scan = open_scan(path)
@@ -123,11 +123,10 @@ def msd_lung(folder: Path, export: Path) -> Records:
 
 
 def luna16(folder: Path, export: Path) -> Records:
-    """LUNA16: *.mhd in any sub-folder and annotations.csv (seriesuid, coordX/Y/Z in mm LPS, diameter_mm).
+    """LUNA16: *.mhd in any folder but seg-lungs-LUNA16, and annotations.csv (seriesuid, coordX/Y/Z in mm LPS, diameter_mm).
 
     A nodule is taken as a ball: the slices that cut it at half of its diameter or more get its box there; as many slices
-    that touch no nodule get none; those between are left out, and scans without nodules. The lung masks in seg-lungs-LUNA16
-    bear the scans' names and are not read.
+    that touch no nodule get none; those between are left out, and scans without nodules.
     """
     nodules: dict[str, list[tuple[float, ...]]] = {}
     columns = ("coordx", "coordy", "coordz", "diameter_mm")
