@@ -1,9 +1,8 @@
 """Killed at any moment, the same command goes on and ends where an unbroken run ends, bit for bit."""
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,35 +10,22 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parents[2]
+import command
+
 STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stage_joint"]
 
 
-def start(out: Path, phantom_dir: Path) -> subprocess.Popen:
+def start(out: Path, phantom_dir: Path):
     """Train with all that a resumed run could lose: workers, schedule, learned and mean weights; an epoch has three steps."""
-    entries = {
-        "config_file": "['configs/train.json','configs/preset_smoke.json']",
-        "ema_momentum": 0.002,
-        "output_dir": out,
-        "dataset_dir": phantom_dir,
-        "max_epochs": 2,
-        "batch_size": 2,
-        "num_workers": 2,
-        "uncertainty_weights": True,
-        "device": "cpu",
-    }
-    command = [sys.executable, "-m", "monai.bundle", "run", "training"]
-    command += [str(part) for key, value in entries.items() for part in (f"--{key}", value)]
-    with out.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    knobs = {"ema_momentum": 0.002, "uncertainty_weights": True, "max_epochs": 2, "batch_size": 2, "num_workers": 2}
+    words = command.bundle("training", output_dir=out, dataset_dir=phantom_dir, device="cpu", **knobs)
+    return command.start(*words, log=out.with_suffix(".log"))
 
 
-def kill_when(happened, process: subprocess.Popen, log: Path) -> None:
+def wait_until(happened, process, log: Path) -> None:
     while not happened():
-        assert process.poll() is None, f"ended before it could be killed: {log.read_text()[-3000:]}"
+        assert process.exitcode is None, f"ended before it happened: {log.read_text()[-3000:]}"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 def bytes_logged(stage: Path) -> int:
@@ -61,10 +47,6 @@ def in_second_epoch(stage: Path):
 
 def in_first_epoch(stage: Path):
     return lambda: bytes_logged(stage) > 300 and not (stage / "last.pt").exists()
-
-
-def exists(path: Path):
-    return path.exists
 
 
 def scalars(stage: Path) -> dict:
@@ -99,16 +81,21 @@ def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path, phantom_dir):
     whole = start(unbroken, phantom_dir)
     moments = [
         in_second_epoch(broken / "stage_classification"),
-        exists(broken / "stage_classification/model.pt"),  # trained, not yet evaluated
-        exists(broken / "stage_segmentation/last.pt"),
-        exists(broken / "stage_segmentation/evaluate.json"),  # in the evaluation
-        exists(broken / "stage_detection/best.pt"),  # between the two checkpoints of an epoch, or just after
+        (broken / "stage_classification/model.pt").exists,  # trained, not yet evaluated
+        (broken / "stage_segmentation/last.pt").exists,
+        (broken / "stage_segmentation/evaluate.json").exists,  # in the evaluation
+        (broken / "stage_detection/best.pt").exists,  # between the two checkpoints of an epoch, or just after
         in_first_epoch(broken / "stage_joint"),
     ]
     for happened in moments:
-        kill_when(happened, start(broken, phantom_dir), broken.with_suffix(".log"))
+        process = start(broken, phantom_dir)
+        wait_until(happened, process, broken.with_suffix(".log"))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     for process, out in ((start(broken, phantom_dir), broken), (whole, unbroken)):
-        assert process.wait() == 0, out.with_suffix(".log").read_text()[-3000:]
+        process.join()
+        assert process.exitcode == 0, out.with_suffix(".log").read_text()[-3000:]
 
     log = broken.with_suffix(".log").read_text()
     assert "resumed after epoch 1" in log and "finished before" in log, "it did go on, not start anew"
@@ -127,33 +114,30 @@ def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path, phantom_dir):
 def test_a_folder_keeps_the_files_of_the_user_one_training_at_a_time_and_a_run_that_means_the_same(tmp_path, phantom_dir):
     """Through the command line; the unit tests are in tests/training/test_run_folder.py."""
 
-    def train(out, data=phantom_dir, *knobs, cwd=ROOT):
-        files = str([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke")])
-        entries = ["--output_dir", out, "--dataset_dir", data, "--tasks", "{'classification': 1.0}", "--max_epochs", 2]
-        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, "--bundle_root", ROOT, *entries, *knobs]
-        return subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    def words(out, data=phantom_dir, **knobs):
+        knobs |= {"bundle_root": command.ROOT, "tasks": {"classification": 1.0}, "max_epochs": 2}
+        return command.bundle(output_dir=out, dataset_dir=data, **knobs)
 
     out = tmp_path / "RUN"
     mine = [out / name for name in ("validation/notes.txt", "evaluation/metrics.json", "notes.md")]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    first = train(out)
-    while not (out / "last.pt").exists():
-        assert first.poll() is None, first.stdout.read()
-        time.sleep(0.002)
-    first.send_signal(signal.SIGSTOP)
-    second, _ = train(out).communicate()
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    log = tmp_path / "log"
+    first = command.start(*words(out), log=log)
+    wait_until((out / "last.pt").exists, first, log)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = command.run(*words(out)).stderr
+    first.kill()
+    first.join()
     holder = f"error: {out}: in use by process {first.pid} on "
     assert second.splitlines()[-1].startswith(holder) and "Traceback" not in second
 
     data = tmp_path / "moved"
     shutil.copytree(phantom_dir, data)
-    resumed, _ = train("./RUN", data, cwd=tmp_path).communicate()
-    assert "resumed after epoch 1" in resumed and (out / "model.pt").exists(), resumed[-3000:]
+    resumed = command.run(*words("./RUN", data), cwd=tmp_path)
+    assert "resumed after epoch 1" in resumed.stdout and (out / "model.pt").exists(), resumed.stderr[-3000:]
 
-    anew, _ = train(out, data, "--seed", 1, "--resume", "False").communicate()
-    assert (out / "model.pt").exists() and "resumed" not in anew, anew[-3000:]
+    anew = command.run(*words(out, data, seed=1, resume=False))
+    assert (out / "model.pt").exists() and "resumed" not in anew.stdout, anew.stderr[-3000:]
     assert all(path.read_text() == "mine" for path in mine)
