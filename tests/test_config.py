@@ -135,14 +135,11 @@ def test_train_and_evaluate_parse_together(phantom_dir, checkpoint, tmp_path):
 UNKNOWN = [
     ["train", {"learning_rat": 0.1}, "which no workflow has and nothing refers to, expected .*; near matches: learning_rate"],
     ["train", {"optimizr": 0.1}, "near matches: optimizer$"],
-    ["train", {"task": {"segmentation": 1.0}}, "near matches: tasks"],
     ["train", {"a": 1, "b": "@a"}, "docs/configuration.md$"],
-    ["train", {"zzzz": 1}, "docs/configuration.md$"],
     ["train", {"checkpoint": "x.pt"}, "a knob of evaluate and inference that train does not use, .*: init_checkpoint"],
     ["train", {"score_threshold": 0.3}, "a knob of inference that .* near matches: detection::score_threshold"],
     ["train", {"split": "test"}, "a knob of evaluate that train does not use"],
     ["evaluate", {"input": "scan"}, "a knob of inference that evaluate does not use"],
-    ["inference", {"split": "test"}, "a knob of evaluate that inference does not use"],
     ["inference", {"epoch_size": 3}, "a knob of train and evaluate that inference does not use"],
     ["inference", {"init_checkpoint": "x.pt"}, "a knob of train and evaluate .* near matches: checkpoint"],
 ]

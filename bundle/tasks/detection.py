@@ -88,7 +88,7 @@ class Detection(Task):
         Left out where there is no annotated lesion. MONAI's COCOMetric computes the same AP from the same matches, some fifty
         times slower than the bootstrap can wait for.
         """
-        boxes, masks = _Matches([case["match"] for case in cases]), _Matches([case.get("mask_match", {}) for case in cases])
+        boxes, masks = Matches([case["match"] for case in cases]), Matches([case.get("mask_match", {}) for case in cases])
 
         def figures(weights: np.ndarray) -> dict[str, float]:
             result = dict(zip(("ap10", "ap50", "ap"), boxes.average_precision(weights)))
@@ -116,7 +116,7 @@ class Detection(Task):
         """The FROC curve."""
         if "froc" not in report:
             return None
-        rates, sensitivity = froc_curve(cases)
+        rates, sensitivity = Matches([case["match"] for case in cases]).froc(np.ones(len(cases)))
         figure = Figure(figsize=(5, 4), layout="constrained")
         axis = figure.subplots()
         axis.step([0, *rates], [0, *sensitivity], where="post")
@@ -248,7 +248,7 @@ def _mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return both / np.maximum(a.sum(1)[:, None] + b.sum(1)[None] - both, 1)
 
 
-class _Matches:
+class Matches:
     """Detections of many images, by descending score, and which of them are hits; {} stands for an image without matches."""
 
     def __init__(self, matches: Sequence[dict]) -> None:
@@ -280,14 +280,9 @@ class _Matches:
         return float(at[0]), float(at[1]), float(np.mean(at[1:]))
 
     def froc(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """False positives per image and sensitivity at every score threshold, from high to low, at the first threshold."""
+        """False positives per image and sensitivity at every score threshold, from high to low, at IoU 0.1.
+
+        MONAI's compute_froc_curve_data leaves out the lowest threshold, so that the last detections never count.
+        """
         drawn = weights[self.images]
         return np.cumsum(drawn * ~self.loosest) / weights.sum(), np.cumsum(drawn * self.loosest) / (weights @ self.lesions)
-
-
-def froc_curve(cases: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """False positives per image and sensitivity at every score threshold, from high to low, at IoU 0.1.
-
-    MONAI's compute_froc_curve_data leaves out the lowest threshold, so that the last detections never count.
-    """
-    return _Matches([case["match"] for case in cases]).froc(np.ones(len(cases)))

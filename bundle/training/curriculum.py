@@ -88,19 +88,15 @@ def _stage_configs(workflow: ConfigWorkflow, folder: Path, config_dir: Path) -> 
     base, configs, before = raw_config(workflow), {}, None
     shipped = ConfigParser.load_config_file(str(config_dir / "train.json"))
     if base["tasks"] != shipped["tasks"]:  # those of the stages would silently undo it
-        raise UserError(
-            f"tasks: found {base['tasks']}, expected {shipped['tasks']}, since every stage has tasks of its own; set "
-            "stages::NAME::tasks instead"
-        )
+        why = "since every stage has tasks of its own; set stages::NAME::tasks instead"
+        raise UserError(f"tasks: found {base['tasks']}, expected {shipped['tasks']}, {why}")
     # A stage is tracked as a run of its own, in the store of the curriculum.
     tracked = {"tracking_uri": workflow.parser.get_parsed_content("tracking_uri")} if "tracking_uri" in base else {}
     for name, entries in base["stages"].items():  # as written: an expression in it is the stage's own
         entries = {**shipped["stages"].get(name, {}), **entries}
         if "tasks" not in entries:
-            raise UserError(
-                f"stages::{name}: found no tasks, expected some, such as {{'segmentation': 1.0}}, or a stage of train.json: "
-                f"{', '.join(shipped['stages'])}"
-            )
+            expected = f"some, such as {{'segmentation': 1.0}}, or a stage of train.json: {', '.join(shipped['stages'])}"
+            raise UserError(f"stages::{name}: found no tasks, expected {expected}")
         own = {"output_dir": str(folder / name), **tracked, **({"run_name": name} if tracked else {})}
         config = overlay(base, entries, own)
         check_config(config, "train")

@@ -89,8 +89,7 @@ def check_resumable(folder: Path, config: Mapping, inputs: Mapping[str, str]) ->
         return
     before, now = dict(leaves(json.loads((folder / "config.json").read_text()))), dict(leaves(config))
     keys = [key for key in sorted(before.keys() | now.keys()) if key.split("::")[0] not in CHANGEABLE]
-    pairs = [(key, before.get(key), now.get(key)) for key in keys]
-    differ = [f"{key} {old!r}, found {new!r}" for key, old, new in pairs if not _same(old, new)]
+    differ = [f"{key} {before.get(key)!r}, found {now.get(key)!r}" for key in keys if not _same(before.get(key), now.get(key))]
     known = json.loads((folder / "environment.json").read_text()).get("inputs", {})
     changed = [name for name in sorted(known.keys() & inputs.keys()) if known[name] != inputs[name]]
     differ += [f"another content of {name}" for name in changed]
@@ -120,10 +119,8 @@ def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:
     """Check that starting anew in these folders does not remove the weights to start from."""
     removed = {(folder / name).resolve() for folder in folders for name in listed_files(folder)}
     if init_checkpoint and Path(init_checkpoint).resolve() in removed:
-        raise UserError(
-            f"init_checkpoint: found {init_checkpoint}, which resume false would remove, expected it elsewhere; set another "
-            "output_dir"
-        )
+        found = f"found {init_checkpoint}, which resume false would remove"
+        raise UserError(f"init_checkpoint: {found}, expected it elsewhere; set another output_dir")
 
 
 def environment() -> dict:

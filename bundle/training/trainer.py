@@ -50,10 +50,8 @@ class MultiTaskTrainer(SupervisedTrainer):
         terms = {"loss": output[CommonKeys.LOSS].item(), **engine.loss_function.terms}
         if not np.isfinite(terms["loss"]):
             images = ", ".join(record[IMAGE] for record in batchdata[RECORD])
-            raise UserError(
-                f"loss: found {terms} in iteration {engine.state.iteration} ({images}), expected finite values; "
-                "lower learning_rate"
-            )
+            where = f"iteration {engine.state.iteration} ({images})"
+            raise UserError(f"loss: found {terms} in {where}, expected finite values; lower learning_rate")
         output["loss_terms"] = terms
         return [output]
 

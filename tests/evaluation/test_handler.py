@@ -27,9 +27,7 @@ def batch(annotated, source="covid_ct", start=0, size=4):
         "target": torch.rand(size, 1, 32, 32),
         "detection": [{"boxes": box, "labels": torch.ones(1), "masks": masks} if row else None for row in rows[DETECTION]],
         "annotated": rows,
-        "record": [
-            {"image": f"{source}/{start + i}.png", "group": f"p{(start + i) // 2}", "source": source} for i in range(size)
-        ],
+        "record": [{"image": f"{source}/{i}.png", "group": f"p{i // 2}", "source": source} for i in range(start, start + size)],
     }
     pred = {
         CLASSIFICATION: torch.randn(size, 3),
@@ -78,31 +76,24 @@ def test_metrics_json_has_the_one_fixed_form(tmp_path, sources):
             assert part.keys() >= names
             for name in names - {"confusion_matrix", "froc"}:
                 check_figure(part[name], n)
-        if task == DETECTION:
-            for part, n in parts:
+            if task == DETECTION:
                 assert part["froc"].keys() == RATES
                 for figure in part["froc"].values():
                     check_figure(figure, n)
-        if task == CLASSIFICATION:
-            for part, n in parts:
+            if task == CLASSIFICATION:
                 assert part["confusion_matrix"]["classes"] == CLASSES
                 assert np.array(part["confusion_matrix"]["counts"]).sum() == n
 
 
 def test_only_annotated_samples_count():
-    some = {
-        CLASSIFICATION: [True, False, False, True],
-        SEGMENTATION: [False, True, False, False],
-        DETECTION: [False, False, True, True],
-    }
+    some = {CLASSIFICATION: [True, False, False, True], SEGMENTATION: [False, True, False, False]}
+    some[DETECTION] = [False, False, True, True]
     metrics, _ = evaluate([batch(some), batch(some, start=4)])
     counts = {CLASSIFICATION: 4, SEGMENTATION: 2, RECONSTRUCTION: 8, DETECTION: 4}
     first = {CLASSIFICATION: "accuracy", SEGMENTATION: "dice", RECONSTRUCTION: "mse", DETECTION: "ap50"}
     assert {task: metrics.report[task][first[task]]["n"] for task in TASKS} == counts
-    right = [
-        (one["pred"][CLASSIFICATION].argmax(1) == one["label"]["class"].int().argmax(1))[[0, 3]]
-        for one in (batch(some), batch(some, start=4))
-    ]
+    pairs = [(one["pred"][CLASSIFICATION], one["label"]["class"].int()) for one in (batch(some), batch(some, start=4))]
+    right = [(pred.argmax(1) == label.argmax(1))[[0, 3]] for pred, label in pairs]
     assert metrics.report[CLASSIFICATION]["accuracy"]["value"] == pytest.approx(torch.cat(right).float().mean().item())
 
 
@@ -173,11 +164,8 @@ def test_an_epoch_starts_without_the_rows_of_the_one_before():
 
 
 def test_per_case_csv_has_a_row_for_every_image_and_empty_cells_where_there_is_nothing_to_say(tmp_path):
-    some = {
-        CLASSIFICATION: [True, False, False, False],
-        SEGMENTATION: [False, True, False, False],
-        DETECTION: [False, False, True, False],
-    }
+    some = {CLASSIFICATION: [True, False, False, False], SEGMENTATION: [False, True, False, False]}
+    some[DETECTION] = [False, False, True, False]
     one = batch(some)
     one["label"]["mask"][1], one["pred"][SEGMENTATION][1] = 0, -1  # no lesion, none found: no distance, no sensitivity
     evaluate([one], output_dir=tmp_path)

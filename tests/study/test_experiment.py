@@ -12,8 +12,6 @@ from bundle.study.experiment import COLUMNS, Experiment, add_results, experiment
 CONFIGS = Path(__file__).parents[2] / "configs"
 CURVE = {"x": {"one": 1, "two": 2}, "label": "n", "figure": "Dice", "target": 0.8}
 ENTRIES = {"title": "A", "question": "b?", "arms": {"one": [], "two": [{"seed": 1}]}, "seeds": [0], "figures": ["Dice"]}
-
-
 GROUP = {"title": "G", "figure": "Dice", "arms": ["one", "two"]}
 
 
@@ -35,22 +33,17 @@ def test_an_experiment_is_read_with_its_defaults(tmp_path):
     ("entries", "words"),
     [
         ({"arms": {}}, "arms: found {}, expected one or more"),
-        ({"seeds": []}, "seeds: found [], expected one or more"),
         ({"figures": []}, "figures: found [], expected one or more"),
         ({"figures": ["dice"]}, "figures::0: found 'dice', expected one of accuracy, AUROC, Dice"),
         ({"workflow": "train"}, "workflow: found 'train', expected one of run, training"),
         ({"arms": {"one": {}}}, "arms::one: found {}, expected a list of overlays, or {'members': one or more such lists}"),
-        ({"arms": {"one": "ema.json"}}, "arms::one: found 'ema.json', expected a list of overlays, or {'members': one"),
         ({"arms": {"one": {"members": []}}}, "arms::one: found {'members': []}, expected a list of overlays"),
         ({"arms": {"one": {"members": ["a.json"]}}}, "arms::one: found {'members': ['a.json']}, expected a list of overlays"),
         ({"workflow": "training", "arms": {"one": {"members": [[], []]}}}, "arms::one: found members, expected none with"),
         ({"recipes": {"r": []}, "arms": {"one": {"members": [[]]}}}, "arms::one: found members, expected none with recipes"),
-        ({"curve": [1]}, "curve: found [1], expected x, label, figure and target"),
         ({"curve": {"x": {"one": 1, "two": 2}}}, "expected x, label, figure and target, or nothing"),
-        ({"curve": {**CURVE, "x": ["one"]}}, "curve::x: found ['one'], expected names with values"),
         ({"curve": {**CURVE, "x": {"one": 1}}}, "curve::x: found one, expected the arms one, two"),
         ({"curve": {**CURVE, "x": {"one": 0, "two": 1}}}, "curve::x::one: found 0, expected a number above 0"),
-        ({"curve": {**CURVE, "figure": "dice"}}, "curve::figure: found 'dice', expected one of accuracy"),
         ({"curve": {**CURVE, "target": 80}}, "curve::target: found 80, expected a figure between 0 and 1"),
         ({"groups": [GROUP]}, "groups: found one, two, expected some of one, two, and one or more recipes"),
         ({"recipes": {"r": []}, "groups": [{**GROUP, "arms": ["three"]}]}, "groups: found three, expected some of one, two"),
@@ -85,16 +78,8 @@ def test_every_experiment_of_the_study_can_be_read():
 
 def test_results_are_replaced_run_by_run(tmp_path):
     def row(arm, seed, dice):
-        return {
-            "experiment": "x",
-            "scale": "smoke",
-            "data": "d",
-            "arm": arm,
-            "seed": seed,
-            "stage": "end",
-            "Dice": dice,
-            "run": arm,
-        }
+        place = {"experiment": "x", "scale": "smoke", "data": "d", "stage": "end"}
+        return {**place, "arm": arm, "run": arm, "seed": seed, "Dice": dice}
 
     path = tmp_path / "new/results.csv"
     assert read_results(path) == []

@@ -81,16 +81,11 @@ def test_learning_curve_says_how_much_is_needed(tmp_path):
     assert "(fitted seed by seed: 2,154 to more than 1000 times the largest n)" in text and "\n- 6 runs" in text
     text = write_report(make(curve), [*rows, row("one", 2, 0.4976)], tmp_path).read_text()
     assert "(fitted seed by seed: 2,154 to 2,154)" in text, "a seed without all arms has no curve of its own"
-    flat = [row("one", 0, 0.1081), row("two", 0, 0.1082)]
-    assert (
-        "More than 1000 times the largest n would be needed for 0.8: flat"
-        in write_report(make(curve), flat, tmp_path).read_text()
-    )
-    falling = [row("one", 0, 0.5), row("two", 0, 0.3)]
-    assert (
-        "No falling power law fits 1 - Dice over the number of images."
-        in write_report(make(curve), falling, tmp_path).read_text()
-    )
+    flat, falling = [row("one", 0, 0.1081), row("two", 0, 0.1082)], [row("one", 0, 0.5), row("two", 0, 0.3)]
+    text = write_report(make(curve), flat, tmp_path).read_text()
+    assert "More than 1000 times the largest n would be needed for 0.8: flat" in text
+    text = write_report(make(curve), falling, tmp_path).read_text()
+    assert "No falling power law fits 1 - Dice over the number of images." in text
 
 
 def test_groups_compare_recipes_on_the_sources_left_out(tmp_path):

@@ -45,13 +45,8 @@ def test_starting_anew_removes_what_the_run_has_written_and_nothing_else(begun, 
     write_json({}, tmp_path / "elsewhere.json")
     close_run(begun)
     write_json({}, begun / "later.json")
-    assert set(listed_files(begun)) == {
-        "config.json",
-        "environment.json",
-        "last.pt",
-        "validation/metrics.json",
-        "lungs/deep/metrics.json",
-    }
+    made = {"config.json", "environment.json", "last.pt", "validation/metrics.json", "lungs/deep/metrics.json"}
+    assert set(listed_files(begun)) == made
     open_run(begun, CONFIG, resume=False)
     close_run(begun)
     assert all(path.read_text() == "mine" for path in mine) and (begun / "later.json").exists()
