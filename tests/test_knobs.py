@@ -117,6 +117,10 @@ def task(id, name, attribute):
     return lambda w: getattr(of_task(w[id], name), attribute)
 
 
+def validated(name):
+    return lambda w: of_task(w.handler("MultiTaskMetrics", "validate#handlers"), name).classes
+
+
 def passed(function, position):
     return lambda w: w.arguments(function)[position]
 
@@ -145,7 +149,7 @@ TRAIN = {
         {
             "records": outcome("records"),
             "head": lambda w: w.head("classification")[-1].out_features,
-            "metrics": lambda w: of_task(w.handler("MultiTaskMetrics", "validate#handlers"), "classification").classes,
+            "metrics": validated("classification"),
         },
     ],
     "segmentation_classes": [
@@ -153,7 +157,7 @@ TRAIN = {
         {
             "mask": lambda w: w["preprocessing"].transforms[0].segmentation_classes,
             "head": lambda w: sizes(w.head("segmentation").output),
-            "metrics": lambda w: of_task(w.handler("MultiTaskMetrics", "validate#handlers"), "segmentation").classes,
+            "metrics": validated("segmentation"),
         },
     ],
     "tasks": [
@@ -172,10 +176,7 @@ TRAIN = {
     ],
     "uncertainty_weights": [
         True,
-        {
-            "loss": lambda w: len(sizes(w["loss"])),
-            "optimizer": lambda w: sum(len(group["params"]) for group in w["optimizer"].param_groups),
-        },
+        {"loss": lambda w: len(sizes(w["loss"])), "optimizer": lambda w: len(w["optimizer"].param_groups[0]["params"])},
     ],
     "segmentation_loss": ["dice", {"loss": lambda w: [*map(type, of_task(w["loss"], "segmentation").criterion.losses)]}],
     "label_smoothing": [0.3, {"loss": task("loss", "classification", "label_smoothing")}],

@@ -127,8 +127,9 @@ class Segmentation(Task):
 
         The probabilities are cut at the threshold on the grid of the slice: enlarging a mask would give rougher outlines.
         """
-        labels, one, spacing = to_labels(answer, self.threshold), len(self.classes) == 1, result.scan.spacing
-        view.labels = labels
+        highest, channel = torch.as_tensor(answer).max(0)
+        labels = torch.where(highest > self.threshold, channel + 1, 0).numpy().astype(np.uint8)  # 1 + the likeliest class
+        one, spacing, view.labels = len(self.classes) == 1, result.scan.spacing, labels
         result.store("mask", labels, view.slice, picture_scale=255 if one else 1)
         for name, values in zip(self.classes, torch.as_tensor(answer).numpy()):
             kind = "probability" if one else f"probability_{file_part(name)}"
@@ -184,12 +185,6 @@ def _falsely_marked(mask: torch.Tensor, truth: torch.Tensor, batch: Mapping) -> 
         if lung := lung_region(batch[TARGET][index, 0].cpu().numpy()).sum():
             found[index] = float(mask[index].any(0).sum() > FALSE_SHARE * lung)
     return found
-
-
-def to_labels(probabilities: torch.Tensor, threshold: float = 0.5) -> np.ndarray:
-    """(C, rows, columns) to uint8 (rows, columns): 0, or 1 + the likeliest channel where it exceeds the threshold."""
-    highest, channel = torch.as_tensor(probabilities).max(0)
-    return torch.where(highest > threshold, channel + 1, 0).numpy().astype(np.uint8)
 
 
 def file_part(name: str) -> str:

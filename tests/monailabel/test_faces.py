@@ -105,16 +105,16 @@ def test_a_config_of_another_network_is_refused_in_one_line(checkpoint, tmp_path
     assert not (tmp_path / "faces/chest_ct_segmentation/models/model.pt").exists()
 
 
-def test_a_config_that_is_not_there_is_named(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="nowhere.json: cannot be read .*, expected JSON or YAML"):
-        make_faces(tmp_path, checkpoint, ["nowhere.json"])
-
-
-def test_a_config_that_tells_how_to_train_is_refused(checkpoint, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"multi_gpu_train.json: found 'train#dataloader#sampler', which does not fit inference"
-    ):
-        make_faces(tmp_path, checkpoint, [CONFIGS / "multi_gpu_train.json"])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("nowhere.json", "nowhere.json: cannot be read .*, expected JSON or YAML"),
+        (CONFIGS / "multi_gpu_train.json", "_train.json: found 'train#dataloader#sampler', which does not fit inference"),
+    ],
+)
+def test_a_config_that_is_not_there_or_tells_how_to_train_is_refused(checkpoint, tmp_path, config, words):
+    with pytest.raises(UserError, match=words):
+        make_faces(tmp_path, checkpoint, [config])
 
 
 def test_a_network_without_the_head_of_a_face_is_refused(save_smoke, tmp_path):
