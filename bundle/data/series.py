@@ -1,7 +1,6 @@
 """Which DICOM images are one scan: what their headers say, what is excluded, how they are grouped, ordered and decoded.
 
-pydicom decodes the pixels and applies look-up tables. highdicom's Image and Volume are not used: they hold a series in memory
-as a whole, need equal gaps between its slices, and pydicom 3, which MONAI Label does not allow.
+highdicom's Image and Volume hold a series in memory as a whole and need equal gaps between its slices.
 """
 
 from __future__ import annotations
@@ -408,7 +407,8 @@ def _by_grid(frames: Sequence[Frame]) -> list[list[Frame]]:
 def _on_one_grid(one: Frame, other: Frame) -> bool:
     """Whether directions differ by at most 0.01 and sides of a pixel by 0.001 mm, if they are known."""
     pairs = ((one.orientation, other.orientation, 0.01), (one.spacing, other.spacing, 0.001))
-    return all(np.abs(np.subtract(first, second)).max() <= most for first, second, most in pairs if first and second)
+    differ = [pair for pair in pairs if pair[0] and pair[1] and pair[0] != pair[1]]
+    return all(np.abs(np.subtract(first, second)).max() <= most for first, second, most in differ)
 
 
 def _by_folder(frames: Sequence[Frame]) -> list[list[Frame]]:
@@ -533,8 +533,8 @@ def study_of(frame: Frame) -> tuple[str, str]:
 
 def study_of_header(path, header: pydicom.Dataset) -> tuple[str, str]:
     """The same for a file that has no frame."""
-    patient, study = (_text(header, "PatientID") or _text(header, "PatientName")), _text(header, "StudyInstanceUID")
-    return patient, study or os.path.dirname(path)
+    texts = [_text(header, name) for name in ("PatientID", "PatientName", "StudyInstanceUID")]
+    return texts[0] or texts[1].rstrip("^ "), texts[2] or os.path.dirname(path)
 
 
 def _extra(group: Sequence[Frame], largest: int) -> str:

@@ -280,9 +280,8 @@ class NiftiScan(Scan):
         if not nibabel.is_proxy(data):
             return data.reshape(self.shape), 1, 0
         if self.axis == 2 and str(data.file_like).endswith(".gz"):
-            stored = nibabel.arrayproxy.ArrayProxy(
-                data.file_like, (data.shape, data.dtype, data.offset, 1, 0), keep_file_open=True
-            )
+            unscaled = (data.shape, data.dtype, data.offset, 1, 0)
+            stored = nibabel.arrayproxy.ArrayProxy(data.file_like, unscaled, keep_file_open=True)
         else:
             stored = data.get_unscaled()
         return stored.reshape(self.shape), data.slope, data.inter
@@ -448,10 +447,10 @@ def _open_dicoms(name: str, path: str) -> list[Scan]:
     """The scans in one file: several phases or fields of view."""
     header = series.read_header(path)
     reason = series.exclusion_reason(header)
-    groups = [] if reason not in ("", series.LOCALIZERS) else series.group_frames(series.frames_of(path, header))
-    if groups and not all(group[0].axial for group in groups):
-        reason = series.NOT_AXIAL
-    if reason not in ("", series.LOCALIZERS):
+    groups = series.group_frames(series.frames_of(path, header)) if reason in ("", series.LOCALIZERS) else []
+    if groups:
+        reason = "" if all(group[0].axial for group in groups) else series.NOT_AXIAL
+    if reason:
         raise UserError(f"found {reason}, expected an axial image{'; give its folder' if reason == DIRECTORY else ''}")
     return [DicomScan(f"{name}_{n}" if len(groups) > 1 else name, path, group) for n, group in enumerate(groups, 1)]
 
@@ -460,14 +459,11 @@ READERS: dict[tuple[str, ...], Callable[[str, str], Scan]] = {PICTURES: PictureS
 
 
 class SliceSize(NamedTuple):
-    """(columns, rows) of a slice: `stored` on the grid of its file, as boxes are; `turned` to LPS, as it is read.
+    """(columns, rows) of a slice."""
 
-    `mode` is Pillow's of a picture, and says if it is a JPEG; None of another file.
-    """
-
-    stored: tuple[int, int]
-    turned: tuple[int, int]
-    mode: str | None = None
+    stored: tuple[int, int]  # on the grid of its file, as boxes are
+    turned: tuple[int, int]  # to LPS, as it is read
+    mode: str | None = None  # Pillow's of a picture, and whether it is a JPEG
 
 
 def slice_size(path) -> SliceSize:

@@ -35,7 +35,7 @@ def slices_of(scans: Iterable[Scan]) -> list[dict]:
 
 
 def collate(samples: Sequence[dict]) -> dict:
-    """Join slices to a batch {"image": (B, 1, S, S), "samples": the samples themselves, which know the way back}."""
+    """Join slices to a batch {"image": (B, 1, S, S), "samples": the samples themselves}."""
     # No MetaTensor, whose bookkeeping would take a tenth of the network's time.
     return {IMAGE: torch.stack([sample[IMAGE].as_tensor() for sample in samples]), SAMPLES: list(samples)}
 
@@ -64,10 +64,7 @@ class ReadAhead(DataLoader):
 
 
 class SplitBatch:
-    """Handler that splits batch and predictions into single slices.
-
-    MONAI's own decollation would mix up detections, which are a list with an entry for each image.
-    """
+    """Handler that splits batch and predictions into slices; MONAI's decollation mixes up detections, which are a list."""
 
     def attach(self, engine) -> None:
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
@@ -75,9 +72,7 @@ class SplitBatch:
     def __call__(self, engine) -> None:
         samples, pred = engine.state.batch[SAMPLES], engine.state.output[CommonKeys.PRED]
         engine.state.batch = samples
-        engine.state.output = [
-            {key: to_cpu(answer[index]) for key, answer in pred.items()} for index in range(len(samples))
-        ]
+        engine.state.output = [{key: to_cpu(answer[n]) for key, answer in pred.items()} for n in range(len(samples))]
 
 
 def to_cpu(answer):
@@ -88,11 +83,11 @@ def to_cpu(answer):
 
 
 class AnswersToSlice(Transform):
-    """Turn the network's answers for a slice into those that are reported, on the grid of the slice as it was read.
+    """Turn a network's answers into those that are reported, on the grid of the slice as it was read.
 
     Args:
         tasks: of the network.
-        transform: the preprocessing of the slices; answers of dense tasks go through it backwards.
+        transform: the preprocessing, inverted for dense tasks.
     """
 
     def __init__(self, tasks: Sequence[Task], transform: InvertibleTransform) -> None:

@@ -302,20 +302,20 @@ def copies_in_one_folder(folder):
 
 
 def enhanced(folder, phases=1, mark=lambda frame, phase, z: None):
-    """One file of frames in no order, its geometry and rescaling in functional groups; phase n is n HU denser."""
+    """One file of frames in no order, geometry and rescaling in functional groups, each its own; phase n is n HU denser."""
     order = [(phase, z) for z in (3, 1, 0, 2, 9, 8, 4, 5, 7, 6) for phase in range(phases)]
     gone = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"]
     gone += ["RescaleSlope", "RescaleIntercept"]
-    dataset, shared, (measures, plane, values) = dicom(0, **dict.fromkeys(gone)), Dataset(), (Dataset() for _ in range(3))
+    dataset, shared, measures, plane = dicom(0, **dict.fromkeys(gone)), Dataset(), Dataset(), Dataset()
     dataset.NumberOfFrames = len(order)
-    dataset.PixelData = b"".join((HU.T[z] + 1024 + phase).astype("<u2").tobytes() for phase, z in order)
+    dataset.PixelData = b"".join(((HU.T[z] + 1024 + phase) << z % 2).astype("<u2").tobytes() for phase, z in order)
     measures.PixelSpacing, measures.SliceThickness, plane.ImageOrientationPatient = [2.2, 2.2], 5, [1, 0, 0, 0, 1, 0]
-    values.RescaleSlope, values.RescaleIntercept, values.RescaleType = 1, -1024, "HU"
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
-    shared.PixelValueTransformationSequence = [values]
     dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], []
     for phase, z in order:
-        frame, position = Dataset(), Dataset()
+        frame, position, values = Dataset(), Dataset(), Dataset()
+        values.RescaleSlope, values.RescaleIntercept, values.RescaleType = 0.5 if z % 2 else 1, -1024, "HU"
+        frame.PixelValueTransformationSequence = [values]
         position.ImagePositionPatient, frame.PlanePositionSequence = [-140, -123, -1000 + 5 * z], [position]
         mark(frame, phase, z)
         dataset.PerFrameFunctionalGroupsSequence.append(frame)

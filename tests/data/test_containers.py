@@ -149,6 +149,7 @@ def test_phases_of_a_multi_frame_file_are_scans(tmp_path, mark, monkeypatch):
     monkeypatch.setattr(series, "_read_header", lambda file, tags: parsed.append(file) or read_header(file, tags))
     for phase, scan in enumerate(scans):
         np.testing.assert_array_equal(scan.read_volume(), HU + phase)
+        assert scan.sources[:2] == [(str(tmp_path / "x"), 2 * 3 + phase), (str(tmp_path / "x"), 3 + phase)]
     assert len(parsed) == 3, "the header is parsed once, not once for each frame"
     with pytest.raises(UserError, match=r"x: found 3 scans \(phases, say\), expected one"):
         open_scan(tmp_path / "x")
