@@ -355,39 +355,39 @@ def report_backends(parser: ConfigParser, turns: int, exported: Sequence[str] = 
     return "\n".join(lines) + "\n"
 
 
-def pace(source, folder: Path, counts: Sequence[int] = (30, 100, 600), knobs: Sequence[str] = ()) -> dict[str, dict]:
-    """`chestct predict` of a scan's own files, at most the first of `counts` of them, and of NIfTI volumes of its slices.
+def pace(source, folder: Path, counts: Sequence[int]) -> Iterator[tuple[str, dict]]:
+    """`chestct predict` of the first files of a scan, as many as the first count says, and of NIfTI volumes of its slices.
 
     Args:
         source: a scan, in HU; its slices run up and down in the longer volumes.
 
-    Returns:
-        By scan: seconds (the smaller of wall clock and processor: other jobs delay the one, threads add to the other) of
+    Yields:
+        Name, and seconds (the smaller of wall clock and processor: other jobs delay the one, threads add to the other) of
         "monai" (its import), "imports", "first slice" (when it enters the network) and "end", and of the network alone;
         memory and page (report.html) in MB.
     """
     scans, failures = find_scans(source)
     if not scans or not scans[0].hounsfield:
         raise UserError(f"{source}: found no scan in HU{''.join(': ' + failure['reason'] for failure in failures[:1])}")
-    scan, rows = scans[0], {}
+    scan = scans[0]
     for number, count in enumerate(counts):
-        order = islice(cycle([*range(len(scan)), *reversed(range(len(scan)))]), count)
-        if number == 0 and len(scan.sources) > 1:  # one file a slice: the first of them, as they are
-            path = folder / "series"
+        path = folder / (f"{count}.nii.gz" if number or len(scan.files) == 1 else "series")
+        if path.suffix:
+            order, shape = [*range(len(scan)), *reversed(range(len(scan)))], scan.read_stored(0).shape
+            voxels = np.empty((*shape, count), np.int16, order="F")
+            for plane, index in zip(np.moveaxis(voxels, -1, 0), cycle(order)):
+                plane[:] = scan.read_stored(index)
+            nibabel.Nifti1Image(voxels, scan.affine).to_filename(path)
+        else:
             path.mkdir()
             for file, _ in scan.sources[:count]:
                 (path / Path(file).name).symlink_to(Path(file).resolve())
-        else:
-            path = folder / f"{count}.nii.gz"
-            voxels = np.stack([scan.read_stored(index) for index in order], -1).astype(np.int16)
-            nibabel.Nifti1Image(voxels, scan.affine).to_filename(path)
-        name = f"{count} slices, {'files of the scan' if path.is_dir() else 'NIfTI'}"
-        rows[name] = _timed_prediction(path, folder / f"out{count}", knobs)
-    return rows
+        name = f"{count} slices, {'NIfTI' if path.suffix else 'files of the scan'}"
+        yield name, _timed_prediction(path, folder / f"out{count}")
 
 
-def _timed_prediction(path: Path, out: Path, knobs: Sequence[str]) -> dict:
-    command = [sys.executable, str(Path(__file__).with_name("timed_predict.py")), str(path), "-o", str(out), *knobs]
+def _timed_prediction(path: Path, out: Path) -> dict:
+    command = [sys.executable, str(Path(__file__).with_name("timed_predict.py")), str(path), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{path}: chestct predict failed: {done.stderr.strip()[-500:]}")
@@ -396,11 +396,17 @@ def _timed_prediction(path: Path, out: Path, knobs: Sequence[str]) -> dict:
     return row | {"page": max(page.stat().st_size for page in out.glob("**/report.html")) / 1e6}
 
 
-def report_pace(source, quick: bool) -> str:
-    """The measurement of `pace` as text, with goals."""
+def report_pace(source, counts: Sequence[int]) -> None:
+    """Print the measurement of `pace`, row by row, and its goals."""
+    columns, rows = ("wall", "end", "network", "monai", "imports", "first slice", "memory", "page"), {}
+    print(_machine("cpu"))
+    print("seconds: the smaller of wall clock and processor; network: of its thread; memory, page: MB\n")
+    print(f"{'scan':30}" + "".join(f"{name:>13}" for name in (*columns, "end:network")))
     with tempfile.TemporaryDirectory() as folder:
-        rows = pace(source, Path(folder), (2, 3, 4) if quick else (30, 100, 600))
-    columns = ("wall", "end", "network", "monai", "imports", "first slice", "memory", "page")
+        for name, row in pace(source, Path(folder), counts):
+            numbers = "".join(f"{row[column]:13.1f}" for column in columns)
+            print(f"{name:30}{numbers}{row['end'] / row['network']:13.2f}", flush=True)
+            rows[name] = row
     (short, *_, middle, long), names = rows.values(), list(rows)
     goals = {
         f"{names[0]}: 2 x network + imports + 3 s": (short["end"], 2 * short["network"] + short["imports"] + 3),
@@ -409,19 +415,9 @@ def report_pace(source, quick: bool) -> str:
         "largest report.html, MB": (max(row["page"] for row in rows.values()), 10),
         "first slice: import monai + 2 s": (short["first slice"], short["monai"] + 2),
     }
-    lines = [
-        _machine("cpu"),
-        "seconds: the smaller of wall clock and processor; network: of its thread; memory, page: MB",
-        "",
-        f"{'scan':30}" + "".join(f"{name:>13}" for name in (*columns, "end:network")),
-        *(
-            f"{name:30}" + "".join(f"{row[column]:13.1f}" for column in columns) + f"{row['end'] / row['network']:13.2f}"
-            for name, row in rows.items()
-        ),
-        "",
-        *(f"{name:60}{found:9.1f}  (goal: at most {allowed:.1f})" for name, (found, allowed) in goals.items()),
-    ]
-    return "\n".join(lines) + "\n"
+    print()
+    for name, (found, allowed) in goals.items():
+        print(f"{name:60}{found:9.1f}  (goal: at most {allowed:.1f})")
 
 
 def _machine(device) -> str:
@@ -454,7 +450,7 @@ def main() -> None:
     with exit_in_one_line(), tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
         common = {"bundle_root": str(CONFIGS.parent), "output_dir": folder}
         if arguments.pace:
-            print(report_pace(arguments.pace, arguments.quick), end="")
+            report_pace(arguments.pace, (2, 3, 4) if arguments.quick else (30, 100, 600))
         elif arguments.scan:
             files = [str(CONFIGS / "inference.json"), *overlays]
             entries = {"input": arguments.scan, "checkpoint": arguments.checkpoint, "device": "cpu", **tiny, **common}

@@ -83,6 +83,26 @@ def write_dicom():
 
 
 @pytest.fixture(scope="session")
+def write_ct(write_dicom):
+    """Function that writes HU (slices, rows, columns) as a CT series in a new folder, `step` mm apart; None removes a tag."""
+
+    def write(folder, volume, spacing=(0.75, 1.5), step=5.0, **values) -> Path:
+        folder.mkdir(parents=True)
+        uids = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
+        for index, hu in enumerate(volume):
+            dataset = pydicom.dcmread(write_dicom(folder / str(index), hu, spacing))
+            for name, value in {**uids, "ImagePositionPatient": [0, 0, step * index], **values}.items():
+                if value is None:
+                    delattr(dataset, name)
+                else:
+                    setattr(dataset, name, value)
+            dataset.save_as(folder / str(index))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def chest_slice() -> tuple[np.ndarray, np.ndarray]:
     """A slice in [0, 1] and its lungs: body, two lungs with a vessel in one, air around, a table below the body."""
     y, x = np.mgrid[:128, :160]

@@ -280,11 +280,12 @@ class NiftiScan(Scan):
         if not nibabel.is_proxy(data):
             return data.reshape(self.shape), 1, 0
         if self.axis == 2 and str(data.file_like).endswith(".gz"):
-            unscaled = (data.shape, data.dtype, data.offset, 1, 0)
+            # Its own reshape() would forget to keep the file open, and each slice would be unpacked from the first on.
+            unscaled = (self.shape, data.dtype, data.offset, 1, 0)
             stored = nibabel.arrayproxy.ArrayProxy(data.file_like, unscaled, keep_file_open=True)
         else:
-            stored = data.get_unscaled()
-        return stored.reshape(self.shape), data.slope, data.inter
+            stored = data.get_unscaled().reshape(self.shape)
+        return stored, data.slope, data.inter
 
 
 def _load_nifti(path):

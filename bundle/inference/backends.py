@@ -31,10 +31,6 @@ def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False)
 
     Weights are loaded before its first call.
 
-    Args:
-        backend: torch (the network itself), onnxruntime or openvino.
-        amp: whether the caller uses mixed precision, which only torch supports.
-
     Raises:
         UserError: for an unknown backend, one that is not installed, or one that does not support `amp` or the device.
     """
@@ -64,12 +60,8 @@ class ExportedNet(nn.Module):
     """A network whose convolutions run in another library; anchors, suppression and the pooling of regions stay in torch.
 
     Exported are the encoder with the dense heads and feature pyramids, and of each Mask R-CNN the box head and the mask head.
-    The first call exports for the size of its images, which takes some seconds; no file is kept. Images are processed one by
-    one: on a CPU a batch is not faster and needs more memory.
-
-    Args:
-        network: of which only the mode is changed. Weights loaded after the first call have no effect.
-        backend: onnxruntime or openvino.
+    The first call exports for the size of its images, which takes some seconds; weights loaded later have no effect. Images
+    are processed one by one: on a CPU a batch is not faster and needs more memory.
     """
 
     def __init__(self, network: MultiTaskNet, backend: str) -> None:
@@ -112,12 +104,9 @@ class ExportedNet(nn.Module):
 
 
 class Exported(nn.Module):
-    """A module that is exported to ONNX and run by another library with float32.
+    """A module, from one tensor to one or several with as many rows, exported to ONNX and run by another library with float32.
 
-    Args:
-        module: from one tensor to one or several, all with the same number of rows.
-        example: tensor of at least 2 rows; later inputs may differ in the number of rows only.
-        backend: onnxruntime or openvino.
+    `example` has at least 2 rows; later inputs may differ in the number of rows only.
     """
 
     def __init__(self, module: nn.Module, example: torch.Tensor, backend: str) -> None:

@@ -87,10 +87,7 @@ def _noting(noted: list[str], what: str) -> Iterator[None]:
 
 
 def read_headers(frames: Sequence[Frame]) -> dict[str, Dataset]:
-    """Headers by path: the first is read, for patient and study; of the others is known what references and geometry need.
-
-    Invalid values that an object must have are emptied.
-    """
+    """Headers by path: the first as it is read, without invalid values; the others with what references and geometry need."""
     _require(frames, IDENTITY)
     first, headers = read_header(frames[0].path, None), {}
     for keyword in TYPE_2:
@@ -117,10 +114,10 @@ def _require(frames: Sequence[Frame], keywords: Mapping[str, str]) -> None:
 def write_segmentation(
     path, frames: Sequence[Frame], headers: Mapping[str, Dataset], labels: np.ndarray, prediction: Mapping
 ) -> Segmentation:
-    """Write a DICOM Segmentation (BINARY, a segment for each segmentation class) of a series or a multi-frame image.
+    """Write a DICOM Segmentation (BINARY, a segment for each segmentation class); what highdicom needs is added to `headers`.
 
-    Every segment has a frame for every slice, empty or not, so that its frames are the grid of the scan for readers that
-    ignore frame positions. A frame of 512 x 512 pixels takes 32 KB. What highdicom needs is added to `headers`.
+    Every segment has a frame for every slice, empty or not (32 KB of 512 x 512), so that its frames are the grid of the scan
+    for readers that ignore frame positions.
     """
     model, names = prediction["model"], prediction["segmentation"]
     return _save(
@@ -142,24 +139,19 @@ def write_segmentation(
 def write_structured_report(
     path, frames: Sequence[Frame], headers: Mapping[str, Dataset], prediction: Mapping, segmentation: Dataset | None = None
 ) -> None:
-    """Write a DICOM Structured Report (Comprehensive SR, template TID 1500), unverified and preliminary.
+    """Write a DICOM Structured Report (Comprehensive SR, template TID 1500), unverified and preliminary; it needs no geometry.
 
-    It has a group for the scan (probabilities in %, predicted class, volume of the lung in mL), for each segmentation class
-    (volume in mL, share of the lung in %, its segment) and for each lesion (outlines of its boxes in pixels of the images,
-    certainty in %, volume in mL; in mm the width along a row, height along a column, depth across the slices). Values that
-    are null are omitted. Comments state that it is for research only, and the warnings. Geometry is not needed.
+    It has a group for the scan, for each segmentation class (with its segment) and for each lesion (with the outlines of its
+    boxes), without values that are null, and comments: research use, and the warnings.
     """
     model, first = prediction["model"], headers[frames[0].path]
     groups = [_scan_group(prediction)]
     for number, (name, found) in enumerate(prediction.get("segmentation", {}).items(), start=1):
         groups.append(_segment_group(number, name, found, model, first, segmentation))
     groups += [_lesion_group(lesion, model, frames, headers) for lesion in prediction.get("detection", [])]
-    device = sr.DeviceObserverIdentifyingAttributes(
-        uid=generate_uid(entropy_srcs=list(model.values())),  # the same in all reports of the same weights
-        name=model["name"],
-        model_name=model["name"],
-        serial_number=model["checkpoint"],
-    )
+    uid = generate_uid(entropy_srcs=list(model.values()))  # the same in all reports of the same weights
+    about = {"name": model["name"], "model_name": model["name"], "serial_number": model["checkpoint"]}
+    device = sr.DeviceObserverIdentifyingAttributes(uid=uid, **about)
     observer = sr.ObserverContext(codes.DCM.Device, observer_identifying_attributes=device)
     context = sr.ObservationContext(observer_device_context=observer)
     report = sr.MeasurementReport(context, codes.LN.CTUnspecifiedBodyRegion, groups)
@@ -178,7 +170,7 @@ def write_structured_report(
 
 
 def _save(path, kind: type[Dataset], **arguments) -> Dataset:
-    """Make a highdicom object and write it. Here alone libraries judge headers, and their messages quote the patient."""
+    """Make a highdicom object and write it; messages of the libraries are not shown, since they quote the patient."""
     try:
         made = kind(**arguments)
         made.save_as(path)
@@ -191,16 +183,16 @@ def _save(path, kind: type[Dataset], **arguments) -> Dataset:
 
 
 def _segment(number: int, name: str, model: Mapping) -> SegmentDescription:
-    intelligence, parameters = codes.DCM.ArtificialIntelligence, {"checkpoint": model["checkpoint"]}
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        model["name"], codes.DCM.ArtificialIntelligence, model["version"], parameters={"checkpoint": model["checkpoint"]}
+    )
     return SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
         segmented_property_category=ABNORMAL,
         segmented_property_type=_public_code(name, SEGMENTS),
         algorithm_type="AUTOMATIC",
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            model["name"], intelligence, model["version"], parameters=parameters
-        ),
+        algorithm_identification=algorithm,
         tracking_id=name[:64],
         tracking_uid=highdicom.UID(),
         anatomic_regions=[codes.SCT.Lung],
@@ -209,7 +201,7 @@ def _segment(number: int, name: str, model: Mapping) -> SegmentDescription:
 
 
 def _common(identifier: str, model: Mapping, values: Sequence[tuple]) -> dict:
-    """What all measurement groups have. `values` are (name, value, unit); unknown ones are omitted, shares written in %."""
+    """What all measurement groups have. `values` are (name, value, unit): without unknown ones, shares in %."""
     known = [(name, value * (100 if unit == PERCENT else 1), unit) for name, value, unit in values if value is not None]
     return {
         "tracking_identifier": sr.TrackingIdentifier(uid=highdicom.UID(), identifier=identifier),
@@ -242,7 +234,7 @@ def _segment_group(number: int, name: str, found: Mapping, model: Mapping, heade
 
 
 def _lesion_group(lesion: Mapping, model: Mapping, frames: Sequence[Frame], headers: Mapping[str, Dataset]):
-    """Regions are polygons in pixels of the image, whose upper left corner is (0, 0): the convention of boxes here too."""
+    """Regions are polygons in pixels of the image, whose upper left corner is (0, 0), as of boxes."""
     values = [(codes.DCM.CertaintyOfFinding, lesion["score"], PERCENT), (codes.SCT.Volume, lesion["volume_ml"], ML)]
     for name, size in zip((codes.SCT.Width, codes.DCM.Height, codes.SCT.Depth), lesion["size_mm"] or ()):
         values.append((name, size, codes.UCUM.Millimeter))

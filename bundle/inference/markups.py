@@ -24,7 +24,7 @@ def lesion_axes(affine, axial_axis: int) -> np.ndarray:
     """Axes of the boxes of a scan's lesions: columns of a right-handed rotation (3, 3) in LPS.
 
     They run along the two axes of the stored slice and across the slices, which `axial_axis` counts; `affine` (4, 4) leads
-    from voxel index to RAS in mm. Of a tilted gantry it is the nearest rotation.
+    from voxel index to RAS in mm. For a tilted gantry it is the nearest rotation.
     """
     in_plane = [axis for axis in range(3) if axis != axial_axis]
     axes = np.diag([-1, -1, 1]) @ np.asarray(affine, float)[:3, [*in_plane, axial_axis]]
@@ -34,17 +34,10 @@ def lesion_axes(affine, axial_axis: int) -> np.ndarray:
 
 
 def _roi(lesion: Mapping, orientation: list[float]) -> dict:
-    name = f"lesion {lesion['id']} ({lesion['score']:.2f})"
-    first, last = lesion["slices"]
+    name, (first, last) = f"lesion {lesion['id']} ({lesion['score']:.2f})", lesion["slices"]
     slices = f"slice {first}" if first == last else f"slices {first} to {last}"
-    point = {
-        "id": "1",
-        "label": name,
-        "description": f"{slices}, {lesion['volume_ml']:g} mL, score {lesion['score']:.3f}; AI, research use only",
-        "position": lesion["center_mm"],
-        "orientation": orientation,
-        "positionStatus": "defined",
-    }
+    about = f"{slices}, {lesion['volume_ml']:g} mL, score {lesion['score']:.3f}; AI, research use only"
+    place = {"position": lesion["center_mm"], "orientation": orientation, "positionStatus": "defined"}
     return {
         "type": "ROI",
         "name": name,
@@ -56,6 +49,6 @@ def _roi(lesion: Mapping, orientation: list[float]) -> dict:
         "center": lesion["center_mm"],
         "orientation": orientation,
         "size": lesion["size_mm"],
-        "controlPoints": [point],
+        "controlPoints": [{"id": "1", "label": name, "description": about, **place}],
         "display": {"visibility": True, "opacity": 1.0, "propertiesLabelVisibility": True, "pointLabelsVisibility": False},
     }

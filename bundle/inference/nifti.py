@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -20,7 +19,6 @@ class Volume:
         shape: of the volume, along the file's own axes: three.
         affine: (4, 4) from voxel index to RAS in mm, or None where the geometry is not known.
         axis: array axis along which the planes are appended, from first to last.
-        dtype: of the stored values.
         slope: what a stored 1 means: a reader gets stored * slope.
         oriented: whether the header states how the volume lies in space; if not, it states the spacing alone.
         picture_scale: factor of the values in a .png.
@@ -45,38 +43,26 @@ class Volume:
         """Store the next plane, of the shape of the volume without `axis`."""
         self._parts.append(self._compressor.compress(plane.astype(self.dtype).tobytes("F")))
 
-    def planes(self) -> Iterator[np.ndarray]:
-        """The stored values, plane by plane."""
-        shape = np.delete(self.shape, self.axis)
-        with gzip.open(io.BytesIO(self._stream())) as file:
-            file.seek(len(self.header))
-            for _ in range(self.shape[self.axis]):
-                plane = np.frombuffer(file.read(int(np.prod(shape)) * self.dtype.itemsize), self.dtype)
-                yield plane.reshape(shape, order="F")
-
     def voxels(self) -> np.ndarray:
         """The stored values as one array."""
-        voxels = np.empty(self.shape, self.dtype, order="F")
-        for stored, plane in zip(np.moveaxis(voxels, self.axis, 0), self.planes()):
-            stored[:] = plane
-        return voxels
+        size = len(self.header) + int(np.prod(self.shape)) * self.dtype.itemsize
+        stored = np.frombuffer(zlib.decompress(self._stream(), 31, size), self.dtype, offset=len(self.header))
+        planes = stored.reshape([*np.delete(self.shape, self.axis), self.shape[self.axis]], order="F")
+        return np.moveaxis(planes, -1, self.axis)
 
     def image(self) -> nibabel.Nifti1Image:
         """The stored values as an image in memory."""
         header = nibabel.Nifti1Header(self.header[:348])
-        return nibabel.Nifti1Image(self.voxels(), header.get_best_affine(), header)
+        return nibabel.Nifti1Image(self.voxels().copy("K"), header.get_best_affine(), header)
 
     def write(self, path) -> None:
         """Write a file that ends in .nii.gz, or the one slice of a picture as a .png."""
         if Path(path).suffix == ".png":
             Image.fromarray((self.voxels()[..., 0].T * self.picture_scale).astype(self.dtype)).save(path)
-            return
-        if self.axis == 2:  # the order in which the planes were appended is that of the file
+        elif self.axis == 2:  # the order in which the planes were appended is that of the file
             Path(path).write_bytes(self._stream())
-            return
-        with gzip.open(path, "wb", compresslevel=1) as file:
-            file.write(self.header)
-            file.write(self.voxels().reshape(-1, order="F"))  # a view: nothing is copied
+        else:
+            Path(path).write_bytes(gzip.compress(self.header + self.voxels().tobytes("F"), 1, mtime=0))
 
     def _stream(self) -> bytes:
         return b"".join([*self._parts, self._compressor.copy().flush()])

@@ -1,4 +1,4 @@
-"""The warnings that a scan is none for the network."""
+"""The warnings that a scan is unlike those that the network was trained on, or no chest CT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNUSUAL_SHARE, LUNG_SHARE = 0.5, 0.25
 def assess(
     novelty: Novelty | None, distances: Sequence[float] | None, bearing: Sequence[bool] | None
 ) -> tuple[dict[str, float] | None, list[str]]:
-    """Judge whether the network knows scans like this one, by its slices with lung, or all if none has or that is not known.
+    """Judge a scan by its slices with lung, or by all if none has lung or that is not known.
 
     Args:
         distances: of all slices, if there is a `novelty`.
@@ -25,18 +25,15 @@ def assess(
     Returns:
         The entry "novelty" of predictions.json, None without `novelty`, and the warnings, one line each.
     """
-    summary, warnings = None, []
+    summary, warnings, advice = None, [], "do not trust the results"
     if novelty is not None:
         kept = np.array([d for d, lung in zip(distances, bearing) if lung] if bearing and any(bearing) else distances)
-        share = float((kept > novelty.threshold).mean())
-        numbers = {"distance": np.median(kept), "threshold": novelty.threshold, "unusual_share": share}
-        summary = {key: round(float(value), 4) for key, value in numbers.items()}
+        middle, limit, share = float(np.median(kept)), novelty.threshold, float((kept > novelty.threshold).mean())
+        summary = {"distance": round(middle, 4), "threshold": round(limit, 4), "unusual_share": round(share, 4)}
         if share > UNUSUAL_SHARE:
-            warnings.append(
-                f"unlike the training data: {share:.0%} of {len(kept)} slices are farther from it than "
-                f"{novelty.threshold:.1f} (median {np.median(kept):.1f}); do not trust the results"
-            )
+            far = f"{share:.0%} of {len(kept)} slices are farther from it than {limit:.1f} (median {middle:.1f})"
+            warnings.append(f"unlike the training data: {far}; {advice}")
     if bearing is not None and sum(bearing) < LUNG_SHARE * len(bearing):
         found = f"lung in {sum(bearing)} of {len(bearing)} slices" if any(bearing) else "no lung found"
-        warnings.append(f"{found}: this is no chest CT, or its values are not HU; do not trust the results")
+        warnings.append(f"{found}: this is no chest CT, or its values are not HU; {advice}")
     return summary, warnings

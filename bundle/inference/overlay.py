@@ -17,14 +17,13 @@ LINE, MARGIN = 24, 16
 
 
 def draw_overlay(pixels, spacing, labels, boxes, scores, probabilities: Mapping | None, caption: str) -> Image.Image:
-    """Draw a slice, turned as by `Scan.read`, with lesions, boxes with scores and class probabilities.
+    """Draw a slice, turned as by `Scan.read`, with lesions, boxes with scores and bars of class probabilities.
 
     Args:
         pixels: (rows, columns) in [0, 1].
         spacing: (row, column) in mm; None for square pixels.
-        labels: (rows, columns), 0 or 1 + segmentation class; None without segmentation.
+        labels: (rows, columns), 0 or 1 + segmentation class, or None.
         boxes, scores: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column; (N,).
-        probabilities: class to probability; None for no bars.
         caption: one line below, shortened if it is too long.
     """
     grey = (np.asarray(pixels, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
@@ -50,14 +49,14 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _shown_size(shape: tuple[int, int], spacing) -> tuple[int, int]:
-    """(width, height) of the picture of a slice: square pixels, the longer side within SIDES."""
+    """(width, height) in square pixels, the longer side within SIDES."""
     row_mm, column_mm = spacing or (1.0, 1.0)
     extent = np.array([shape[1] * column_mm, shape[0] * row_mm])
     return tuple(int(side) for side in (extent * np.clip(max(shape), *SIDES) / extent.max()).round().clip(1))
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text in one line, with an ellipsis in its middle if it is longer than `width` pixels."""
+    """One line of at most `width` pixels, with an ellipsis in its middle if it was longer."""
     shown = text = " ".join(str(text).split())
     kept = len(text)
     while kept > 1 and font.getlength(shown) > width:

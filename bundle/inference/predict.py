@@ -20,7 +20,6 @@ from bundle.data.volumes import Scan
 from bundle.errors import UserError, user_message
 from bundle.files import ROOT, text_hash
 from bundle.inference.inputs import as_scan
-from bundle.inference.pictures import Pictures
 from bundle.inference.results import Collector, Result
 from bundle.inference.slices import helper, slices_of
 from bundle.inference.worklist import Worklist
@@ -30,13 +29,12 @@ from bundle.tasks import Task
 
 
 class Model:
-    """The network with everything around it, as configs/inference.json describes it: `Model.load().predict(scan)`.
+    """The network with everything around it, as configs/inference.json makes it: `Model.load().predict(scan)`.
 
     Args:
-        evaluator, postprocessing: of configs/inference.json; batches are single slices when an iteration is completed.
-        tasks: that are answered.
+        evaluator: whose batches are single slices when an iteration is completed.
         novelty: distance from the training data, or None where that is not known.
-        name, fingerprint: see `model_name` and `fingerprint`.
+        name, fingerprint: of `model_name` and `fingerprint`.
         keep_identifiers: write names and ids of DICOM headers into predictions.json.
     """
 
@@ -57,15 +55,15 @@ class Model:
 
     @classmethod
     def load(cls, checkpoint=None, config: Sequence = (), **knobs) -> Model:
-        """Make a model of weights, by configs/inference.json; random numbers, logging and threads stay as they are.
+        """Make a model by configs/inference.json; random numbers, logging and threads stay as they are.
 
         Args:
-            checkpoint: path of weights; without one, those of this package.
+            checkpoint: path of weights; by default those of this package.
             config: paths of overlays on configs/inference.json.
             **knobs: of docs/configuration.md, such as `flips=False`, `device="cuda"` or `tasks={"segmentation": 1.0}`.
 
         Raises:
-            UserError: in one line, if there are no such weights, or for an unknown knob or one that makes no sense.
+            UserError: in one line, if there are no such weights, or for an unknown or impossible knob.
         """
         if unused := knobs.keys() & {"input", "dataset_dir", "output_dir"}:
             raise UserError(f"{', '.join(unused)}: a knob of the command; pass the scan to `predict` and the folder to `save`")
@@ -104,16 +102,15 @@ class Model:
         """Run the evaluator over the slices of a scan; a thread beside it collects and draws the answers.
 
         Raises:
-            UserError: perhaps as the cause of another exception: a slice cannot be read, or the files change meanwhile.
+            UserError: perhaps as the cause of another exception, if a slice cannot be read or the files change meanwhile.
         """
-        collector, pictures, loader = Collector(scan, self.tasks, self.novelty), Pictures(scan), self.evaluator.data_loader
+        collector, loader = Collector(scan, self.tasks, self.novelty), self.evaluator.data_loader
         loader.dataset.data = slices_of([scan])
         self.evaluator.state.epoch_length = len(loader)
 
         def collect(samples: Sequence[dict], answers: Sequence[dict]) -> None:
             for sample, answer in zip(samples, answers, strict=True):
-                view, row = collector.add(sample, self.postprocessing({**sample, **answer}))
-                pictures.add(view, row, [text for task in self.tasks for text in task.caption(row)])
+                collector.add(sample, self.postprocessing({**sample, **answer}))
 
         with helper() as pool:
             waiting = deque()
@@ -130,7 +127,6 @@ class Model:
         scan.check_unchanged()
         result = collector.finish()
         result.model, result.stamp, result.keep_identifiers = self.name, self.stamp(scan), self.keep_identifiers
-        result.pictures = pictures
         return result
 
     def stamp(self, scan: Scan) -> str:
@@ -164,14 +160,11 @@ def predict_scans(worklist: Worklist, model: Model) -> None:
     with worklist.locked():
         pending = worklist.pending(model.stamp)
         with ThreadPoolExecutor(1) as pool:  # a result is written while the next scan is predicted
-            writing = None
+            writing = pool.submit(int)
             for scan in pending:
-                result = None
                 with worklist.attempt(scan):
                     result = model.run(scan)
-                if writing:
                     writing.result()
-                writing = result and pool.submit(write, scan, result)
-            if writing:
-                writing.result()
+                    writing = pool.submit(write, scan, result)
+            writing.result()
         worklist.finish(model.tasks)

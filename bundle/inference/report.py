@@ -34,8 +34,8 @@ REBUILT = (256, 80)
 class Report:
     """Collect the slices of a scan one by one, compressed at once, and write the page.
 
-    Arrays are turned as by `Scan.read`. Slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest
-    to their highest value; both are stored as JPEG, so that the page shows approximate values.
+    Slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both become
+    JPEG, so that the page shows approximate values.
 
     Args:
         spacing: mm between rows and between columns; None where that is not known.
@@ -59,12 +59,9 @@ class Report:
         scores: np.ndarray,
         intensity_range: tuple[float, float],
     ) -> None:
-        """Add the next slice: `index` of the scan, `pixels` (rows, columns), in HU if `hounsfield`.
+        """Add the next slice, (rows, columns), turned as by `Scan.read`; `labels`, `boxes` and `scores` as in `draw_overlay`.
 
-        Args:
-            labels, boxes, scores: as in `draw_overlay`.
-            reconstruction: (rows, columns) in [0, 1]; None without one.
-            intensity_range: values of `pixels` that are 0 and 1 of the reconstruction.
+        `reconstruction` is in [0, 1], where 0 and 1 stand for the ends of `intensity_range` in `pixels`.
         """
         codes, ends = _companded(pixels) if hounsfield else _stretched(pixels, intensity_range)
         longest = FINENESS[self.fineness][0]
@@ -98,7 +95,7 @@ class Report:
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         cards = [_card(task, prediction[task.name]) for task in tasks]
         viewer = self._viewer(prediction, cards)
-        # What a picture says is base64: its JSON needs no escaping.
+        # A picture is base64: its JSON needs no escaping.
         looks = {"box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE, "first": _where_to_look(viewer["slices"])}
         stream = template.stream(p=prediction, cards=cards, viewer=viewer, pictures=self.pictures, **looks)
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -30,26 +30,23 @@ class Result:
     """The answers of the network for one scan, of `Model.predict`; docs/outputs.md is the reference of the entries.
 
     Attributes:
-        scan: that was predicted.
-        tasks: that were answered.
         slices: the entry "slices" of predictions.json: a row for each slice.
         entries: the entries of predictions.json for the whole scan: "lung", "novelty", and one for each task.
         volumes: name -> voxels on the grid of the file: mask (0, or 1 + lesion class), probability of lesion, reconstruction
             and reconstruction_error.
-        warnings: one line each.
         bearing: whether each slice shows lung; all True where that is not known.
         pictures: of the slices, for `save`.
         model, stamp, keep_identifiers: see `bundle.inference.Model`.
     """
 
     scan: Scan
-    tasks: Sequence[Task] = ()
+    tasks: Sequence[Task]
+    pictures: Pictures
     slices: list[dict] = field(default_factory=list)
     entries: dict = field(default_factory=dict)
     volumes: dict[str, Volume] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     bearing: list[bool] = field(default_factory=list)
-    pictures: Pictures | None = None
     model: dict = field(default_factory=dict)
     stamp: str = ""
     keep_identifiers: bool = False
@@ -80,7 +77,7 @@ class Result:
         return nibabel.Nifti1Image(np.asarray(image.dataobj).transpose(order), affine)
 
     def save(self, folder) -> None:
-        """Write what `chestct predict` writes for the scan: docs/outputs.md. An older result in the folder is replaced.
+        """Write what `chestct predict` writes for the scan, see docs/outputs.md, in place of an older result.
 
         Raises:
             UserError: if the folder holds something else, or cannot be written.
@@ -97,7 +94,7 @@ class Result:
         self.volumes[kind].append(stored.T if scan.kind == "picture" else stored.reshape(np.delete(scan.shape, scan.axis)))
 
     def prediction(self) -> dict:
-        """The content of predictions.json, without what the writer adds: files."""
+        """The content of predictions.json but for "files", which the writer adds."""
         scan, affine = self.scan, self.scan.affine
         grid = {
             "shape": list(scan.shape),
@@ -114,7 +111,7 @@ class Result:
 class SliceView:
     """A slice as it was read, and `shown` as the network sees it, where `low` is 0 and `high` is 1.
 
-    Tasks add (rows, columns): `labels`, 0 or 1 + lesion class, and `rebuilt`, in [0, 1].
+    Tasks add `labels`, 0 or 1 + lesion class, and `rebuilt`, in [0, 1], both (rows, columns).
     """
 
     slice: MetaTensor
@@ -129,12 +126,12 @@ class Collector:
     """Collect the answers for the slices of a scan, in order, and summarise them as a `Result`; arguments as of `Model`."""
 
     def __init__(self, scan: Scan, tasks: Sequence[Task], novelty: Novelty | None = None) -> None:
-        self.result, self.tasks, self.novelty = Result(scan, tasks), list(tasks), novelty
+        self.result, self.tasks, self.novelty = Result(scan, tasks, Pictures(scan)), list(tasks), novelty
         self.lungs: list[tuple[float, float]] = []  # mm2 in each slice in HU: of the lung, of lung and lesions
         self.embeddings: list[torch.Tensor] = []
 
-    def add(self, sample: Mapping, answer: Mapping) -> tuple[SliceView, dict]:
-        """Add the next slice, and return it with its row.
+    def add(self, sample: Mapping, answer: Mapping) -> None:
+        """Add the next slice.
 
         Args:
             sample: "index"; "slice" (1, rows, columns), values as read; "image" with its "intensity_range".
@@ -153,7 +150,7 @@ class Collector:
         if self.novelty:
             self.embeddings.append(answer[EMBEDDING])
         self.result.slices.append(row)
-        return view, row
+        self.result.pictures.add(view, row, [text for task in self.tasks for text in task.caption(row)])
 
     def _measure_lung(self, pixels: np.ndarray, labels: np.ndarray | None, longest: int) -> None:
         sides = self.result.scan.spacing or (FIELD_OF_VIEW / max(pixels.shape),) * 2

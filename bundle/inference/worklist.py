@@ -36,8 +36,8 @@ WITHOUT_EFFECT += ("num_workers", "imports", "initialize", "load", "run", "workf
 class Worklist:
     """The scans that this process has to predict, in the order of their paths, and the folder of their results.
 
-    A folder of a scan that holds predictions.json is done; it is not predicted again with the same input, weights and knobs.
-    Of several processes started by torchrun, each takes every WORLD_SIZE-th scan.
+    A scan with a predictions.json of the same input, weights and knobs is done. Of several processes started by torchrun,
+    each takes every WORLD_SIZE-th scan.
 
     Args:
         source: file, folder or glob pattern; None for no scans.
@@ -83,7 +83,7 @@ class Worklist:
             folders[:] = [name for name in folders if not LEFTOVER.fullmatch(name)]
 
     def pending(self, stamp: Callable[[Scan], str]) -> list[Scan]:
-        """The scans whose results are not there with their `Model.stamp`; a UserError if something else lies in the place."""
+        """The scans without results of their `stamp`; a UserError if something else lies in the place."""
         done = ((read_prediction(self.folder / scan.name) or {}).get("stamp") for scan in self.scans)
         pending = [scan for scan, found in zip(self.scans, done) if found != stamp(scan)]
         for scan in pending:
@@ -95,7 +95,7 @@ class Worklist:
 
     @contextmanager
     def attempt(self, scan: Scan, writing: bool = False) -> Iterator[None]:
-        """Let an exception of the block fail this scan alone, see `fail`, and close the scan."""
+        """Let an exception of the block, which reads the scan or is `writing` results, fail this scan alone, and close it."""
         try:
             yield
         except Exception as error:
@@ -105,7 +105,7 @@ class Worklist:
 
     @contextmanager
     def publish(self, scan: Scan) -> Iterator[Path]:
-        """Yield a new folder, which replaces older results of the scan when the block ends, and is removed where it fails."""
+        """Yield a new folder that replaces older results of the scan when the block ends."""
         with self.attempt(scan, writing=True), replacing_folder(self.folder / scan.name) as new:
             yield new
 
@@ -152,25 +152,23 @@ class Worklist:
             failures = [failure for part in gathered for failure in part]
         failures = sorted(failures, key=lambda failure: failure["scan"])
         write_table(failures, self.folder / "failures.csv", ("scan", "reason", "log"))
-        failed = {self.folder / failure["scan"] / PREDICTIONS for failure in failures}
-        found = sorted(set(self.folder.glob(f"**/*/{PREDICTIONS}")) - failed)
-        whole = [path for path in found if not path.parent.name.startswith(UNFINISHED)]
-
-        def rows_of(kind: Callable) -> list[dict]:  # the files are read for each table, so that one is in memory at a time
-            read = (prediction for path in whole if (prediction := read_prediction(path.parent)))
-            return [row for prediction in read for row in kind(prediction, tasks)]
-
-        tables = {"scans": scan_rows, "slices": slice_rows, "lesions": lesion_rows}
-        scans = rows_of(scan_rows)
-        for name, kind in tables.items():
+        failed = {self.folder / failure["scan"] for failure in failures}
+        found = sorted({path.parent for path in self.folder.glob(f"**/*/{PREDICTIONS}")} - failed)
+        whole = [folder for folder in found if not folder.name.startswith(UNFINISHED)]
+        scans = 0
+        for name, rows in {"scans": scan_rows, "slices": slice_rows, "lesions": lesion_rows}.items():
+            table = []
+            for prediction in filter(None, map(read_prediction, whole)):  # once a table: one is in memory at a time
+                table += rows(prediction, tasks)
+                scans += name == "scans"
             if scans:
-                write_table(scans if kind is scan_rows else rows_of(kind), self.folder / f"{name}.csv", ("scan",))
+                write_table(table, self.folder / f"{name}.csv", ("scan",))
             else:
                 (self.folder / f"{name}.csv").unlink(missing_ok=True)  # of an earlier run
         if not scans:
             raise UserError(f"input: nothing could be read; {failures[0]['reason']}")
         where = "see report.html of each scan, scans.csv and failures.csv"
-        logger.info(f"{self.folder}: {len(scans)} scans, {len(failures)} failures; {where}")
+        logger.info(f"{self.folder}: {scans} scans, {len(failures)} failures; {where}")
 
 
 def fingerprint(workflow: ConfigWorkflow, *files) -> str:
@@ -181,7 +179,7 @@ def fingerprint(workflow: ConfigWorkflow, *files) -> str:
 
 
 def scan_rows(prediction: Mapping, tasks: Sequence[Task]) -> Iterable[dict]:
-    """Rows of scans.csv, one: what is known of a scan as a whole."""
+    """The row of scans.csv: what is known of a scan as a whole."""
     row = {"scan": prediction["scan"]}
     for task in tasks:
         row |= task.scan_columns(prediction[task.name]) if task.name in prediction else {}

@@ -29,7 +29,7 @@ IDENTIFIERS += ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "Series
 
 
 def save_result(result: Result, folder) -> None:
-    """Write a result to a folder, which is replaced as a whole: see `Result.save`."""
+    """`Result.save`: the folder is replaced as a whole."""
     folder = Path(folder)
     check_place(folder)
     try:
@@ -40,11 +40,7 @@ def save_result(result: Result, folder) -> None:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write volumes or pictures, overlays, report.html, markups, DICOM objects, and predictions.json last, to an empty folder.
-
-    Raises:
-        OSError: if a file cannot be written.
-    """
+    """Write all files of a result to an empty folder, predictions.json last; an OSError if one cannot be written."""
     scan, prediction = result.scan, result.prediction()
     if result.keep_identifiers and scan.kind == "dicom":
         prediction["identifiers"] = read_identifiers(scan)

@@ -224,6 +224,16 @@ def test_volumes_of_every_format_are_read_slice_by_slice(tmp_path, name):
     tracemalloc.stop()
 
 
+def test_a_compressed_volume_is_unpacked_once(tmp_path, monkeypatch):
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 6), np.int16), np.eye(4)), tmp_path / "x.nii.gz")
+    scan, opened, opener = open_scan(tmp_path / "x.nii.gz"), [], nib.openers.ImageOpener
+    monkeypatch.setattr(nib.openers, "ImageOpener", lambda *args, **options: opened.append(args) or opener(*args, **options))
+    scan.read(0)
+    count = len(opened)
+    assert count > 0 and len(read(scan)) == 6
+    assert len(opened) == count, "the file stays open: a slice does not begin at its start again"
+
+
 def test_jpeg_ls_is_decoded_and_a_missing_decoder_is_named(tmp_path, monkeypatch):
     scan = open_scan(get_testdata_file("MR_small_jpeg_ls_lossless.dcm", download=False))
     uncompressed = open_scan(get_testdata_file("MR_small.dcm", download=False))

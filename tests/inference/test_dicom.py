@@ -23,6 +23,7 @@ MODEL = {"name": "Chest CT multi-task", "version": "0.1.0", "checkpoint": "01234
 ROWS, COLUMNS, SLICES = 13, 11, 8
 TURN = Rotation.from_euler("xyz", [5, -8, 12], degrees=True).as_matrix()
 OBLIQUE = np.round([*TURN[:, 0], *-TURN[:, 1]], 8).tolist()  # rows run to anterior
+NO_PLACE, BOTH = {"slices": 1, "ImagePositionPatient": None, "ImageOrientationPatient": None}, ["Segmentation", "Structured Report"]
 PLAIN = (1, 0, 0, 0, 1, 0)
 
 
@@ -351,9 +352,8 @@ def test_a_code_never_says_more_than_the_name(write_series, tmp_path):
         assert segmentation.get_segment_description(number).segmented_property_type == codes.SCT.Lesion
 
 
-def test_a_report_of_one_task_without_geometry(write_series, tmp_path):
-    folder = write_series(slices=1, FrameOfReferenceUID=None, ImagePositionPatient=None, ImageOrientationPatient=None)
-    scan, path = read_scan(folder), tmp_path / "report.dcm"
+def test_a_report_of_one_task_without_geometry(write_series, path):
+    scan = read_scan(write_series(FrameOfReferenceUID=None, **NO_PLACE))
     prediction = {"model": MODEL, "warnings": [], "lung": None, "detection": PREDICTION["detection"][1:]}
     write_structured_report(path, scan.frames, prediction)
     report = highdicom.sr.srread(path)
@@ -395,24 +395,12 @@ def test_names_of_any_script(write_series, path):
     assert (str(report.PatientName), report.StudyDescription) == (name, name)
 
 
-LACKING = {
+LACKING = {  # what a header lacks, what is not written, and why
     "FrameOfReferenceUID": ({"FrameOfReferenceUID": None}, ["Segmentation"], "found no FrameOfReferenceUID in a file of the series"),
-    "position": (
-        {"slices": 1, "ImagePositionPatient": None, "ImageOrientationPatient": None},
-        ["Segmentation"],
-        "found no ImagePositionPatient, ImageOrientationPatient in a file of the series",
-    ),
+    "position": (NO_PLACE, ["Segmentation"], "found no ImagePositionPatient, ImageOrientationPatient in a file of the series"),
     "StudyInstanceUID": ({"StudyInstanceUID": None}, ["object"], "found no StudyInstanceUID in a file of the series"),
-    "own UIDs": (
-        {"SOPInstanceUID": "1.2.3"},
-        ["Segmentation"],
-        "found slices that share a SOPInstanceUID, which no reference can tell apart",
-    ),
-    "kind of object": (
-        {"SOPClassUID": "1.2.3.4"},
-        ["Segmentation", "Structured Report"],
-        "the headers of the series cannot be carried over",
-    ),
+    "own UIDs": ({"SOPInstanceUID": "1.2.3"}, ["Segmentation"], "found slices that share a SOPInstanceUID, which no reference can tell apart"),
+    "kind of object": ({"SOPClassUID": "1.2.3.4"}, BOTH, "the headers of the series cannot be carried over"),
 }
 
 

@@ -232,14 +232,8 @@ def test_dicom_comes_back_as_nifti_in_its_own_geometry(tmp_path, write_dicom, ca
     assert "; no DICOM Segmentation is written: found no FrameOfReferenceUID" in caplog.text, "in the line of the scan"
 
 
-def test_lung_is_looked_for_without_a_pixel_spacing(tmp_path, write_dicom):
-    (tmp_path / "in").mkdir()
-    series = pydicom.uid.generate_uid()
-    for index, hu in enumerate([*np.moveaxis(chest(2), 2, 0), np.full((64, 64), 40)]):
-        dataset = pydicom.dcmread(write_dicom(tmp_path / f"in/{index}", hu))
-        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
-        del dataset.PixelSpacing
-        dataset.save_as(tmp_path / f"in/{index}")
+def test_lung_is_looked_for_without_a_pixel_spacing(tmp_path, write_ct):
+    write_ct(tmp_path / "in", [*np.moveaxis(chest(2), 2, 0), np.full((64, 64), 40)], PixelSpacing=None)
     (prediction,) = predict(tmp_path / "in", tmp_path / "out").values()
     assert prediction["hounsfield"] and prediction["classification"]["slices"] == 2, "two slices with lung"
     assert prediction["lung"] is None and {row["lung_mm2"] for row in prediction["slices"]} == {None}
@@ -296,18 +290,13 @@ def test_a_file_that_grows_while_it_is_read_gives_no_result(tmp_path):
     assert failure == {"scan": "b.png", "reason": f"{tmp_path}/in/b.png: {reason}", "log": ""}
 
 
-def test_a_series_that_gets_files_while_it_is_read_gives_no_result(tmp_path, write_dicom):
+def test_a_series_that_gets_files_while_it_is_read_gives_no_result(tmp_path, write_ct):
     class Copying(Bright):
         def forward(self, image):
             (tmp_path / "in/late").touch()
             return super().forward(image)
 
-    (tmp_path / "in").mkdir()
-    series = pydicom.uid.generate_uid()
-    for index in range(3):
-        dataset = pydicom.dcmread(write_dicom(tmp_path / f"in/{index}", drawn()))
-        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
-        dataset.save_as(tmp_path / f"in/{index}")
+    write_ct(tmp_path / "in", [drawn()] * 3)
     with pytest.raises(RuntimeError) as raised:
         predict(tmp_path / "in", tmp_path / "out", Copying())
     assert "changed while it was read" in str(raised.value.__cause__)
@@ -437,49 +426,6 @@ def chest(slices, size=64):
     return np.repeat(hu[..., None], slices, 2).astype(np.int16)
 
 
-def test_the_class_of_a_scan_is_that_of_its_slices_with_lung(tmp_path):
-    class Tissue(Bright):
-        def forward(self, image):  # class 2 where much is tissue, class 1 where lung is
-            much = (image > 0.5).float().mean((1, 2, 3)) > 0.4
-            return {**super().forward(image), "classification": torch.eye(3)[1 + much.long()] * 5}
-
-    volume = chest(5)
-    volume[..., 2:][volume[..., 2:] == -800] = 40  # three slices of the abdomen
-    nib.save(nib.Nifti1Image(volume.swapaxes(0, 1), np.diag([-5, -5, 4, 1])), tmp_path / "x.nii.gz")
-    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", Tissue()).values()
-    likeliest = [max(row["probabilities"], key=row["probabilities"].get) for row in prediction["slices"]]
-    assert likeliest == ["COVID-19"] * 2 + ["lung cancer"] * 3
-    assert prediction["classification"]["predicted"] == "COVID-19" and prediction["classification"]["slices"] == 2
-
-
-def test_the_volume_of_the_lung_holds_its_lesions(tmp_path):
-    class Marked(Bright):
-        def forward(self, image):
-            mask = torch.full_like(image, -9.0)
-            mask[..., 24:40, 16:26] = 9.0
-            return {**super().forward(image), "segmentation": mask}
-
-    volume = chest(3)
-    volume[24:40, 16:26] = 60  # 40 cm2 of consolidation: no hole of the lung that is filled
-    nib.save(nib.Nifti1Image(volume.swapaxes(0, 1), np.diag([-5, -5, 4, 1])), tmp_path / "x.nii.gz")
-    (prediction,) = predict(tmp_path / "x.nii.gz", tmp_path / "out", Marked()).values()
-    lesion, without = prediction["segmentation"]["lesion"], sum(row["lung_mm2"] for row in prediction["slices"]) * 4 / 1000
-    assert lesion["volume_ml"] == pytest.approx(3 * 160 * 25 * 4 / 1000)
-    assert prediction["lung"]["volume_ml"] > without + 0.8 * lesion["volume_ml"]
-    assert lesion["share_of_lung"] == pytest.approx(lesion["volume_ml"] / prediction["lung"]["volume_ml"], abs=1e-6)
-
-
-def test_other_weights_in_the_same_file_are_another_run(tmp_path):
-    write_pictures(tmp_path / "in", ["a.png"])
-    stamps = []
-    for content in (b"one", b"two"):
-        (tmp_path / "model.pt").write_bytes(content)
-        os.utime(tmp_path / "model.pt", (0, 0))
-        (prediction,) = predict(tmp_path / "in", tmp_path / "out", checkpoint=str(tmp_path / "model.pt")).values()
-        stamps.append(prediction["stamp"])
-    assert stamps[0] != stamps[1]
-
-
 def test_a_knob_out_of_range_is_refused_before_any_scan_is_computed(tmp_path):
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "x.png")
     with pytest.raises(RuntimeError) as error:
@@ -493,30 +439,11 @@ def test_score_threshold_must_be_a_probability():
         some_tasks("detection", score_threshold=7)
 
 
-def test_a_slice_and_its_mirror_image_get_one_answer_unless_flips_are_off(tmp_path):
-    class Sided(nn.Module):
-        def forward(self, image):
-            return {"classification": 5 * image[..., : image.shape[-1] // 2].mean((1, 2, 3))[:, None] * torch.eye(3)[0]}
-
-    Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))).save(tmp_path / "a.png")
-    Image.open(tmp_path / "a.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
-
-    def probabilities(flips):
-        out, knobs = tmp_path / f"flips {flips}", {"tasks": {"classification": 1.0}, "flips": flips}
-        found = [predict(tmp_path / f"{x}.png", out / x, Sided(), **knobs) for x in "ab"]
-        return [next(iter(one.values()))["classification"]["probabilities"]["other"] for one in found]
-
-    one, mirrored = probabilities(flips=True)
-    assert one == pytest.approx(mirrored, abs=1e-5)
-    one, mirrored = probabilities(flips=False)
-    assert abs(one - mirrored) > 0.1
-
-
 class OfTheSlice(nn.Module):
     """Calls a slice with much air in it class 0 and another one class 1, both for sure, and what is very bright a lesion."""
 
     def forward(self, image):
-        airy = (image < 0.6).float().mean((1, 2, 3), keepdim=True).flatten(1) > 0.2
+        airy = (image < 0.6).float().mean((1, 2, 3), keepdim=True).flatten(1) > 0.58  # half is padding
         nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "masks": torch.zeros(0, 1, *image.shape[2:])}
         return {
             "classification": torch.cat([torch.where(airy, 20.0, 0.0), torch.where(airy, 0.0, 20.0), -20 + 0.0 * airy], 1),
@@ -535,6 +462,7 @@ def test_a_scan_is_classified_by_its_slices_with_lung_and_lesions_count_as_lung(
     nib.save(nib.Nifti1Image(volume.swapaxes(0, 1), np.diag([-2.0, -2.0, 5.0, 1.0])), tmp_path / "a.nii.gz")
     (prediction,) = predict(tmp_path / "a.nii.gz", tmp_path / "out", OfTheSlice(), window=[-1350, 150]).values()
     assert prediction["classification"]["slices"] == 1 and prediction["classification"]["predicted"] == "other"
+    assert [round(row["probabilities"]["COVID-19"]) for row in prediction["slices"]] == [0, 1, 1], "of these two have no lung"
     lungs = 2 * 50 * 50 * 4 * 5 / 1000  # mL
     assert prediction["lung"]["slices"] == [0, 0]
     assert prediction["lung"]["volume_ml"] == pytest.approx(lungs, rel=0.04)

@@ -10,7 +10,6 @@ import pydicom
 import pytest
 from PIL import Image
 from some_tasks import some_tasks
-from pydicom.uid import generate_uid
 
 from bundle.errors import UserError
 from bundle.files import locked
@@ -152,15 +151,10 @@ def test_older_results_of_a_scan_that_fails_now_are_in_no_table(tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("*.csv")] == ["failures.csv"]
 
 
-def test_a_slice_that_was_replaced_makes_another_scan_whatever_its_size_and_date(tmp_path, write_dicom):
-    (tmp_path / "in").mkdir()
-    series = generate_uid()
+def test_a_slice_that_was_replaced_makes_another_scan_whatever_its_size_and_date(tmp_path, write_ct):
+    write_ct(tmp_path / "in", [np.full((64, 64), 40 * index) for index in range(3)])
     for index in range(3):
-        path = write_dicom(tmp_path / f"in/{index}", np.full((64, 64), 40 * index))
-        dataset = pydicom.dcmread(path)
-        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
-        dataset.save_as(path)
-        os.utime(path, (1000 + index, 1000 + index))
+        os.utime(tmp_path / f"in/{index}", (1000 + index, 1000 + index))
     worklist = Worklist(tmp_path / "in", tmp_path / "out")
     (scan,) = worklist.pending(stamp)
     write_results(worklist, scan)

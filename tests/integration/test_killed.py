@@ -21,16 +21,10 @@ OF_A_RUN = ("UI", "DT", "DA", "TM", "SQ")  # DICOM elements that differ from run
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory, write_dicom):
+def scans(tmp_path_factory, write_ct):
     """Six small scans: a series, three volumes, two pictures."""
     folder, random_hu = tmp_path_factory.mktemp("scans"), np.random.default_rng(0)
-    (folder / "series").mkdir()
-    series = pydicom.uid.generate_uid()
-    for index in range(4):
-        dataset = pydicom.dcmread(write_dicom(folder / f"series/{index}", random_hu.integers(-500, 50, (64, 64)) * 2))
-        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, 5 * index]
-        dataset.StudyInstanceUID, dataset.FrameOfReferenceUID = f"{series}.1", f"{series}.2"
-        dataset.save_as(folder / f"series/{index}")
+    write_ct(folder / "series", random_hu.integers(-500, 50, (4, 64, 64)) * 2)
     for name in "abc":
         hu = random_hu.integers(-1000, 100, (64, 64, 6)).astype(np.int16)
         nibabel.save(nibabel.Nifti1Image(hu, np.diag([-5, -5, 5, 1])), folder / f"{name}.nii.gz")

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import nibabel
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK
 import torch
@@ -57,17 +56,12 @@ def model(weights):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, write_dicom):
+def folder(tmp_path_factory, write_ct):
     """The volume as NIfTI and as a DICOM series."""
     folder = tmp_path_factory.mktemp("input")
     affine = np.diag([-SIDES[2], -SIDES[1], SIDES[0], 1])
     nibabel.save(nibabel.Nifti1Image(chest().transpose(2, 1, 0), affine), folder / "a.nii.gz")
-    (folder / "series").mkdir()
-    series = pydicom.uid.generate_uid()
-    for k, hu in enumerate(chest()):
-        dataset = pydicom.dcmread(write_dicom(folder / f"series/{k}", hu, spacing=SIDES[1:]))
-        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = series, [0, 0, SIDES[0] * k]
-        dataset.save_as(folder / f"series/{k}")
+    write_ct(folder / "series", chest(), SIDES[1:], SIDES[0])
     return folder
 
 

@@ -1,6 +1,11 @@
-"""Killed at any moment, the same command goes on and ends where an unbroken run ends, bit for bit."""
+"""Killed at any moment, the same command goes on and ends where an unbroken run ends, bit for bit.
 
+CHEST_CT_KILLS is how often it is killed at random moments, beside the chosen ones; 0 by default.
+"""
+
+import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -26,6 +31,16 @@ def wait_until(happened, process, log: Path) -> None:
     while not happened():
         assert process.exitcode is None, f"ended before it happened: {log.read_text()[-3000:]}"
         time.sleep(0.002)
+
+
+def kill(process, out: Path) -> None:
+    """Kill a training; every file that has its final name must be whole."""
+    process.kill()
+    process.join()
+    for path in out.rglob("*.pt"):
+        torch.load(path, weights_only=True)
+    for path in out.rglob("*.json"):
+        json.loads(path.read_text())
 
 
 def bytes_logged(stage: Path) -> int:
@@ -90,9 +105,14 @@ def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path, phantom_dir):
     for happened in moments:
         process = start(broken, phantom_dir)
         wait_until(happened, process, broken.with_suffix(".log"))
-        process.kill()
-        process.join()
+        kill(process, broken)
         assert process.exitcode == -signal.SIGKILL
+    at_random = random.Random(0)
+    for _ in range(int(os.environ.get("CHEST_CT_KILLS", 0))):
+        process = start(broken, phantom_dir)
+        process.join(at_random.uniform(0, 60))
+        kill(process, broken)
+        assert process.exitcode in (0, -signal.SIGKILL), broken.with_suffix(".log").read_text()[-3000:]
     for process, out in ((start(broken, phantom_dir), broken), (whole, unbroken)):
         process.join()
         assert process.exitcode == 0, out.with_suffix(".log").read_text()[-3000:]
