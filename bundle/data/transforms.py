@@ -102,12 +102,13 @@ class LoadSliced(MapTransform):
 def load_labels(path) -> MetaTensor:
     """Read a mask or instances as `LoadSlice` does, NaN as 0 and 0.9999999 as 1; a UserError for values that are no labels."""
     labels = LoadSlice()(path)
-    labels[labels == AIR] = 0  # which NaN became
-    if (labels - labels.round()).abs().max() < 1e-3:
-        labels = labels.round()
-    if labels.min() < 0:
-        raise UserError(f"{path}: found the value {float(labels.min()):g}, expected labels from 0 up")
-    if labels.meta["picture"] and not labels.any():
+    values = labels.as_tensor()  # of the same memory
+    values[values == AIR] = 0  # which NaN became
+    if (values - values.round()).abs().max() < 1e-3:
+        values.round_()
+    if values.min() < 0:
+        raise UserError(f"{path}: found the value {float(values.min()):g}, expected labels from 0 up")
+    if labels.meta["picture"] and not values.any():
         with Image.open(path) as picture:
             stored = np.atleast_3d(np.asarray(picture)).astype(int)
         if np.ptp(stored, axis=(0, 1)).any():

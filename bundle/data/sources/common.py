@@ -125,7 +125,8 @@ def read_labels(path: Path) -> tuple[np.ndarray, bool]:
     values = np.unique(labels)
     lossy = "JPEG" in mode or path.suffix.lower() == ".webp"
     white = 255 if lossy else next(full for full in (1, 255, 65535, np.inf) if values[-1] <= full)
-    flat = (labels[:, 1:] == labels[:, :-1])[labels[:, 1:] > 0].sum() >= 0.5 * (labels[:, 1:] > 0).sum()  # no picture is
+    marked = labels[:, 1:] > 0
+    flat = (marked & (labels[:, 1:] == labels[:, :-1])).sum() >= 0.5 * marked.sum()  # neighbours in a picture differ
     in_order = flat and values[-1] <= 2 * len(values) and not (values % 1).any()
     if lossy or not in_order and (len(values) > MANY_VALUES or (values > 0.875 * white).sum() > 1):
         share, convert = labels / white, True
