@@ -1,20 +1,17 @@
 """Experiments tracked by MLflow, by MONAI's own option of the command line."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from mlflow import MlflowClient
 
-ROOT = Path(__file__).parents[2]
+import command
+
 STAGES = ["stage_classification", "stage_segmentation", "stage_detection", "stage_joint"]
 
 
-def run(*arguments, configs=("train", "preset_smoke")) -> None:
-    files = str([f"configs/{name}.json" for name in configs])
-    command = [sys.executable, "-m", "monai.bundle", "run", *arguments, "--config_file", files, "--tracking", "mlflow"]
-    process = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
+def run(*arguments, **options) -> None:
+    done = command.run(*command.bundle(*arguments, tracking="mlflow", **options))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def tracked(store: Path) -> dict:
@@ -28,8 +25,8 @@ def tracked(store: Path) -> dict:
 
 def test_losses_metrics_config_and_figures_of_every_stage_are_tracked_in_one_store(tmp_path, phantom_dir):
     out = tmp_path / "run"
-    places = ["--dataset_dir", phantom_dir, "--output_dir", out]
-    run("training", *places)
+    places = {"dataset_dir": phantom_dir, "output_dir": out}
+    run("training", **places)
     runs = tracked(out / "mlruns.db")
     assert runs.keys() == set(STAGES)
     losses = {"train_loss", "loss", "loss_classification", "loss_segmentation", "loss_reconstruction", "loss_detection"}
@@ -39,11 +36,11 @@ def test_losses_metrics_config_and_figures_of_every_stage_are_tracked_in_one_sto
     assert "loss_segmentation" not in runs["stage_classification"][0]
     assert [path.name for path in out.glob("events.out.*")] == [] and list((out / "stage_joint").glob("events.out.*"))
 
-    run("training", *places)  # finished: nothing is refused or tracked again
+    run("training", **places)  # finished: nothing is refused or tracked again
     assert tracked(out / "mlruns.db") == runs
 
-    evaluation = ["--tracking_uri", f"sqlite:///{tmp_path}/evaluation.db", "--run_name", "test", "--bootstrap", "0"]
-    run(*places, *evaluation, configs=("train", "preset_smoke", "evaluate"))
+    evaluation = {"tracking_uri": f"sqlite:///{tmp_path}/evaluation.db", "run_name": "test", "bootstrap": 0}
+    run(configs=("train", "preset_smoke", "evaluate"), **places, **evaluation)
     ((name, (metrics, files)),) = tracked(tmp_path / "evaluation.db").items()
     assert name == "test" and {"score", "classification_auroc"} <= metrics.keys()
     assert {"metrics.json", "classification.png", "segmentation.png"} <= files

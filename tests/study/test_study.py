@@ -85,28 +85,48 @@ def test_where_things_lie_is_not_for_an_arm_to_say(tmp_path):
         make_study(tmp_path).run([experiment])
 
 
-def test_experiments_are_run_once_and_share_their_runs(tmp_path, phantom_dir):
-    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
-    first = make("first", settings=[{"max_epochs": 1}], one=[ONE], both={"members": [[ONE], [TWO]]})
-    study.run([first])
-    rows = read_results(tmp_path / "results.csv")
+@pytest.fixture(scope="module")
+def first(phantom_dir, tmp_path_factory):
+    """A study, and its experiment with two networks, each alone and both as an ensemble, run one by one."""
+    study = make_study(tmp_path_factory.mktemp("study"), dataset_dir=str(phantom_dir), device="cpu")
+    experiment = make("first", settings=[{"max_epochs": 1}], one=[ONE], both={"members": [[ONE], [TWO]]}, two=[TWO])
+    study.run([experiment])
+    return study, experiment
+
+
+def test_experiments_are_run_once_and_share_their_runs(first):
+    study, experiment = first
+    rows = study.rows(experiment)
     assert [(row["arm"], row["seed"], row["stage"], row["split"], row["steps"]) for row in rows] == [
         ("one", "0", "end", "test", "2"),
         ("both", "0", "end", "test", "4"),
+        ("two", "0", "end", "test", "2"),
     ]
-    one, both = rows
+    one, both, _ = rows
     assert 0 <= float(one["Dice"]) <= 1 and one["SSIM"] == "" and one["AUROC"] == ""
     # The ensemble's members answer each its own task; its first member is the arm "one" itself.
     assert both["Dice"] == one["Dice"] and both["run"].startswith(one["run"] + "+") and float(both["SSIM"]) > -1
-    assert study.rows(first) == rows
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
-    assert len(made) == 2
-    study.run([make("second", settings=[{"max_epochs": 1}], again=[ONE])])
-    study.run([first])
-    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
-    rows = read_results(tmp_path / "results.csv")
-    assert {(row["experiment"], row["arm"]) for row in rows} == {("first", "both"), ("first", "one"), ("second", "again")}
-    assert next(row for row in rows if row["experiment"] == "second")["run"] == one["run"]
+    made = {path: path.stat().st_mtime_ns for path in study.output_dir.rglob("model.pt")}
+    assert len(made) == 3
+    again = make("second", settings=[{"max_epochs": 1}], again=[ONE])
+    study.run([again])
+    study.run([experiment])
+    assert made == {path: path.stat().st_mtime_ns for path in study.output_dir.rglob("model.pt")}
+    assert study.rows(experiment) == rows and len(read_results(study.results)) == 4
+    assert [(row["arm"], row["run"]) for row in study.rows(again)] == [("again", one["run"])]
+
+
+def test_two_runs_at_a_time_lead_to_the_same_figures(first, phantom_dir, tmp_path):
+    """The ensemble shares a network with the first arm: one waits for the other, which trains it."""
+    one_by_one, experiment = first
+    study = make_study(tmp_path, dataset_dir=str(phantom_dir), device="cpu")
+    study.run([experiment], jobs=2)
+    assert len(list((tmp_path / "runs").rglob("model.pt"))) == 3
+    figures, expected = (
+        {(row["arm"], name): float(row[name] or 0) for row in each.rows(experiment) for name in ("Dice", "SSIM", "steps")}
+        for each in (study, one_by_one)
+    )
+    assert figures == pytest.approx(expected, abs=1e-3)  # the number of threads changes the last digits
 
 
 def test_a_source_is_left_out_and_measured_arm_by_arm(tmp_path, phantom_dir):
@@ -159,20 +179,6 @@ def test_what_is_run_and_in_which_order(tmp_path, monkeypatch):
     expected = [(name, "smoke", data, "arm", seed) for data in "ab" for name, seed in (("one", "0"), ("two", "0"), ("one", "1"))]
     assert started == expected
     assert [tuple(row[name] for name in ARM) for row in read_results(tmp_path / "results.csv")] == expected
-
-
-def test_two_runs_at_a_time_lead_to_the_same_figures(tmp_path, phantom_dir):
-    figures = {}
-    for jobs in (1, 2):
-        study = make_study(tmp_path / str(jobs), dataset_dir=str(phantom_dir), device="cpu")
-        # The ensemble shares a network with the first arm: one waits for the other, which trains it.
-        study.run([make(settings=[{"max_epochs": 1}], one=[ONE], both={"members": [[ONE], [TWO]]}, two=[TWO])], jobs)
-        rows = read_results(tmp_path / str(jobs) / "results.csv")
-        figures[jobs] = {row["arm"]: [float(row[name] or 0) for name in ("Dice", "SSIM", "steps")] for row in rows}
-        assert len(list((tmp_path / str(jobs) / "runs").rglob("model.pt"))) == 3
-    assert figures[2].keys() == figures[1].keys() == {"one", "both", "two"}
-    for arm, expected in figures[1].items():
-        assert figures[2][arm] == pytest.approx(expected, abs=1e-3), arm  # the number of threads changes the last digits
 
 
 def test_a_run_waits_where_another_command_trains_its_network(tmp_path, phantom_dir):
