@@ -18,10 +18,10 @@ from monai.bundle import ConfigWorkflow
 
 import bundle
 from bundle import files
-from bundle.data.volumes import Scan, find_scans, unreadable
+from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError, user_message
-from bundle.files import file_hash, text_hash, unwritable, write_table
-from bundle.inference.writer import PREDICTIONS, UNFINISHED, check_place, read_prediction, replacing_folder
+from bundle.files import file_hash, text_hash, write_table
+from bundle.inference.writer import PREDICTIONS, UNFINISHED, check_place, disk_error, read_prediction, replacing_folder
 from bundle.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,7 @@ class Worklist:
         """Record in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""
         row, place = {"scan": scan.name, "reason": user_message(error)}, self.folder / scan.name
         if row["reason"] is None and isinstance(error, OSError) and error.strerror:
-            file = Path(error.filename or (place if writing else scan.path))  # a full disk gives no name
-            of_results = self.folder in (file, *file.parents)
-            row["reason"] = str(unwritable(place, error) if of_results else unreadable(file, OSError(error.strerror)))
+            row["reason"] = str(disk_error(error, place, place if writing else scan.path))
         elif row["reason"] is None:
             cause = error
             while cause.__cause__ is not None:  # MONAI wraps what a transform raises

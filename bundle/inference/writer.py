@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bundle.data.series import read_header
-from bundle.data.volumes import Scan
+from bundle.data.volumes import Scan, unreadable
 from bundle.errors import UserError
 from bundle.files import unwritable
 from bundle.inference.markups import write_markups
@@ -36,7 +36,16 @@ def save_result(result: Result, folder) -> None:
         with replacing_folder(folder) as new:
             write_result(result, new)
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise disk_error(error, folder, folder) from error
+
+
+def disk_error(error: OSError, place: Path, default) -> UserError:
+    """Say that the results at `place` cannot be written, or which other file cannot be read; `default` if none is named."""
+    file = Path(error.filename or default)  # a full disk names none
+    unfinished = any(part.startswith(UNFINISHED) for part in file.parts)
+    if unfinished or place in (file, *file.parents) or file in place.parents:
+        return unwritable(place, error)
+    return unreadable(file, OSError(error.strerror or str(error)))
 
 
 def write_result(result: Result, folder: Path) -> None:

@@ -76,6 +76,7 @@ def test_older_results_come_back_if_new_ones_cannot_take_their_place(picture, tm
         (None, False, "in/a.png: cannot be read (Input/output error), expected an intact "),
         ("in/a.png", True, "in/a.png: cannot be read (Input/output error), expected an intact "),
         ("out/.tmp.1/mask.png", True, "out/a.png: cannot be written (Input/output error); check the disk"),
+        ("out", True, "out/a.png: cannot be written (Input/output error); check the disk"),
         (None, True, "out/a.png: cannot be written (Input/output error); check the disk"),
     ],
 )
