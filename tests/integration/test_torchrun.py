@@ -13,22 +13,27 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2"]
-ALONE = [sys.executable]
+import command
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
-def start(launcher: list[str], *arguments, log: Path, configs=("train", "preset_smoke"), **entries) -> subprocess.Popen:
-    files = str([f"configs/{name}.json" for name in configs])
-    command = [*launcher, "-m", "monai.bundle", "run", *arguments, "--config_file", files, "--device", "cpu"]
-    command += [str(part) for key, value in entries.items() for part in (f"--{key}", value)]
+def start(words: list[str], log: Path) -> subprocess.Popen:
     with log.open("a") as file:
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        line = [TORCHRUN, "--nproc_per_node=2", "-m", *words]
+        return subprocess.Popen(line, cwd=command.ROOT, stdout=file, stderr=subprocess.STDOUT)
 
 
-def run(*arguments, log: Path, **entries) -> str:
-    assert start(*arguments, log=log, **entries).wait() == 0, log.read_text()[-3000:]
+def run(words: list[str], log: Path) -> str:
+    """Run it to its end in two processes."""
+    assert start(words, log).wait() == 0, log.read_text()[-3000:]
     return log.read_text()
+
+
+def run_alone(words: list[str]) -> str:
+    done = command.run(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def learned(folder: Path) -> tuple[list, dict]:
@@ -39,17 +44,18 @@ def learned(folder: Path) -> tuple[list, dict]:
 MULTI_TRAIN = ("train", "preset_smoke", "multi_gpu_train")
 # All that may differ between processes is off: what is drawn for each image, and the statistics of a batch.
 SAME = {
-    "tasks": "{'classification': 1.0}",
+    "tasks": {"classification": 1.0},
     "backbone": "test_efficientnet_ln",
     "augmentation": "{'_target_': 'Compose', 'transforms': []}",
     "max_epochs": 3,
+    "device": "cpu",
 }
 
 
 def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path, phantom_dir):
     data = {"dataset_dir": phantom_dir, **SAME}
-    run(ALONE, log=tmp_path / "log1", output_dir=tmp_path / "one", batch_size=4, **data)
-    run(TORCHRUN, log=tmp_path / "log2", configs=MULTI_TRAIN, output_dir=tmp_path / "two", batch_size=2, **data)
+    run_alone(command.bundle(output_dir=tmp_path / "one", batch_size=4, **data))
+    run(command.bundle(configs=MULTI_TRAIN, output_dir=tmp_path / "two", batch_size=2, **data), tmp_path / "log")
     (one, weights), (two, weights_of_two) = learned(tmp_path / "one"), learned(tmp_path / "two")
     assert len(one) == len(two) == 3
     for epoch, epoch_of_two in zip(one, two):
@@ -72,23 +78,23 @@ def of_rank(rank: int, launcher: int) -> int | None:
 
 def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, phantom_dir):
     """With all four tasks: most batches of a process have no mask or no box, and nobody waits for its head."""
-    entries = {"dataset_dir": phantom_dir, "batch_size": 2, "max_epochs": 4, "configs": MULTI_TRAIN}
-    run(TORCHRUN, log=tmp_path / "unbroken.log", output_dir=tmp_path / "unbroken", **entries)
+    knobs = {"dataset_dir": phantom_dir, "batch_size": 2, "max_epochs": 4, "configs": MULTI_TRAIN, "device": "cpu"}
+    run(command.bundle(output_dir=tmp_path / "unbroken", **knobs), tmp_path / "unbroken.log")
     log, broken = tmp_path / "broken.log", tmp_path / "broken"
-    process = start(TORCHRUN, log=log, output_dir=broken, **entries)
+    process = start(command.bundle(output_dir=broken, **knobs), log)
     while not (broken / "last.pt").exists():
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.002)
     os.kill(of_rank(1, process.pid), signal.SIGKILL)
     assert process.wait(timeout=120) != 0
     assert not (broken / "model.pt").exists()
-    assert "resumed after epoch" in run(TORCHRUN, log=log, output_dir=broken, **entries)
+    assert "resumed after epoch" in run(command.bundle(output_dir=broken, **knobs), log)
     (history, weights), (history_again, weights_again) = learned(tmp_path / "unbroken"), learned(broken)
     assert history == history_again
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
 
-    one = run(ALONE, log=tmp_path / "one.log", **evaluation(tmp_path, phantom_dir, "one"))
-    two = run(TORCHRUN, log=tmp_path / "two.log", **evaluation(tmp_path, phantom_dir, "two", "multi_gpu_train"))
+    one = run_alone(evaluation(tmp_path, phantom_dir, "one"))
+    two = run(evaluation(tmp_path, phantom_dir, "two", "multi_gpu_train"), tmp_path / "two.log")
     assert one.count("metrics.json: ") == two.count("metrics.json: ") == 1, "one process writes"
     reports = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     numbers, numbers_of_two = (dict(leaves(report)) for report in reports)
@@ -106,16 +112,10 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, phantom_dir):
         assert chosen_by[f"reconstruction_{name}"] == pytest.approx(again, rel=1e-6), name
 
 
-def evaluation(folder: Path, phantom_dir: Path, name: str, *configs: str) -> dict:
-    entries = {
-        "dataset_dir": phantom_dir,
-        "output_dir": folder / "unbroken",
-        "evaluation_dir": folder / name,
-        "split": "validation",
-        "bootstrap": 20,
-        "failures": True,
-    }
-    return {**entries, "configs": ("train", "preset_smoke", "evaluate", *configs)}
+def evaluation(folder: Path, phantom_dir: Path, name: str, *configs: str) -> list[str]:
+    knobs = {"dataset_dir": phantom_dir, "output_dir": folder / "unbroken", "evaluation_dir": folder / name}
+    knobs |= {"split": "validation", "bootstrap": 20, "failures": True, "device": "cpu"}
+    return command.bundle(configs=("train", "preset_smoke", "evaluate", *configs), **knobs)
 
 
 def leaves(item, path: str = ""):
@@ -129,15 +129,8 @@ def leaves(item, path: str = ""):
 
 def test_the_curriculum_runs_in_two_processes_and_one_of_them_writes(tmp_path, phantom_dir):
     out = tmp_path / "run"
-    log = run(
-        TORCHRUN,
-        "training",
-        log=tmp_path / "log",
-        configs=MULTI_TRAIN,
-        output_dir=out,
-        dataset_dir=phantom_dir,
-        batch_size=2,
-    )
+    knobs = {"configs": MULTI_TRAIN, "output_dir": out, "dataset_dir": phantom_dir, "batch_size": 2, "device": "cpu"}
+    log = run(command.bundle("training", **knobs), tmp_path / "log")
     stages = sorted(path.name for path in out.iterdir() if path.is_dir())
     assert stages == ["stage_classification", "stage_detection", "stage_joint", "stage_segmentation"]
     for stage in stages:
@@ -148,8 +141,9 @@ def test_the_curriculum_runs_in_two_processes_and_one_of_them_writes(tmp_path, p
 
 
 def test_torchrun_without_the_overlay_is_refused_in_one_line(tmp_path, phantom_dir):
-    log = tmp_path / "log"
-    assert start(TORCHRUN, log=log, output_dir=tmp_path / "run", dataset_dir=phantom_dir).wait() != 0
+    """One of two processes, as torchrun starts them."""
+    words = command.bundle(output_dir=tmp_path / "run", dataset_dir=phantom_dir, device="cpu")
+    done = command.run(*words, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
     refusal = "error: torchrun: found 2 processes that do not know of one another, expected configs/multi_gpu_train.json"
-    assert refusal in log.read_text()
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith(refusal)
     assert not list((tmp_path / "run").glob("*.pt"))
