@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import nibabel
@@ -15,6 +14,8 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+
+import command
 
 KNOBS = ("--score_threshold", 0.06, "--batch_size", 2)
 OF_A_RUN = ("UI", "DT", "DA", "TM", "SQ")  # DICOM elements that differ from run to run: UIDs, times, what holds them
@@ -48,20 +49,21 @@ def whole(out):
 
 
 def test_a_killed_command_is_repeated_to_the_same_end(scans, chestct, chestct_command, tmp_path):
-    command, quiet = chestct_command(scans, tmp_path / "out", *KNOBS), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    words = chestct_command(scans, tmp_path / "out", *KNOBS)
     begin = time.monotonic()
     assert chestct(scans, tmp_path / "whole", *KNOBS).returncode == 0
     seconds, expected = time.monotonic() - begin, whole(tmp_path / "whole")
     tables = {name for name in expected if name.suffix == ".csv"}
     moments, hits = random.Random(0), 0
     for _ in range(int(os.environ.get("CHEST_CT_KILLS", 3))):
-        process = subprocess.Popen(command, **quiet)
+        process = command.start("chestct", *words[1:], log=tmp_path / "log")
         deadline = time.monotonic() + 3 * seconds
-        while process.poll() is None and not list(tmp_path.glob("out/.lock")) and time.monotonic() < deadline:
+        while process.exitcode is None and not list(tmp_path.glob("out/.lock")) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(moments.random() * seconds / 3)
-        process.send_signal(signal.SIGKILL)
-        hits += process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        hits += process.exitcode == -signal.SIGKILL
         seen = whole(tmp_path / "out")
         assert all(seen[name] == expected[name] for name in seen.keys() - tables)
         for name in tables & seen.keys():  # of scans so far

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import command
+
 from bundle.data.phantom import make_volume
 from bundle.names import TASKS
 
@@ -16,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def script(name, *arguments, cwd):
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    words = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def test_benchmark_prints_three_ratios_from_any_directory(phantom_dir, tmp_path):
@@ -74,12 +76,13 @@ def test_the_quickstart_ends_with_a_report_and_a_network_that_has_learned(tmp_pa
     ("arguments", "message"),
     [
         (["order", "x"], "experiment: found 'x', expected one of ablation, "),
-        (["order", "--scale", "x"], "scale: found no "),
+        (["order", "--scale", "x"], "scale: found 'x', expected one of reduced, "),
         (["order", "--jobs", "0"], "jobs: found 0, expected at least 1"),
         (["order", "--report"], "experiment order: found no result, expected at least one run; run it first"),
     ],
 )
 def test_experiments_are_refused_in_one_line(arguments, message, tmp_path):
-    done = script("run_experiments.py", *arguments, "--results_dir", tmp_path, "--output_dir", tmp_path, cwd=tmp_path)
+    places = ["--results_dir", tmp_path, "--output_dir", tmp_path]
+    done = command.run(ROOT / "scripts/run_experiments.py", *arguments, *places, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
