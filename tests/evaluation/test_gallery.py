@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
-from monai.bundle import ConfigWorkflow
 from PIL import Image
 from some_tasks import some_tasks
 from test_handler import ALL, batch
@@ -92,13 +91,3 @@ def test_without_images_nothing_of_them_is_drawn(tmp_path):
     assert np.array_equal(*pictures)
     with pytest.raises(ValueError, match="with_images: found false for classification, reconstruction, expected true"):
         FailureGallery(some_tasks(CLASSIFICATION, RECONSTRUCTION), "x.png", with_images=False)
-
-
-def test_failures_are_drawn_beside_the_metrics(phantom_dir, save_smoke, tmp_path):
-    save_smoke(tmp_path / "model.pt")
-    configs = [f"configs/{name}.json" for name in ("train", "preset_smoke", "evaluate")]
-    entries = {"failures": True, "dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "device": "cpu", "bootstrap": 0}
-    workflow = ConfigWorkflow(configs, **entries)
-    workflow.initialize()
-    workflow.run()
-    assert {"failures.png", "metrics.json"} <= {path.name for path in (tmp_path / "evaluation").iterdir()}
