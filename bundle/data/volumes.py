@@ -389,7 +389,8 @@ def unreadable(path, error: Exception) -> UserError:
     """One line for whatever a reader raised."""
     if isinstance(error, UserError):
         return error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[-1].replace(str(path), Path(path).name)
+    text = str(error).strip().replace("\n - ", ": ") or type(error).__name__  # of nibabel
+    reason = text.splitlines()[-1].replace(str(path), Path(path).name)
     return UserError(f"{path}: cannot be read ({reason[:300]}), expected an intact picture, NIfTI or DICOM file")
 
 
