@@ -1,6 +1,6 @@
 """Multi-task chest CT as a MONAI bundle: see README.md. In Python, `from bundle import Model` predicts scans."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 
 def __getattr__(name: str):
