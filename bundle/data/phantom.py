@@ -69,7 +69,7 @@ def make_slice(
 
     Args:
         size: rows and columns in pixels.
-        label: 0 normal, 1 COVID-19 (hazy opacities in both lungs), 2 lung cancer (one to three nodules of 20 to 40 mm).
+        label: 0 normal, 1 COVID-19 (hazy opacities in both lungs), 2 lung cancer (two or three nodules of 20 to 40 mm).
         patient: of `make_patient` with the same size; by default drawn.
         level: from 0 (above the heart) to 1 (heart); by default drawn.
 
@@ -139,9 +139,9 @@ def _add_opacities(canvas: _Canvas, lungs: np.ndarray) -> np.ndarray:
 
 
 def _add_nodules(canvas: _Canvas, lungs: np.ndarray) -> np.ndarray:
-    """Draw one to three solid nodules that do not touch; returns their instances."""
+    """Draw two or three solid nodules that do not touch; returns their instances."""
     rng, instances = canvas.rng, np.zeros(lungs.shape, np.uint8)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 4)):
         radius = max(rng.uniform(10, 20), 1.7 * canvas.pixel)
         free = lungs < max(-0.8 * radius, lungs.min() + 1)
         if instances.any():
@@ -158,7 +158,7 @@ def _add_nodules(canvas: _Canvas, lungs: np.ndarray) -> np.ndarray:
 
 
 def make_phantom(
-    folder, size: int = 256, groups: Sequence[int] = (24, 6, 6), slices_per_group: int = 3, seed: int = 0
+    folder, size: int = 256, groups: Sequence[int] = (36, 9, 9), slices_per_group: int = 2, seed: int = 0
 ) -> str:
     """Make the phantom data set in a folder, unless it is already there; return the folder.
 

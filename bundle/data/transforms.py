@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,7 @@ class LoadSliced(MapTransform):
         return sample
 
     def _labels(self, record, key: str, image: MetaTensor) -> torch.Tensor:
-        labels = load_labels(record[key])
+        labels = load_labels(record[key], self.load)
         if labels.shape != image.shape:
             found, expected = tuple(labels.shape[1:]), tuple(image.shape[1:])
             found = f"found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
@@ -99,9 +99,9 @@ class LoadSliced(MapTransform):
         return labels.as_tensor()
 
 
-def load_labels(path) -> MetaTensor:
-    """Read a mask or instances as `LoadSlice` does, NaN as 0 and 0.9999999 as 1; a UserError for values that are no labels."""
-    labels = LoadSlice()(path)
+def load_labels(path, load: Callable = LoadSlice()) -> MetaTensor:
+    """Read a mask or instances by `load`, NaN as 0 and 0.9999999 as 1; a UserError for values that are no labels."""
+    labels = load(path)
     values = labels.as_tensor()  # of the same memory
     values[values == AIR] = 0  # which NaN became
     if (values - values.round()).abs().max() < 1e-3:

@@ -68,7 +68,7 @@ def test_the_quickstart_ends_with_a_report_and_a_network_that_has_learned(tmp_pa
     assert len(list(out.glob("report/*/report.html"))) == 1 and (out / "run/evaluation/failures.png").is_file()
     report = json.loads((out / "run/evaluation/metrics.json").read_text())
     assert report["segmentation"]["dice"]["value"] >= 0.5
-    assert report["classification"]["accuracy"]["value"] >= 0.5  # measured 0.72; chance is 0.33
+    assert report["classification"]["accuracy"]["value"] >= 0.7  # measured 0.89; chance is 0.33
     assert report["detection"]["ap10"]["value"] >= 0.3
 
 

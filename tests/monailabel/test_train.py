@@ -52,7 +52,7 @@ def test_samples_are_image_and_mask_of_the_slice(volume):
     for record, sample in zip(dataset.data, dataset):
         index = record["image"].index
         np.testing.assert_array_equal(sample["mask"][0].numpy(), label[:, :, index].T)
-        np.testing.assert_array_equal(sample["image"][0].numpy(), image[:, :, index].T)
+        np.testing.assert_array_equal(sample["image"][0].numpy(), image[:, :, index].T.clip(-1024))  # air is the least
     batch = collate(list(dataset), some_tasks())
     assert batch["record"][0]["image"] == f"{volume['image']}, slice {dataset.data[0]['image'].index}"
     assert batch["annotated"]["segmentation"].all() and not batch["annotated"]["detection"].any()
