@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def start_runner() -> None:
-    """Run `python -m monai.bundle` of `sys.argv`, but for its search for commands, which reads the source of all callers."""
+    """Run MONAI's bundle runner with `sys.argv`. Fire gets `run` alone: searching for commands takes long."""
     import fire
     from monai.bundle import run
 

@@ -512,7 +512,7 @@ def _is_numbered(frames: Sequence[Frame]) -> bool:
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
-    """Drop what is not axial, and `_extra` images of a study with a scan: the scans left, and what was dropped by study."""
+    """Drop images that are not axial, and `_extra` images of a study that has a scan; return the scans and the drops by study."""
     kept, left_out = [], defaultdict(Counter)
     for study in _divide(groups, lambda group: study_of(group[0])):
         scans = [group for group in study if not _extra(group, 0)]

@@ -181,9 +181,9 @@ class KeepLungd(MapTransform):
 
 
 class RandKeepLungd(RandomizableTransform, KeepLungd):
-    """Blacken what is outside of lungs, lesions and boxes at random, so that no classifier lives on table, arms or captions.
+    """Blacken everything outside lungs, lesions and boxes at random, so that a classifier cannot use table, arms or captions.
 
-    Slices without lungs are left alone, and those with more than 5 % of lesions and boxes outside, whose shape would tell.
+    A slice stays as it is if it has no lung, or if more than 5 % of its lesions and boxes lie outside the lungs.
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 0.5) -> None:

@@ -94,7 +94,7 @@ class Result:
         self.volumes[kind].append(stored.T if scan.kind == "picture" else stored.reshape(np.delete(scan.shape, scan.axis)))
 
     def prediction(self) -> dict:
-        """The content of predictions.json but for "files", which the writer adds."""
+        """Return the content of predictions.json without "files", which the writer adds."""
         scan, affine = self.scan, self.scan.affine
         grid = {
             "shape": list(scan.shape),
