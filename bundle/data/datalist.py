@@ -16,7 +16,6 @@ from bundle.names import ANNOTATION, BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INS
 
 SPLITS = ("training", "validation", "test")
 LEFT_OUT = "left_out"
-GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # of Pillow: the value of a pixel is its label
 FIELDS = (IMAGE, CLASS, MASK, BOXES, INSTANCES, GROUP, SOURCE)
 
 
@@ -131,8 +130,6 @@ def record_complaints(
     for field in (MASK, INSTANCES):
         if image and field in sizes and sizes[field].turned != image.turned:
             yield f"{field}: found (columns, rows) = {sizes[field].turned}, expected {image.turned} as the image has"
-        if field in sizes and (mode := sizes[field].mode) and mode not in GREY_MODES:
-            yield f"{field}: found a picture of mode {mode}, expected a grey one, whose values are labels; see docs/data.md"
     yield from _box_complaints(record.get(BOXES, []), image and image.stored)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,10 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform, RandomizableTransform, Transform
-from PIL import Image
 from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.batch import plain
-from bundle.data.series import AIR
+from bundle.data.labels import labels_of
 from bundle.data.volumes import open_scan
 from bundle.errors import UserError
 from bundle.lungs import lung_region
@@ -25,13 +24,15 @@ from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECOR
 class LoadSlice(Transform):
     """Read the one axial slice in a file of any format as a MetaTensor (1, rows, columns): see `Scan.read`."""
 
-    def __call__(self, path) -> MetaTensor:
+    def __call__(self, path, labels: bool = False) -> MetaTensor:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file; check dataset_dir and the datalist")
         scan = open_scan(path)
         if len(scan) != 1:
             raise UserError(f"{path}: found shape {scan.shape}, expected a single grey slice")
-        return scan.read(0)
+        if not labels:
+            scan.check_values()
+        return scan.read(0, labels)
 
 
 def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
@@ -66,8 +67,8 @@ class LoadSliced(MapTransform):
         if MASK in record:
             empty = record[MASK] == EMPTY_MASK
             mask = torch.zeros_like(image.as_tensor()) if empty else self._labels(record, MASK, image)
-            values, found = range(1, self.segmentation_classes + 1), mask.unique().tolist()
-            if len(values) > 1 and not set(found) <= {0, *values}:
+            values = range(1, self.segmentation_classes + 1)
+            if len(values) > 1 and not set(found := mask.unique().tolist()) <= {0, *values}:
                 raise UserError(f"{record[MASK]}: found the values {found}, expected 0 and {', '.join(map(str, values))}")
             channels = [mask > 0] if len(values) == 1 else [mask == value for value in values]
             sample[MASK] = MetaTensor(torch.cat(channels).float(), affine=image.affine)
@@ -82,7 +83,7 @@ class LoadSliced(MapTransform):
         return sample
 
     def _labels(self, record, key: str, image: MetaTensor) -> torch.Tensor:
-        labels = load_labels(record[key], self.load)
+        labels = self.load(record[key], labels=True)
         if labels.shape != image.shape:
             found, expected = tuple(labels.shape[1:]), tuple(image.shape[1:])
             found = f"found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
@@ -96,25 +97,7 @@ class LoadSliced(MapTransform):
                 f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
                 "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
             )
-        return labels.as_tensor()
-
-
-def load_labels(path, load: Callable = LoadSlice()) -> MetaTensor:
-    """Read a mask or instances by `load`, NaN as 0 and 0.9999999 as 1; a UserError for values that are no labels."""
-    labels = load(path)
-    values = labels.as_tensor()  # of the same memory
-    values[values == AIR] = 0  # which NaN became
-    if (values - values.round()).abs().max() < 1e-3:
-        values.round_()
-    if values.min() < 0:
-        raise UserError(f"{path}: found the value {float(values.min()):g}, expected labels from 0 up")
-    if labels.meta["picture"] and not values.any():
-        with Image.open(path) as picture:
-            stored = np.atleast_3d(np.asarray(picture)).astype(int)
-        if np.ptp(stored, axis=(0, 1)).any():
-            where = "indices of a black palette" if stored.shape[2] == 1 else "alpha channel"
-            raise UserError(f"{path}: found values only in the {where}, expected a grey picture; convert it")
-    return labels
+        return torch.tensor(labels_of(labels)[0], dtype=torch.float32)[None]
 
 
 def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ from bundle.data import series
 from bundle.data.series import AIR, DIRECTORY, Frame, reaching_border
 from bundle.errors import UserError, no_warnings
 from bundle.files import text_hash
+from bundle.lungs import TISSUE
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,17 @@ EXTENSIONS = (*PICTURES, *NIFTI, *ITK, *DICOM)
 MAX_SLICE_PIXELS, MAX_BYTES = 2**26, 2**32
 MAX_SIDES = 100  # longer to shorter side of a slice: of a thinner one nothing is left at the size of the network
 TOO_DENSE = 30000  # HU: from here on a value around the field of view is padding
+WRAPPED = 2**15 - 1024  # HU: from here on up to 2**16 a value is a negative one that the file calls unsigned
+VOXEL_SIDES = 0.02, 100.0  # mm, of a CT
 
 # First bytes of files.
 GZIP, ARCHIVES = b"\x1f\x8b", (b"PK\3\4", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zX")
 PICTURE_STARTS = (b"\x89PNG\r\n", b"\xff\xd8\xff")
 NO_THICKNESS = "the file gives no thickness of the slice: volumes count 1 mm"
+NO_GEOMETRY = "the file gives voxels of 1 mm at the origin, the default of programs: lengths and sides may be wrong"
 NOT_ORIENTED = "the file gives no orientation (qform and sform codes 0): its axes are taken to run to left, posterior and head"
-EIGHT_BITS = "values of 8 bits: they are not known to be HU, the slices count as pictures"
+NO_HU = ": they are not known to be HU, the slices count as pictures"
+EIGHT_BITS = f"values of 8 bits{NO_HU}"
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # of the units that NIfTI knows
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # what matters is raised
@@ -84,7 +89,7 @@ class Scan:
     kind = "volume"
     hounsfield = oriented = True
     input_axes = (0, 1, 2)
-    positions = thickness = spacing = _voxels = None
+    positions = thickness = spacing = mode = _voxels = None
 
     def __init__(
         self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None
@@ -98,6 +103,9 @@ class Scan:
         self.warnings: list[str] = []
         if affine is not None:
             self._measure(rows, columns)
+            sides = nibabel.affines.voxel_sizes(self.affine)
+            if not VOXEL_SIDES[0] <= min(sides) <= max(sides) <= VOXEL_SIDES[1]:
+                self._forget_lengths(sides)
         sides = np.delete(self.shape, self.axis)
         if np.prod(sides, dtype=float) > MAX_SLICE_PIXELS:
             raise UserError(f"found a size of {self.shape}, expected slices of at most {MAX_SLICE_PIXELS} pixels")
@@ -117,6 +125,10 @@ class Scan:
         step = float(affine[:3, self.axis] @ normal)
         self.positions = [float(affine[:3, 3] @ normal) + step * index for index in range(len(self))]
         self.thickness = [abs(step)] * len(self)
+
+    def _forget_lengths(self, sides: Sequence[float]) -> None:
+        self.affine = self.spacing = self.positions = self.thickness = None
+        self.warnings.append(f"voxels of {' x '.join(f'{side:.3g}' for side in sides)} mm: lengths are not known")
 
     def __len__(self) -> int:
         return self.shape[self.axis]
@@ -143,15 +155,26 @@ class Scan:
         """Free what is held; the next slice opens the file again."""
         self._voxels = None
 
-    def read(self, index: int) -> MetaTensor:
-        """Read a slice, turned to LPS: rows run to posterior, columns to the patient's left.
+    def check_values(self) -> None:
+        """Take the values for grey ones, with a warning, if they are said to be HU and five slices have none of a lung."""
+        if not self.hounsfield:
+            return
+        planes = [self.read_stored(int(index)) for index in np.unique(np.linspace(0, len(self) - 1, 5).round())]
+        values = np.concatenate([plane[plane > AIR] for plane in planes])
+        if len(values) and values.min() > TISSUE:
+            self.hounsfield = False
+            self.warnings.append(f"values from {values.min():g} to {values.max():g}, none of a lung{NO_HU}")
+
+    def read(self, index: int, labels: bool = False) -> MetaTensor:
+        """Read a slice, turned to LPS: rows run to posterior, columns to the patient's left; for `labels` see `read_stored`.
 
         Returns:
             MetaTensor (1, rows, columns) of float32. The affine (3, 3) leads from (row, column) to (y, x) of the stored slice,
             where x, the column, runs along the first of its two axes. `meta` holds "filename_or_obj", "hounsfield", "picture",
-            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, None if unknown.
+            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, None if unknown,
+            and "mode", Pillow's of a picture.
         """
-        stored = np.expand_dims(self.read_stored(index), self.axis)
+        stored = np.expand_dims(self.read_stored(index, labels), self.axis)
         pixels = orientations.apply_orientation(stored, self.turn)[..., 0]
         x, y = (axis for axis in range(3) if axis != self.axis)
         to_stored = orientations.inv_ornt_aff(self.turn, stored.shape)[np.ix_([y, x, 3], [0, 1, 3])]
@@ -162,13 +185,14 @@ class Scan:
             "file_affine": None if self.affine is None else torch.as_tensor(self.affine),
             "spacing": self.spacing,
             "picture": self.kind == "picture",
+            "mode": self.mode,
         }
         return MetaTensor(torch.from_numpy(pixels.copy())[None], affine=torch.as_tensor(to_stored), meta=meta)
 
-    def read_stored(self, index: int) -> np.ndarray:
+    def read_stored(self, index: int, labels: bool = False) -> np.ndarray:
         """Read a slice as it lies in the file: float32 (x, y), the shape of the grid without `axis`.
 
-        NaN is air, as is in HU what is below air, and what no tissue reaches around the field of view.
+        NaN is air, as is in HU what is below air, and what no tissue reaches around the field of view. In `labels` NaN is 0.
 
         Raises:
             UserError: naming the file, if the pixels cannot be read or are not finite.
@@ -181,19 +205,20 @@ class Scan:
             raise unreadable(file, error) from None
         outside = np.isnan(plane)
         outside &= len(self) > 1 or not outside.all()  # NaN alone is no slice
-        if self.hounsfield:
+        if self.hounsfield and not labels:
+            plane = np.where((plane >= WRAPPED) & (plane < 2**16), plane - 2**16, plane)
             outside |= plane < AIR
             if (dense := plane > TOO_DENSE).any():
                 outside |= reaching_border(dense)
         if outside.any():
-            plane = np.where(outside, AIR if self.hounsfield else np.nanmin(plane), plane)
+            plane = np.where(outside, 0 if labels else AIR if self.hounsfield else np.nanmin(plane), plane)
         if not np.isfinite(plane).all():
             raise UserError(f"{file}: found NaN or infinite pixels, expected finite values")
         return plane
 
-    def read_volume(self) -> np.ndarray:
+    def read_volume(self, labels: bool = False) -> np.ndarray:
         """All slices as they lie in the file: float32 of `shape`."""
-        return np.stack([self.read_stored(index) for index in range(len(self))], self.axis)
+        return np.stack([self.read_stored(index, labels) for index in range(len(self))], self.axis)
 
     def _plane(self, index: int) -> np.ndarray:
         """Values of a stored slice, (x, y)."""
@@ -206,7 +231,7 @@ def maps_to_space(affine: np.ndarray) -> bool:
 
 def _turn_to_view(affine: np.ndarray) -> np.ndarray:
     if not maps_to_space(affine):
-        raise UserError("found an affine that does not map to space")
+        raise UserError("found an affine that does not map to space, expected voxel sizes above 0; correct the header")
     return orientations.ornt_transform(nibabel.io_orientation(affine), orientations.axcodes2ornt("PLS")).astype(int)
 
 
@@ -253,6 +278,7 @@ class NiftiScan(Scan):
         self._image, image = image, image or _load_nifti(path)  # the first, if it is in memory
         check_shape(image.shape, image.get_data_dtype())
         header, affine = image.header, image.affine
+        by_sform = header["sform_code"] > 0 and maps_to_space(affine)
         if not maps_to_space(affine) and header["qform_code"] > 0:
             affine = header.get_qform()
         if not (oriented := bool(header["qform_code"] > 0 or header["sform_code"] > 0)):
@@ -263,8 +289,12 @@ class NiftiScan(Scan):
         super().__init__(name, path, image.shape, affine, sorted({*files, path} if os.path.isfile(path) else files))
         scaled = nibabel.is_proxy(image.dataobj) and (image.dataobj.slope, image.dataobj.inter) != (1, 0)
         self.oriented, self.hounsfield = oriented, scaled or image.get_data_dtype().itemsize > 1
-        self.warnings += [NOT_ORIENTED] * (not oriented) + [NO_THICKNESS] * (len(image.shape) < 3)
-        self.warnings += [EIGHT_BITS] * (not self.hounsfield)
+        flat, sides = len(image.shape) < 3, [] if by_sform else _stored_sides(image)
+        if 0 in [side for side, size in zip(sides, self.shape) if size > 1]:
+            self._forget_lengths(sides)
+        flat = flat or 0 in sides and self.affine is not None
+        self.warnings += [NOT_ORIENTED] * (not oriented) + [NO_THICKNESS] * flat
+        self.warnings += [NO_GEOMETRY] * _is_default(affine) + [EIGHT_BITS] * (not self.hounsfield)
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -300,6 +330,24 @@ def _load_nifti(path):
     return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_stream(stream)
 
 
+def _stored_sides(image) -> list[float]:
+    """Voxel sizes as the header holds them; nibabel turns 0 into 1. None of an image in memory."""
+    holder = image.file_map.get("header", image.file_map["image"])
+    if holder.filename is None and holder.fileobj is None:
+        return []
+    file = holder.get_prepare_fileobj()
+    try:
+        return np.abs(type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]).tolist()
+    finally:
+        if holder.fileobj is None:
+            file.close()
+
+
+def _is_default(affine: np.ndarray) -> bool:
+    """Whether it is what libraries write that were given none."""
+    return np.array_equal(np.abs(affine), np.eye(4))
+
+
 class ItkScan(Scan):
     """A MetaImage or NRRD file in HU, held in the type that it stores."""
 
@@ -312,7 +360,8 @@ class ItkScan(Scan):
         check_shape(reader.GetSize(), np.dtype(np.float64))
         super().__init__(name, path, reader.GetSize(), itk_affine(reader), [path, *_pixel_file(Path(path))])
         self.hounsfield = reader.GetPixelID() != _simpleitk().sitkUInt8
-        self.warnings += [NO_THICKNESS] * (reader.GetDimension() < 3) + [EIGHT_BITS] * (not self.hounsfield)
+        self.warnings += [NO_THICKNESS] * (reader.GetDimension() < 3) + [NO_GEOMETRY] * _is_default(itk_affine(reader))
+        self.warnings += [EIGHT_BITS] * (not self.hounsfield)
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -465,7 +514,6 @@ class SliceSize(NamedTuple):
 
     stored: tuple[int, int]  # on the grid of its file, as boxes are
     turned: tuple[int, int]  # to LPS, as it is read
-    mode: str | None = None  # Pillow's of a picture, and whether it is a JPEG
 
 
 def slice_size(path) -> SliceSize:
@@ -475,7 +523,7 @@ def slice_size(path) -> SliceSize:
         raise UserError(f"found {len(scan)} slices in {path}, expected a single one")
     columns, rows = (scan.shape[int(np.flatnonzero(scan.turn[:, 0] == axis)[0])] for axis in (1, 0))
     stored = tuple(scan.shape[axis] for axis in range(3) if axis != scan.axis)
-    return SliceSize(stored, (columns, rows), getattr(scan, "mode", None))
+    return SliceSize(stored, (columns, rows))
 
 
 def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:

@@ -104,6 +104,7 @@ class Model:
         Raises:
             UserError: perhaps as the cause of another exception, if a slice cannot be read or the files change meanwhile.
         """
+        scan.check_values()
         collector, loader = Collector(scan, self.tasks, self.novelty), self.evaluator.data_loader
         loader.dataset.data = slices_of([scan])
         self.evaluator.state.epoch_length = len(loader)

@@ -32,6 +32,7 @@ class LoadVolumed(MapTransform):
         data = dict(data)
         for key in self.keys:
             scan = open_scan(data[key])
+            scan.check_values()
             warnings = scan.warnings + ["the file has no geometry: lengths count 1 mm for a pixel"] * (scan.affine is None)
             for warning in warnings:
                 logger.warning(f"{scan.path}: {warning}")

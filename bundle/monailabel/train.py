@@ -43,7 +43,7 @@ def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
             f"{label.path}: found slices from {at[0]:.1f} to {at[-1]:.1f} mm, expected {expected[0]:.1f} to "
             f"{expected[-1]:.1f} mm as in {image.path}; write the label on the image's grid"
         )
-    has_lesion, records = np.array([(label.read(index) > 0).any() for index in range(len(label))]), []
+    has_lesion, records = np.array([(label.read(index, labels=True) > 0).any() for index in range(len(label))]), []
     for wanted in (True, False):
         indices = np.flatnonzero(has_lesion == wanted)
         for place in np.linspace(0, len(indices) - 1, min(len(indices), limit // 2)).round().astype(int):
@@ -78,7 +78,7 @@ class LoadVolumeSliced(LoadSliced):
     def __init__(self, segmentation_classes: int = 1) -> None:
         super().__init__(segmentation_classes)
         self.open = lru_cache(maxsize=2)(open_scan)
-        self.load = lambda place: self.open(place.path).read(place.index)
+        self.load = lambda place, labels=False: self.open(place.path).read(place.index, labels)
 
 
 def publish(weights, face) -> None:

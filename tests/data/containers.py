@@ -70,6 +70,7 @@ CONTAINERS |= {
     "below air outside": lambda folder: nifti(folder / "x.nii", np.where(HU == -1000, -3024, HU).astype(np.int16)),
     "-inf outside": lambda folder: nifti(folder / "x.nii", np.where(HU == -1000, -np.inf, HU).astype(np.float32)),
     "wrapped padding outside": lambda folder: nifti(folder / "x.nii", np.where(HU == -1000, 62512, HU).astype(np.int32)),
+    "signed called unsigned": lambda folder: nifti(folder / "x.nii", HU.astype(np.uint16)),
     "pair": lambda folder: nifti(folder / "x.hdr", kind=nib.Nifti1Pair),
     "compressed pair": lambda folder: nifti(folder / "x.img.gz", kind=nib.Nifti1Pair),
     "hidden file": lambda folder: nifti(folder / "x.nii") or (folder / "._x.nii").write_bytes(b"\0\5\x16\7" * 99),
@@ -251,6 +252,7 @@ DICOM: dict[str, dict] = {
     },
     "two acquisitions one after the other": {"change": lambda d, z: setattr(d, "AcquisitionNumber", 1 + z // 5)},
     "reformatted": {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED"]},
+    "signed called unsigned": {"change": lambda d, z: stored(d, HU.T[z].astype("<i2"), RescaleIntercept=0)},
     "padding without a tag": {
         "change": lambda d, z: stored(d, np.where(HU.T[z] == -1000, 63536, HU.T[z] + np.int32(1024)).astype("<u2"))
     },

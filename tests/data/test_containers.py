@@ -8,13 +8,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from containers import CENTRE, CONTAINERS, HU, UIDS, dicom, dicoms, enhanced, itk, nifti, scrambled, stored
+from containers import CENTRE, CONTAINERS, HU, UIDS, dicom, dicoms, enhanced, itk, nifti, patched, scrambled, stored
 from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 from pydicom.uid import HTJ2KLossless, JPEGLosslessSV1, RLELossless
 
 from bundle.data import series
-from bundle.data.volumes import find_scans, open_scan
+from bundle.data.transforms import LoadSlice
+from bundle.data.volumes import NO_GEOMETRY, NO_THICKNESS, find_scans, open_scan
 from bundle.errors import UserError
 from bundle.lungs import lung_mask
 
@@ -221,6 +222,56 @@ def test_a_volume_of_8_bits_is_not_known_to_be_hu(tmp_path, name):
     sitk.WriteImage(sitk.Cast(itk() > 0, sitk.sitkUInt8), str(tmp_path / name))
     (scan,), _ = find_scans(tmp_path)
     assert not scan.hounsfield and "values of 8 bits" in scan.warnings[0] and scan.read(5).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        (lambda hu: ((hu + 1024) / 3000).astype(np.float32), "values from 0.008 to 0.44"),
+        (lambda hu: np.where(hu == -1000, np.nan, (hu + 1024) / 3000), "values from 0.07"),
+        (lambda hu: (hu + 1024).astype(np.float32), "values from 24 to 1324"),  # of a scanner, without its intercept
+        (lambda hu: hu.clip(-160, 240), "values from -160 to 240"),  # a window
+        (lambda hu: ((hu - hu.mean()) / hu.std()).astype(np.float32), "values from -0."),
+    ],
+)
+def test_a_volume_without_values_of_a_lung_is_not_known_to_be_hu(tmp_path, scale, words):
+    nifti(tmp_path / "x.nii.gz", scale(HU))
+    scan = open_scan(tmp_path / "x.nii.gz")
+    scan.check_values()
+    assert not scan.hounsfield and [words in text and "count as pictures" in text for text in scan.warnings] == [True]
+    assert np.isfinite(scan.read_volume()).all() and scan.read(0).min() >= -160
+    nifti(tmp_path / "y.nii", scale(HU)[..., 5])
+    assert not LoadSlice()(tmp_path / "y.nii").meta["hounsfield"]
+
+
+@pytest.mark.parametrize(
+    ("sides", "slices", "codes", "lengths"),
+    [
+        ([2.2, 2.2, 0], 10, (1, 0), None),
+        ([0, 0, 0], 10, (0, 0), None),
+        ([2.2, 2.2, 0], 1, (1, 0), 1.0),
+        ([0, 0, 0], 10, (1, 1), 5.0),  # the sform counts
+        ([-2.2, -2.2, 5], 10, (1, 0), 5.0),
+        ([2.2e-3, 2.2e-3, 5e-3], 10, (1, 0), None),  # metres, which the header does not say
+        ([2200, 2200, 5000], 10, (1, 0), None),
+    ],
+)
+def test_sides_of_voxels_that_are_none_leave_lengths_unknown(tmp_path, sides, slices, codes, lengths):
+    nifti(tmp_path / "x.nii", HU[..., :slices], qform_code=codes[0], sform_code=codes[1])
+    patched(tmp_path / "x.nii", {80: np.array(sides, "<f4").tobytes(), 252: np.array(codes, "<i2").tobytes()})
+    scan = open_scan(tmp_path / "x.nii")
+    if lengths:
+        assert scan.thickness == pytest.approx([lengths] * slices) and scan.spacing == pytest.approx((2.2, 2.2))
+        assert scan.warnings == [NO_THICKNESS] * (slices == 1)
+    else:
+        assert scan.affine is scan.spacing is scan.thickness is None and "mm: lengths are not known" in scan.warnings[0]
+    np.testing.assert_array_equal(scan.read(0)[0], HU.T[0])
+
+
+def test_the_geometry_that_libraries_write_by_default_is_warned_of(tmp_path):
+    nifti(tmp_path / "x.nii", affine=np.eye(4))
+    sitk.WriteImage(sitk.GetImageFromArray(HU.T.copy()), str(tmp_path / "y.mha"))
+    assert [open_scan(tmp_path / name).warnings for name in ("x.nii", "y.mha")] == [[NO_GEOMETRY]] * 2
 
 
 def zipped(folder):

@@ -134,16 +134,6 @@ def test_boxes_and_masks_must_fit_volumes_too(folder, datalist, image):
     assert complaint(datalist, folder) == f"training[0] {image}: {expected}"
 
 
-@pytest.mark.parametrize("field", ["mask", "instances"])
-@pytest.mark.parametrize("mode", ["P", "LA", "RGB", "RGBA", "L compressed by JPEG"])
-def test_a_mask_whose_grey_values_are_not_its_labels_is_refused(folder, datalist, field, mode):
-    name = "smeared.jpg" if "JPEG" in mode else "colour.png"
-    Image.new(mode.split()[0], (COLUMNS, ROWS)).save(folder / name)
-    datalist["training"][0] |= {field: name}
-    expected = f"{field}: found a picture of mode {mode}, expected a grey one, whose values are labels; see docs/data.md"
-    assert complaint(datalist, folder) == f"training[0] a.png: {expected}"
-
-
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_the_encoding_is_found_out(folder, datalist, encoding):
     (folder / "datalist.json").write_text(json.dumps(datalist), encoding=encoding)

@@ -73,4 +73,4 @@ def test_what_is_no_image_is_refused_in_one_line(tmp_path, name, content):
 
 def test_real_dicom(real_data):
     path = next(iter(sorted((real_data / "lung_pet_ct_dx").glob("*/*.dcm"))))
-    assert slice_size(path) == ((512, 512), (512, 512), None)
+    assert slice_size(path) == ((512, 512), (512, 512))

@@ -192,8 +192,10 @@ def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path
 
 def test_a_missing_thickness_is_warned_of(tmp_path, write_series):
     write_series(tmp_path / "in", [0], SliceThickness=None)
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 8), np.int16)), str(tmp_path / "x.nrrd"))
-    nib.save(nib.Nifti1Image(np.zeros((6, 8), np.int16), np.eye(4)), tmp_path / "x.nii")
+    image = sitk.GetImageFromArray(np.zeros((6, 8), np.int16))
+    image.SetSpacing((2, 2))
+    sitk.WriteImage(image, str(tmp_path / "x.nrrd"))
+    nib.save(nib.Nifti1Image(np.zeros((6, 8), np.int16), np.diag([2, 2, 1, 1])), tmp_path / "x.nii")
     for source in ("in", "x.nrrd", "x.nii"):
         (scan,), _ = find_scans(tmp_path / source, tmp_path / "out")
         assert scan.warnings == ["the file gives no thickness of the slice: volumes count 1 mm"] and scan.thickness == [1]

@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from bundle.data.datalist import GREY_MODES
-from bundle.data.transforms import load_labels
-from bundle.data.volumes import slice_size, unreadable, upright
+from bundle.data.labels import labels_of
+from bundle.data.transforms import LoadSlice
 from bundle.errors import UserError
 
 # What a layout yields: the split, or None where it knows none, and a record of absolute paths, whose class is a name. It may
@@ -29,7 +28,6 @@ csv.field_size_limit(2**31 - 1)  # a cell may be long
 ABSENT = ("na", "n/a", "#n/a", "<na>", "nan", "none", "null")  # what programs write into an empty cell
 # Connected parts of a mask below this many pixels are dust of the annotation, not lesions to be found.
 MIN_LESION_PIXELS = 20
-MANY_VALUES = 16  # more are labels only if they follow one another and lie in areas
 
 
 def read_rows(path: Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
@@ -108,54 +106,10 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def read_labels(path: Path) -> tuple[np.ndarray, bool]:
-    """Labels (rows, columns) of a mask in LPS, and whether they are other than the values that its file shows.
-
-    A palette's index is the label unless its first colour is brighter than another one that is used. Of colours the strongest
-    channel is the label; where the colour is the same everywhere, the lesion is what is not transparent. Of black and white
-    with grey edges, as JPEG and scaling leave it, what is brighter than half is 1.
-
-    Raises:
-        UserError: if it cannot be read, or its values are no labels: shades of grey, below 0, or in all corners.
-    """
+    """`labels_of` the mask in a file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a mask")
-    mode = slice_size(path).mode or GREY_MODES[0]
-    convert = mode.split()[0] not in GREY_MODES
-    stored = labels = _colour_labels(path) if convert else load_labels(path)[0].numpy()
-    values = np.unique(labels)
-    lossy = "JPEG" in mode or path.suffix.lower() == ".webp"
-    white = 255 if lossy else next(full for full in (1, 255, 65535, np.inf) if values[-1] <= full)
-    marked = labels[:, 1:] > 0
-    flat = (marked & (labels[:, 1:] == labels[:, :-1])).sum() >= 0.5 * marked.sum()  # neighbours in a picture differ
-    in_order = flat and values[-1] <= 2 * len(values) and not (values % 1).any()
-    if lossy or not in_order and (len(values) > MANY_VALUES or (values > 0.875 * white).sum() > 1):
-        share, convert = labels / white, True
-        grey = ndimage.binary_erosion((share > 0.125) & (share < 0.875), np.ones((3, 3))).any()
-        if grey or labels.any() and share.max() < 0.875:
-            found = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
-            raise UserError(f"{path}: found {found}, expected a mask: black and white, or labels 0, 1, 2 … in PNG or NIfTI")
-        labels = share > 0.5
-    corners = [0, 0, -1, -1], [0, -1, 0, -1]
-    if labels[corners].all():
-        found = f"found {stored[corners].min():g} or more in all corners"
-        raise UserError(f"{path}: {found}, expected 0 outside of lesions; invert it")
-    return labels, convert
-
-
-def _colour_labels(path: Path) -> np.ndarray:
-    try:
-        with open(path, "rb") as file, Image.open(file) as stored:  # by its path, Pillow maps a turned TIFF wrongly
-            picture = upright(stored)
-            indices, rgba = np.asarray(picture), np.asarray(picture.convert("RGBA"))
-    except Exception as error:  # Pillow raises anything for damaged files
-        raise unreadable(path, error) from None
-    colour, opaque = rgba[..., :3].max(-1), rgba[..., 3] > 0
-    background = indices == 0
-    if picture.mode == "P" and opaque.all():
-        if background.all() or not background.any() or colour[background].max() <= colour[~background].min():
-            return indices
-    by_alpha = np.ptp(colour) == 0 and opaque.any() and not opaque.all()
-    return opaque.astype(np.uint8) if by_alpha else colour * opaque
+    return labels_of(LoadSlice()(path, labels=True))
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> str:

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
+from bundle.data.labels import whole_labels
 from bundle.data.sources.common import Records, lesions, read_rows, write_picture
 from bundle.data.volumes import open_scan
 from bundle.errors import UserError
@@ -38,8 +39,8 @@ class Volume(NamedTuple):
         return nibabel.affines.apply_affine(self.affine, [[0, 0, 0], [rows - 1, columns - 1, slices - 1]])
 
 
-def read_volume(path: Path) -> Volume:
-    """Read a volume of any format whose axes are at right angles."""
+def read_volume(path: Path, labels: bool = False) -> Volume:
+    """Read a volume, or a mask of `labels`, of any format whose axes are at right angles."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a volume")
     scan = open_scan(path)
@@ -48,20 +49,20 @@ def read_volume(path: Path) -> Volume:
     axes = scan.affine[:3, :3] / nibabel.affines.voxel_sizes(scan.affine)
     if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
         raise UserError(f"{path}: found a sheared grid, expected axes at right angles; resample it")
-    pixels = apply_orientation(scan.read_volume(), scan.turn).transpose(2, 0, 1)
+    pixels = apply_orientation(scan.read_volume(labels), scan.turn).transpose(2, 0, 1)
     return Volume(pixels, np.diag([-1.0, -1, 1, 1]) @ scan.affine @ inv_ornt_aff(scan.turn, scan.shape), scan.turn)
 
 
 def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
     """A volume and the pixels of its mask, if they have one size and lie at one place."""
-    volume, mask = read_volume(path), read_volume(mask_path)
+    volume, mask = read_volume(path), read_volume(mask_path, labels=True)
     if mask.pixels.shape != volume.pixels.shape:
         raise UserError(f"{mask_path}: found shape {mask.pixels.shape}, expected {volume.pixels.shape} as in {path}")
     if not np.array_equal(mask.turn, volume.turn) and (np.abs(mask.ends - volume.ends) > volume.spacing).any():
         found = f"found a header that turns the mask otherwise than {path} and lays it elsewhere"
         expected = "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
         raise UserError(f"{mask_path}: {found}, {expected}")
-    return volume, np.ceil(np.maximum(mask.pixels, 0) - 1e-3)  # NaN has become air; 0.9999999 is 1
+    return volume, np.ceil(whole_labels(mask.pixels, mask_path))
 
 
 def write_slice(pixels: np.ndarray, spacing: tuple[float, ...], path: Path) -> str:

@@ -98,6 +98,10 @@ def test_a_mask_that_its_header_turns_must_lie_where_the_image_lies(tmp_path, ch
     volume, masks = read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
     np.testing.assert_array_equal(volume.pixels, hu)
     np.testing.assert_array_equal(masks, mask)
+    for value in (-1, -1024, 70000):
+        nibabel.save(nibabel.Nifti1Image(stored.astype(np.int32) * value, lps), tmp_path / "mask.nii.gz")
+        with pytest.raises(UserError, match="mask.nii.gz: found the value .*, expected labels from 0 to 65535"):
+            read_annotated(tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz")
     lps[0, 3] -= 2  # by more than a column, and less than the distance of the slices
     nibabel.save(nibabel.Nifti1Image(stored, lps), tmp_path / "mask.nii.gz")
     with pytest.raises(ValueError, match=r"mask.nii.gz: found a header that turns the mask otherwise than .*image.nii.gz and"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bundle.data.transforms import LoadSliced
 from bundle.errors import UserError
 
 
@@ -156,6 +157,7 @@ def test_objects_become_boxes_and_instances(tmp_path, samples, picture, caplog):
 LESION = np.zeros((40, 60), np.uint8)
 LESION[5:10, 20:50] = 1
 CT = np.add.outer(np.arange(40) * 3, np.arange(60) * 2).astype(np.uint8)
+HU = CT.astype(np.int16) * 8 - 1000
 NOISE = np.random.default_rng(0).integers(0, 4, (40, 60)).astype(np.uint8)
 LPS = np.diag([-0.7, -0.9, 5, 1])
 
@@ -195,6 +197,7 @@ MASKS = {  # a lesion of 150 pixels as programs save it
     "0.9999999.tif": Image.fromarray(LESION * np.float32(0.9999999)),
     "half.tif": Image.fromarray(LESION * np.float32(0.5)),
     "nan.nii": nifti(np.where(LESION, np.float32(1), np.nan)),
+    "65535.nii": nifti(LESION.astype(np.int32) * 65535),
     "turned.nii.gz": nifti(LESION[::-1, ::-1], LPS @ [[-1, 0, 0, 59], [0, -1, 0, 39], [0, 0, 1, 0], [0, 0, 0, 1]]),
     "smeared.jpg": Image.fromarray(LESION * 255),
     "smeared.webp": Image.fromarray(LESION * 255),
@@ -207,11 +210,13 @@ MASKS = {  # a lesion of 150 pixels as programs save it
 @pytest.mark.parametrize("name", MASKS)
 def test_a_lesion_is_read_wherever_a_program_put_it(tmp_path, name, samples):
     image = "a.nii" if ".nii" in name else "a.png"
-    save(nifti(CT.astype(np.int16)) if ".nii" in name else CT, tmp_path / "mine" / image)
+    save(nifti(HU) if ".nii" in name else CT, tmp_path / "mine" / image)
     save(MASKS[name], tmp_path / "mine" / name)
+    found = [LoadSliced()({"image": tmp_path / "mine" / image, "mask": tmp_path / "mine" / name})["mask"]]  # of any datalist
     for column, field in (("mask", "mask"), ("objects", "instances")):
         (sample,) = samples(write_table(tmp_path / "mine", [{"image": image, column: name, "split": "train"}]))
-        assert sample[field][0, 5:10, 20:50].all() and sample[field].sum() == 150
+        found.append(sample[field])
+    assert all(mask[0, 5:10, 20:50].all() and mask.sum() == 150 for mask in found)
 
 
 NO_LABELS = "expected a mask: black and white, or labels 0, 1, 2"
@@ -219,15 +224,17 @@ BAD_MASKS = {  # with the image that each is given for
     "inverted.png": (CT, 255 - 255 * LESION, "found 255 or more in all corners, expected 0 outside of lesions; invert it"),
     "254 and 255.png": (CT, 254 + LESION, "found 254 or more in all corners"),
     "probability.tif": (CT, LESION * np.float32(0.9) + np.float32(0.01), "found 0.01 or more in all corners"),
-    "inverted.nii": (nifti(CT.astype(np.int16)), nifti(1 - LESION), "found 1 or more in all corners"),
+    "inverted.nii": (nifti(HU), nifti(1 - LESION), "found 1 or more in all corners"),
     "a CT.png": (CT, CT, f"found [0-9]+ values from 0 to 235, {NO_LABELS}"),
     "on the CT.png": (CT, np.where(LESION[..., None], RED, CT[..., None]).astype(np.uint8), NO_LABELS),
     "labels.jpg": (CT, LESION, f"found 2 values from 0 to 1, {NO_LABELS}"),
     "two shades.jpg": (CT, LESION * np.where(np.arange(60) < 35, 127, 255).astype(np.uint8), NO_LABELS),
-    "below 0.tif": (CT, -LESION.astype(np.int32), "found the value -1, expected labels from 0 up"),
-    "below 0.nii": (nifti(CT.astype(np.int16)), nifti(-LESION.astype(np.int16)), "found the value -1, expected labels"),
+    "below 0.tif": (CT, -LESION.astype(np.int32), "found the value -1, expected labels from 0"),
+    "below 0.nii": (nifti(HU), nifti(-LESION.astype(np.int16)), "found the value -1, expected labels from 0"),
+    "air.nii": (nifti(HU), nifti(-1024 * LESION.astype(np.int16)), "found the value -1024, expected labels from 0"),
+    "high.nii": (nifti(HU), nifti(LESION * np.int32(70000)), "found the value 70000, expected labels from 0 to 65535"),
     "turned.nii": (CT, nifti(LESION, np.eye(4)), "found a header that turns the mask, while .*a.png has none"),
-    "elsewhere.nii": (nifti(CT.astype(np.int16)), nifti(LESION, np.eye(4)), "found a header that turns the mask otherwise"),
+    "elsewhere.nii": (nifti(HU), nifti(LESION, np.eye(4)), "found a header that turns the mask otherwise"),
 }
 
 
@@ -237,14 +244,16 @@ def test_an_inverted_mask_is_refused(tmp_path, name, merged):
     source = "a.nii" if isinstance(image, nibabel.Nifti1Image) else "a.png"
     save(image, tmp_path / "mine" / source)
     save(mask, tmp_path / "mine" / name)
-    for column in ("mask", "objects")[: 1 if "turns" in words or "below" in name else 2]:
+    with pytest.raises(UserError, match=f"{name}: .*{words}"):
+        LoadSliced()({"image": tmp_path / "mine" / source, "mask": tmp_path / "mine" / name})
+    for column in ("mask", "objects")[: 1 if "turns" in words else 2]:
         with pytest.raises(UserError, match=f"{name}: .*{words}"):
             merged(write_table(tmp_path / "mine", [{"image": source, column: name, "split": "train"}]))
 
 
 def test_objects_of_two_labels_stay_apart_and_lie_on_the_grid_of_the_file(tmp_path, samples):
     """The file's axes run to the right and to the front, its mask is a picture, in which the objects touch."""
-    save(nifti(CT[::-1, ::-1].astype(np.int16), np.eye(4)), tmp_path / "mine/a.nii")
+    save(nifti(HU[::-1, ::-1], np.eye(4)), tmp_path / "mine/a.nii")
     save(LESION * np.where(np.arange(60) < 35, 1, 2).astype(np.uint8), tmp_path / "mine/m.png")
     save(0 * LESION, tmp_path / "mine/z.png")
     (sample,) = samples(write_table(tmp_path / "mine", [{"image": "a.nii", "objects": "m.png", "split": "train"}]))
