@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bundle.data.volumes import slice_size
+from bundle.data.volumes import open_slice
 from bundle.errors import UserError
 from bundle.names import ANNOTATION, BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECONSTRUCTION, SOURCE
 
@@ -119,18 +119,18 @@ def record_complaints(
     yield from _class_complaints(record.get(CLASS, 0), num_classes)
     if INSTANCES in record and BOXES not in record:
         yield f"{INSTANCES}: found without boxes, expected one box for each instance"
-    sizes = {}
+    slices = {}
     if headers or len(files) > 1 or record.get(BOXES):  # headers are read only where something has to fit the image
         for field, path in files.items():
             try:
-                sizes[field] = slice_size(path)
+                slices[field] = open_slice(path)
             except ValueError as error:
                 yield f"{field}: {error}"
-    image = sizes.get(IMAGE)
+    image = slices.get(IMAGE)
     for field in (MASK, INSTANCES):
-        if image and field in sizes and sizes[field].turned != image.turned:
-            yield f"{field}: found (columns, rows) = {sizes[field].turned}, expected {image.turned} as the image has"
-    yield from _box_complaints(record.get(BOXES, []), image and image.stored)
+        if image and field in slices and slices[field].size != image.size:
+            yield f"{field}: found (columns, rows) = {slices[field].size}, expected {image.size} as the image has"
+    yield from _box_complaints(record.get(BOXES, []), image and image.stored_size)
 
 
 def _class_complaints(label, num_classes: int):

@@ -15,8 +15,8 @@ MANY_VALUES = 16  # more are labels only if they follow one another and lie in a
 HIGHEST = 65535
 
 
-def labels_of(slice_: MetaTensor) -> tuple[np.ndarray, bool]:
-    """Labels (rows, columns) in a slice that `Scan.read` has read as labels, and whether they are other than its values.
+def labels_of(slice_: MetaTensor) -> np.ndarray:
+    """Labels (rows, columns) in a slice that `Scan.read` has read as labels.
 
     A palette's index is the label unless its first colour is brighter than another one that is used. Of colours the strongest
     channel is the label; where the colour is the same everywhere, the lesion is what is not transparent. Of black and white
@@ -26,8 +26,8 @@ def labels_of(slice_: MetaTensor) -> tuple[np.ndarray, bool]:
         UserError: if the values are no labels: shades of grey, below 0, or in all corners.
     """
     path, mode = slice_.meta["filename_or_obj"], slice_.meta["mode"] or GREY_MODES[0]
-    convert = mode.split()[0] not in GREY_MODES
-    stored = labels = _colour_labels(path) if convert else whole_labels(slice_[0].numpy(), path)
+    grey = mode.split()[0] in GREY_MODES
+    stored = labels = whole_labels(slice_[0].numpy(), path) if grey else _colour_labels(path)
     values = np.unique(labels)
     lossy = "JPEG" in mode or path.lower().endswith(".webp")
     white = 255 if lossy else next(full for full in (1, 255, HIGHEST) if values[-1] <= full)
@@ -35,9 +35,9 @@ def labels_of(slice_: MetaTensor) -> tuple[np.ndarray, bool]:
     flat = (marked & (labels[:, 1:] == labels[:, :-1])).sum() >= 0.5 * marked.sum()  # neighbours in a picture differ
     in_order = flat and values[-1] <= 2 * len(values) and not (values % 1).any()
     if lossy or not in_order and (len(values) > MANY_VALUES or (values > 0.875 * white).sum() > 1):
-        share, convert = labels / white, True
-        grey = ndimage.binary_erosion((share > 0.125) & (share < 0.875), np.ones((3, 3))).any()
-        if grey or labels.any() and share.max() < 0.875:
+        share = labels / white
+        shades = ndimage.binary_erosion((share > 0.125) & (share < 0.875), np.ones((3, 3))).any()
+        if shades or labels.any() and share.max() < 0.875:
             found = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
             raise UserError(f"{path}: found {found}, expected a mask: black and white, or labels 0, 1, 2 … in PNG or NIfTI")
         labels = np.where(share > 0.5, np.uint8(255), np.uint8(0))
@@ -45,7 +45,7 @@ def labels_of(slice_: MetaTensor) -> tuple[np.ndarray, bool]:
     if labels[corners].all():
         found = f"found {stored[corners].min():g} or more in all corners"
         raise UserError(f"{path}: {found}, expected 0 outside of lesions; invert it")
-    return labels, convert
+    return labels
 
 
 def whole_labels(values: np.ndarray, path) -> np.ndarray:

@@ -1,10 +1,8 @@
-"""Which DICOM images are one scan: what their headers say, what is excluded, how they are grouped, ordered and decoded.
-
-highdicom's Image and Volume hold a series in memory as a whole and need equal gaps between its slices.
-"""
+"""Which DICOM images are one scan: what their headers say, what is excluded, how they are grouped, ordered and decoded."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -25,19 +23,10 @@ from scipy import ndimage
 from bundle.errors import UserError
 
 # Fields of a frame that are the text of a tag.
-TEXTS = {
-    "patient_id": "PatientID",
-    "patient_name": "PatientName",
-    "study": "StudyInstanceUID",
-    "series": "SeriesInstanceUID",
-    "instance": "SOPInstanceUID",
-    "sop_class": "SOPClassUID",
-    "frame_of_reference": "FrameOfReferenceUID",
-    "kernel": "ConvolutionKernel",
-    "image_type": "ImageType",
-    "modality": "Modality",
-    "photometric": "PhotometricInterpretation",
-}
+TEXTS = {"patient_id": "PatientID", "patient_name": "PatientName", "study": "StudyInstanceUID", "series": "SeriesInstanceUID"}
+TEXTS |= {"instance": "SOPInstanceUID", "sop_class": "SOPClassUID", "frame_of_reference": "FrameOfReferenceUID"}
+TEXTS |= {"kernel": "ConvolutionKernel", "image_type": "ImageType", "modality": "Modality"}
+TEXTS |= {"photometric": "PhotometricInterpretation"}
 # What may tell images of one place apart: phases of the heart or of contrast, energies, series that were merged.
 MARKS = "AcquisitionNumber TemporalPositionIdentifier SeriesNumber SeriesDescription KVP TriggerTime TemporalPositionIndex "
 MARKS = (MARKS + "FrameAcquisitionNumber NominalPercentageOfCardiacPhase StackID SliceThickness ImageType").split()
@@ -233,9 +222,9 @@ def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
     return wrapped[0], wrapped[1]
 
 
-def _text(header: pydicom.Dataset, *names: str) -> str:
-    """Values as a text that many headers share in memory."""
-    return sys.intern("|".join(str(value) for name in names if (value := header.get(name)) not in (None, "")).strip())
+def _text(header: pydicom.Dataset, name: str) -> str:
+    """A value as a text that many headers share in memory."""
+    return sys.intern("" if (value := header.get(name)) is None else str(value).strip())
 
 
 _shared = lru_cache(maxsize=256)(lambda values: values)  # of values that many headers share in memory
@@ -259,7 +248,7 @@ def _number(value) -> float | None:
 
 def _numbers(values, count: int) -> tuple[float, ...] | None:
     try:
-        numbers = tuple(_number(value) for value in values)
+        numbers = tuple(map(_number, values))
     except TypeError:
         return None
     return numbers if len(numbers) == count and None not in numbers else None
@@ -363,9 +352,8 @@ def _scrambled(frames: Sequence[Frame], fields: Iterable[str]) -> list[str]:
 
 
 def _set(frames: Sequence[Frame], values: Mapping[str, str]) -> None:
-    for frame in frames:
-        for field, value in values.items():
-            setattr(frame, field, value)
+    for frame, (field, value) in itertools.product(frames, values.items()):
+        setattr(frame, field, value)
 
 
 def _fill_blanks(frames: Sequence[Frame]) -> None:

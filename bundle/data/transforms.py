@@ -15,7 +15,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from bundle.data.batch import plain
 from bundle.data.labels import labels_of
-from bundle.data.volumes import open_scan
+from bundle.data.volumes import open_slice
 from bundle.errors import UserError
 from bundle.lungs import lung_region
 from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, RECORD, SOURCE
@@ -27,9 +27,7 @@ class LoadSlice(Transform):
     def __call__(self, path, labels: bool = False) -> MetaTensor:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file; check dataset_dir and the datalist")
-        scan = open_scan(path)
-        if len(scan) != 1:
-            raise UserError(f"{path}: found shape {scan.shape}, expected a single grey slice")
+        scan = open_slice(path)
         if not labels:
             scan.check_values()
         return scan.read(0, labels)
@@ -97,7 +95,7 @@ class LoadSliced(MapTransform):
                 f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
                 "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
             )
-        return torch.tensor(labels_of(labels)[0], dtype=torch.float32)[None]
+        return torch.tensor(labels_of(labels), dtype=torch.float32)[None]
 
 
 def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> None:

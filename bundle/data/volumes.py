@@ -11,8 +11,8 @@ import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -30,7 +30,6 @@ from bundle.lungs import TISSUE
 
 logger = logging.getLogger(__name__)
 
-# Extensions, in lower case; DICOM needs none.
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 NIFTI = (".nii", ".nii.gz")
 PAIRS = (".hdr", ".hdr.gz")  # of NIfTI; the pixels are in a file beside it
@@ -43,6 +42,7 @@ MAX_SLICE_PIXELS, MAX_BYTES = 2**26, 2**32
 MAX_SIDES = 100  # longer to shorter side of a slice: of a thinner one nothing is left at the size of the network
 TOO_DENSE = 30000  # HU: from here on a value around the field of view is padding
 WRAPPED = 2**15 - 1024  # HU: from here on up to 2**16 a value is a negative one that the file calls unsigned
+LPS = np.diag([-1.0, -1, 1, 1])  # to or from RAS
 VOXEL_SIDES = 0.02, 100.0  # mm, of a CT
 
 # First bytes of files.
@@ -70,26 +70,24 @@ class Scan:
         files: whose change makes it another scan; none of one in memory.
 
     Attributes:
-        kind: "picture", "volume" or "dicom".
-        hounsfield: whether values are Hounsfield units.
-        input_axes: axes of `shape` in the order in which a user counts them: a picture has its rows first.
         axis: array axis of `shape` that the axial slices are stacked along, the one nearest to the patient's axis.
         positions, thickness: of each slice in mm along the normal, and half the way to both neighbours; None if unknown.
         spacing: mm between rows and between columns of a slice as it is read; None if unknown.
         turn: nibabel's orientation that turns the axes of the file to rows (to posterior), columns (to the left) and slices.
-        oriented: whether the file says how it lies in space.
         sources: (path, frame) of each slice.
-        warnings: what was noticed, one line each, without names or ids of patients.
+        warnings: one line each, without names or ids of patients.
         stamp: text that changes when a name, size or time of the files does.
 
     Raises:
         UserError: in one line, if the header claims what cannot be.
     """
 
-    kind = "volume"
-    hounsfield = oriented = True
-    input_axes = (0, 1, 2)
-    positions = thickness = spacing = mode = _voxels = None
+    kind = "volume"  # or "picture" or "dicom"
+    hounsfield = True  # whether values are Hounsfield units
+    oriented = True  # whether the file says how it lies in space
+    input_axes = (0, 1, 2)  # of `shape`, in the order in which a user counts them: a picture has its rows first
+    mode = None  # Pillow's, of a picture
+    positions = thickness = spacing = _voxels = None
 
     def __init__(
         self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None
@@ -98,14 +96,11 @@ class Scan:
         if min(self.shape) < 1:
             raise UserError(f"found a size of {tuple(shape)}")
         self.affine = None if affine is None else np.asarray(affine, float)
-        self.turn = _turn_to_view(np.diag([-1.0, -1, 1, 1]) if affine is None else self.affine)
-        rows, columns, self.axis = (int(np.flatnonzero(self.turn[:, 0] == axis)[0]) for axis in range(3))
+        self.turn = _turn_to_view(LPS if affine is None else self.affine)
+        self.rows, self.columns, self.axis = np.argsort(self.turn[:, 0]).tolist()
         self.warnings: list[str] = []
         if affine is not None:
-            self._measure(rows, columns)
-            sides = nibabel.affines.voxel_sizes(self.affine)
-            if not VOXEL_SIDES[0] <= min(sides) <= max(sides) <= VOXEL_SIDES[1]:
-                self._forget_lengths(sides)
+            self._measure()
         sides = np.delete(self.shape, self.axis)
         if np.prod(sides, dtype=float) > MAX_SLICE_PIXELS:
             raise UserError(f"found a size of {self.shape}, expected slices of at most {MAX_SLICE_PIXELS} pixels")
@@ -117,14 +112,21 @@ class Scan:
         self._seen = self._look()
         self.stamp = text_hash(repr(self._seen[0]))
 
-    def _measure(self, rows: int, columns: int) -> None:
-        affine, sides = self.affine, nibabel.affines.voxel_sizes(self.affine)
-        self.spacing = float(sides[rows]), float(sides[columns])
-        normal = np.cross(affine[:3, rows], affine[:3, columns])
+    def _measure(self) -> None:
+        affine, sides = self.affine, nibabel.affines.voxel_sizes(self.affine).tolist()
+        if not VOXEL_SIDES[0] <= min(sides) <= max(sides) <= VOXEL_SIDES[1]:
+            return self._forget_lengths(sides)
+        self.spacing = sides[self.rows], sides[self.columns]
+        normal = np.cross(affine[:3, self.rows], affine[:3, self.columns])
         normal *= np.sign(normal[2]) / np.linalg.norm(normal)
         step = float(affine[:3, self.axis] @ normal)
         self.positions = [float(affine[:3, 3] @ normal) + step * index for index in range(len(self))]
         self.thickness = [abs(step)] * len(self)
+
+    def _note(self, affine: np.ndarray, flat: bool) -> None:
+        """Warn of what the header of a volume does not say."""
+        self.warnings += [NO_THICKNESS] * flat + [NO_GEOMETRY] * np.array_equal(np.abs(affine), np.eye(4))
+        self.warnings += [EIGHT_BITS] * (not self.hounsfield)
 
     def _forget_lengths(self, sides: Sequence[float]) -> None:
         self.affine = self.spacing = self.positions = self.thickness = None
@@ -135,6 +137,15 @@ class Scan:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_voxels": None}  # every process opens its own
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(columns, rows) of a slice on the grid of its file, as boxes are; `size` is that of the slice as it is read."""
+        return tuple(np.delete(self.shape, self.axis).tolist())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.shape[self.columns], self.shape[self.rows]
 
     def _look(self) -> tuple[list[tuple], list[int]]:
         """Name, size and time of each file, and the time of the folders of a series, which is new when a file comes."""
@@ -170,9 +181,7 @@ class Scan:
 
         Returns:
             MetaTensor (1, rows, columns) of float32. The affine (3, 3) leads from (row, column) to (y, x) of the stored slice,
-            where x, the column, runs along the first of its two axes. `meta` holds "filename_or_obj", "hounsfield", "picture",
-            "file_shape" of the stored slice, "file_affine" (4, 4) to RAS and "spacing" (row, column) in mm, None if unknown,
-            and "mode", Pillow's of a picture.
+            where x, the column, runs along the first of its two axes.
         """
         stored = np.expand_dims(self.read_stored(index, labels), self.axis)
         pixels = orientations.apply_orientation(stored, self.turn)[..., 0]
@@ -181,9 +190,9 @@ class Scan:
         meta = {
             "filename_or_obj": self.sources[index][0],
             "hounsfield": self.hounsfield,
-            "file_shape": pixels.shape if self.kind == "picture" else stored.shape,
-            "file_affine": None if self.affine is None else torch.as_tensor(self.affine),
-            "spacing": self.spacing,
+            "file_shape": pixels.shape if self.kind == "picture" else stored.shape,  # of the stored slice
+            "file_affine": None if self.affine is None else torch.as_tensor(self.affine),  # (4, 4) to RAS in mm
+            "spacing": self.spacing,  # (row, column) in mm
             "picture": self.kind == "picture",
             "mode": self.mode,
         }
@@ -193,9 +202,7 @@ class Scan:
         """Read a slice as it lies in the file: float32 (x, y), the shape of the grid without `axis`.
 
         NaN is air, as is in HU what is below air, and what no tissue reaches around the field of view. In `labels` NaN is 0.
-
-        Raises:
-            UserError: naming the file, if the pixels cannot be read or are not finite.
+        A UserError names a file whose pixels cannot be read or are not finite.
         """
         file = self.sources[index][0]
         try:
@@ -238,9 +245,7 @@ def _turn_to_view(affine: np.ndarray) -> np.ndarray:
 class PictureScan(Scan):
     """A picture as a viewer shows it: one slice. 8-bit modes become luminance, deeper ones keep their depth."""
 
-    kind = "picture"
-    hounsfield = False
-    input_axes = (1, 0, 2)
+    kind, hounsfield, input_axes = "picture", False, (1, 0, 2)
 
     def __init__(self, name: str, path) -> None:
         with Image.open(path) as picture:
@@ -293,8 +298,8 @@ class NiftiScan(Scan):
         if 0 in [side for side, size in zip(sides, self.shape) if size > 1]:
             self._forget_lengths(sides)
         flat = flat or 0 in sides and self.affine is not None
-        self.warnings += [NOT_ORIENTED] * (not oriented) + [NO_THICKNESS] * flat
-        self.warnings += [NO_GEOMETRY] * _is_default(affine) + [EIGHT_BITS] * (not self.hounsfield)
+        self.warnings += [NOT_ORIENTED] * (not oriented)
+        self._note(affine, flat)
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -324,7 +329,7 @@ def _load_nifti(path):
         compressed = file.read(2) == GZIP
     if str(path).lower().endswith((".nii.gz", ".hdr.gz") if compressed else (".nii", ".hdr")):
         return nibabel.load(path)
-    stream = gzip.open(path) if compressed else open(path, "rb")
+    stream = (gzip.open if compressed else open)(path, "rb")
     second = stream.read(4) in (b"\x1c\2\0\0", b"\0\0\2\x1c")  # the size of its header, 540
     stream.seek(0)
     return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_stream(stream)
@@ -343,11 +348,6 @@ def _stored_sides(image) -> list[float]:
             file.close()
 
 
-def _is_default(affine: np.ndarray) -> bool:
-    """Whether it is what libraries write that were given none."""
-    return np.array_equal(np.abs(affine), np.eye(4))
-
-
 class ItkScan(Scan):
     """A MetaImage or NRRD file in HU, held in the type that it stores."""
 
@@ -358,10 +358,10 @@ class ItkScan(Scan):
         if reader.GetNumberOfComponents() != 1 or reader.GetPixelID() == _simpleitk().sitkUnknown:
             raise UserError(f"found {reader.GetNumberOfComponents()} values in a pixel, expected one")
         check_shape(reader.GetSize(), np.dtype(np.float64))
-        super().__init__(name, path, reader.GetSize(), itk_affine(reader), [path, *_pixel_file(Path(path))])
+        affine = itk_affine(reader)
+        super().__init__(name, path, reader.GetSize(), affine, [path, *_pixel_file(Path(path))])
         self.hounsfield = reader.GetPixelID() != _simpleitk().sitkUInt8
-        self.warnings += [NO_THICKNESS] * (reader.GetDimension() < 3) + [NO_GEOMETRY] * _is_default(itk_affine(reader))
-        self.warnings += [EIGHT_BITS] * (not self.hounsfield)
+        self._note(affine, flat=reader.GetDimension() < 3)
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -375,7 +375,7 @@ def itk_affine(image) -> np.ndarray:
     dimensions, affine = image.GetDimension(), np.eye(4)
     axes, space = np.reshape(image.GetDirection(), (dimensions, dimensions)) * image.GetSpacing(), min(dimensions, 3)
     affine[:space, :space], affine[:space, 3] = axes[:space, :space], image.GetOrigin()[:space]
-    return np.diag([-1.0, -1, 1, 1]) @ affine
+    return LPS @ affine
 
 
 def _simpleitk():
@@ -468,23 +468,20 @@ def _reader(path: Path) -> Callable[[str, str], Scan]:
         with gzip.open(path) as file:
             start = file.read(352)
         if start[128:132] == b"DICM":
-            return _refusing("found DICOM compressed by gzip, expected DICOM; unpack it")
+            return partial(_refuse, "found DICOM compressed by gzip, expected DICOM; unpack it")
     if start[344:347] == b"n+1" or start[4:7] == b"n+2" or name.endswith(PAIRS) and start[344:347] == b"ni1":
         return NiftiScan
     if name.endswith(PAIRS) and start[:4] in (b"\\\1\0\0", b"\0\0\1\\"):  # 348
-        return _refusing("found Analyze 7.5, which does not say where left is, expected NIfTI; convert it")
+        return partial(_refuse, "found Analyze 7.5, which does not say where left is, expected NIfTI; convert it")
     if series.starts_as_dicom(start):
         return _open_dicom
     if start.startswith(ARCHIVES):
-        return _refusing("found an archive, expected the files in it; unpack it")
+        return partial(_refuse, "found an archive, expected the files in it; unpack it")
     raise UserError(f"found no DICOM header, expected DICOM or one of {', '.join(EXTENSIONS)}")
 
 
-def _refusing(reason: str) -> Callable[[str, str], Scan]:
-    def refuse(name: str, path: str) -> Scan:
-        raise UserError(reason)
-
-    return refuse
+def _refuse(reason: str, name: str, path: str) -> Scan:
+    raise UserError(reason)
 
 
 def _open_dicom(name: str, path: str) -> Scan:
@@ -509,21 +506,12 @@ def _open_dicoms(name: str, path: str) -> list[Scan]:
 READERS: dict[tuple[str, ...], Callable[[str, str], Scan]] = {PICTURES: PictureScan, NIFTI: NiftiScan, ITK: ItkScan}
 
 
-class SliceSize(NamedTuple):
-    """(columns, rows) of a slice."""
-
-    stored: tuple[int, int]  # on the grid of its file, as boxes are
-    turned: tuple[int, int]  # to LPS, as it is read
-
-
-def slice_size(path) -> SliceSize:
-    """Size of the one axial slice in a file, from its header."""
+def open_slice(path) -> Scan:
+    """The scan in a file of a single axial slice."""
     scan = open_scan(path)
     if len(scan) != 1:
-        raise UserError(f"found {len(scan)} slices in {path}, expected a single one")
-    columns, rows = (scan.shape[int(np.flatnonzero(scan.turn[:, 0] == axis)[0])] for axis in (1, 0))
-    stored = tuple(scan.shape[axis] for axis in range(3) if axis != scan.axis)
-    return SliceSize(stored, (columns, rows))
+        raise UserError(f"{path}: found {len(scan)} slices, expected a single one")
+    return scan
 
 
 def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
@@ -533,14 +521,13 @@ def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
     are skipped.
 
     Args:
-        source: file, folder or pattern with * ? or [.
         output_dir: folder of the results, if any, which must not be in the source: the next run would take them as images.
 
     Returns:
         The scans, in the order of their names, and {"file", "reason"} of what cannot be read.
 
     Raises:
-        UserError: if nothing is there, there is no image among the files, or the source holds output_dir.
+        UserError: if there is no image, or the source holds output_dir.
     """
     root, files, failures = _list_files(str(source))
     output = output_dir and Path(output_dir).resolve()
@@ -578,17 +565,13 @@ def _name(path, root: Path) -> str:
 
 def _list_files(source: str) -> tuple[Path, list[Path], list[dict]]:
     """The folder that names start from, the sorted files, and the folders that cannot be listed."""
-    path = Path(source)
-    if path.is_dir():
-        found, root = [path], path
-    elif path.exists():
-        return path.parent, [path], []
-    else:
-        found = [Path(match) for match in sorted(glob.glob(source, recursive=True))] if glob.has_magic(source) else []
+    path, errors = Path(source), []
+    found, root = [path], path if path.is_dir() else path.parent
+    if not path.exists():
+        found = [Path(match) for match in glob.glob(source, recursive=True) if glob.has_magic(source)]
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     if not found:
         raise UserError(f"input: {source}: no such file or folder")
-    errors: list[OSError] = []
     files = {file for match in found for file in (_walk(match, errors.append) if match.is_dir() else [match])}
     unlisted = {_name(error.filename, root): f"{error.filename}: cannot be listed ({error.strerror})" for error in errors}
     return root, sorted(files), [{"file": name, "reason": reason} for name, reason in unlisted.items()]
@@ -617,18 +600,19 @@ def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[F
         return [] if reason else series.frames_of(path, header)
 
 
-def _dicom_scans(
-    frames: Sequence[Frame], excluded: dict[tuple[str, str], Counter], root: Path
-) -> tuple[list[Scan], list[dict]]:
+def _dicom_scans(frames: Sequence[Frame], excluded: dict, root: Path) -> tuple[list[Scan], list[dict]]:
     """Return the scans of DICOM files and the failures. The warnings of a scan list what its study excluded."""
     groups, extras = series.drop_extras(series.group_frames(frames))
     for study, counts in extras.items():
         excluded[study].update(counts)
-    scans, failures, studies = [], [], set()
-    for name, group in zip(_series_names(groups, root), groups):
-        study = series.study_of(group[0])
+    scans, failures, studies, seen = [], [], set(), Counter()
+    for group in groups:
+        study, folder = series.study_of(group[0]), os.path.commonpath([frame.folder for frame in group])
+        name = _name(Path(folder, _series_name(group)), root)
+        seen[name] += 1
+        name += f"_{seen[name]}" * (seen[name] > 1)
         try:
-            scan = DicomScan(name, os.path.commonpath([frame.folder for frame in group]), group)
+            scan = DicomScan(name, folder, group)
         except Exception as error:
             failures.append({"file": name, "reason": str(unreadable(group[0].path, error))})
             continue
@@ -641,15 +625,9 @@ def _dicom_scans(
     return scans, failures
 
 
-def _series_names(groups: Sequence[Sequence[Frame]], root: Path) -> list[str]:
-    """Folder and hash of what a scan has in common: a name stays when other scans come."""
-    seen, names = Counter(), []
-    for group in groups:
-        first, folder = group[0], os.path.commonpath([frame.folder for frame in group])
-        grid = [part and np.round(part, digits).tolist() for part, digits in ((first.orientation, 2), (first.spacing, 3))]
-        marks = [values[0] for values in zip(*(frame.marks for frame in group)) if len(set(values)) == 1]
-        name = f"series_{text_hash(str((*(getattr(first, field) for field in series.COMMON), grid, marks)))[:8]}"
-        seen[folder, name] += 1
-        count = seen[folder, name]
-        names.append(_name(Path(folder, f"{name}_{count}" if count > 1 else name), root))
-    return names
+def _series_name(group: Sequence[Frame]) -> str:
+    """Hash of what a scan has in common: a name stays when other scans come."""
+    first = group[0]
+    grid = [part and np.round(part, digits).tolist() for part, digits in ((first.orientation, 2), (first.spacing, 3))]
+    marks = [values[0] for values in zip(*(frame.marks for frame in group)) if len(set(values)) == 1]
+    return f"series_{text_hash(str((*(getattr(first, field) for field in series.COMMON), grid, marks)))[:8]}"

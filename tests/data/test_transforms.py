@@ -288,7 +288,7 @@ def test_bad_files_are_refused_in_one_line(record, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 3), np.int16), np.eye(4)), tmp_path / "volume.nii.gz")
     Image.new("L", (8, 8)).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("L", (8, 8))])
     cases = {"cut.png": "cannot be read", "text.png": "cannot be read .cannot identify image file", "no.png": "no such file"}
-    for name, words in {**cases, "volume.nii.gz": "single grey slice", "pages.tif": "found 2 pictures, expected one"}.items():
+    for name, words in {**cases, "volume.nii.gz": "found 3 slices, expected a single one", "pages.tif": "found 2 pictures, expected one"}.items():
         with pytest.raises(UserError, match=f"{tmp_path}/{name}: .*{words}") as error:
             LoadSlice()(tmp_path / name)
         assert "\n" not in str(error.value)

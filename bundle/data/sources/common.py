@@ -33,11 +33,8 @@ MIN_LESION_PIXELS = 20
 def read_rows(path: Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """("file: line n", row) for the rows of a table; a row of too few or too many cells has a `COMPLAINT`.
 
-    Names of columns are in lower case, with _ between words; cells are separated by commas, semicolons or tabs. Empty rows,
+    Names of columns are in lower case, with _ between words; of `required`, each is "name" or "name or other name". Empty rows,
     columns without a name, comments, repetitions of the header and Excel's line "sep=;" are skipped.
-
-    Args:
-        required: columns that the table needs, each "name" or "name or other name".
     """
     text = _read_text(path)
     headers = {separator: _names(next((cells for _, cells in _lines(text, separator)), [])) for separator in ",;\t"}
@@ -98,14 +95,7 @@ def _names(cells: list[str]) -> list[str]:
     return [re.sub(r"[\s-]+", "_", cell.lower()) for cell in _filled(cells)]
 
 
-def pictures(folder: Path) -> list[Path]:
-    """PNG and JPEG files of a folder, by name."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, expected one of pictures")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-
-
-def read_labels(path: Path) -> tuple[np.ndarray, bool]:
+def read_labels(path: Path) -> np.ndarray:
     """`labels_of` the mask in a file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a mask")
@@ -122,8 +112,7 @@ def write_picture(pixels: np.ndarray, path: Path) -> str:
 def lesions(labels: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
     """Connected parts, of one label (rows, columns) each, of at least `MIN_LESION_PIXELS`, eight neighbours touching.
 
-    Returns:
-        uint8 (rows, columns) with n + 1 on the part of boxes[n], and the boxes [x1, y1, x2, y2] in pixels, x = column.
+    Returns uint8 (rows, columns) with n + 1 on the part of boxes[n], and the boxes [x1, y1, x2, y2] in pixels, x = column.
     """
     instances, boxes, found = np.zeros(labels.shape, np.uint8), [], []
     for label in np.unique(labels[labels > 0]):

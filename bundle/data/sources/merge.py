@@ -15,11 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from bundle.data.datalist import SPLITS, annotated_tasks, record_complaints, validate
-from bundle.data.sources import known, published, tables, volumes
+from bundle.data.sources import published, tables, volumes
 from bundle.data.sources.common import COMPLAINT, SIZE, Records
-from bundle.data.sources.known import IMPLIED
 from bundle.data.transforms import LoadSliced
-from bundle.data.volumes import slice_size
+from bundle.data.volumes import open_slice
 from bundle.errors import UserError
 from bundle.files import write_json
 from bundle.names import ANNOTATION, BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE, TASKS
@@ -33,14 +32,11 @@ OUTSIDE = 1  # pixels that a box may reach out of the image to be clipped to it
 
 
 class Source(NamedTuple):
-    """A layout: `read(path, export)` yields (split or None, record); `marks` are glob patterns that tell it apart.
+    """A layout."""
 
-    `source` is the name that records carry and groups begin with; if it is empty, the record, folder or file names it.
-    """
-
-    read: Callable
-    marks: tuple[str, ...]
-    source: str = ""
+    read: Callable  # (path, export) -> `Records`
+    marks: tuple[str, ...]  # glob patterns that tell it apart
+    source: str = ""  # the name that records carry and groups begin with, unless the record, folder or file names it
 
 
 class _Found(NamedTuple):
@@ -53,7 +49,7 @@ class _Found(NamedTuple):
 
 SOURCES = {
     "table": Source(tables.table, ("labels.csv",)),
-    "medseg_covid19_official": Source(partial(tables.table, known=known.OFFICIAL), ()),
+    "medseg_covid19_official": Source(partial(tables.table, known=tables.OFFICIAL), ()),
     "covid_ct_original": Source(published.covid_ct_original, ("Images-processed", "Data-split"), "covid_ct"),
     "iqoth_nccd_original": Source(published.iqoth_nccd_original, ("Normal cases", "Malignant cases"), "iqoth_nccd"),
     "inf_net": Source(published.inf_net, ("TrainingSet/LungInfection-Train", "TestingSet"), "medseg_covid19"),
@@ -73,10 +69,7 @@ def detect_layout(path) -> str | None:
 
 
 def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
-    """(layout, path) of every LAYOUT=PATH or PATH, each path once; a folder of no layout stands for those in it that have one.
-
-    The layout that an argument names for a path goes before the one that is recognised.
-    """
+    """(layout, path) of every LAYOUT=PATH or PATH, each path once; a folder of no layout stands for those in it that have one."""
     named: dict[Path, str] = {}
     recognised: dict[Path, str | None] = {}
     for argument in arguments:
@@ -98,32 +91,23 @@ def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
         recognised |= inside
     for path in (path for path, layout in recognised.items() if not layout and path not in named):
         logger.warning(f"{path}: left out, it has no known layout")
-    return [(layout, path) for path, layout in (recognised | named).items() if layout]
+    return [(layout, path) for path, layout in (recognised | named).items() if layout]  # a named one goes first
 
 
 def merge(
-    arguments: Sequence[str],
-    output_dir,
-    classes: Sequence[str] = CLASSES,
-    seed: int = 0,
-    implied: bool = False,
-    categories: Sequence[str] = (),
+    arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES, seed=0, implied=False, categories: Sequence[str] = ()
 ) -> dict:
     """Write `output_dir`/datalist.json with the records of all sources, validated, and what they export beside it.
 
-    A folder that cannot be read is left out, with a line that says why. Groups whose layout knows no split are drawn, source
-    by source: 70 % for training, 10 % for validation, 20 % for test.
+    A folder that cannot be read is left out, with a line that says why; a UserError if none can be. Groups whose layout knows
+    no split are drawn, source by source: 70 % for training, 10 % for validation, 20 % for test.
 
     Args:
         arguments: of `find_layouts`.
-        output_dir: made if missing; paths in the datalist are relative to it.
         classes: names of the classes 0, 1, 2 …; a layout's classes are found in them by name.
-        implied: add what annotations of the training split imply for other tasks (`bundle.data.sources.known`); the datalist
-            counts it under "implied", source -> field -> slices.
+        implied: add what annotations of the training split imply for other tasks (`tables.KNOWN`); the datalist counts it
+            under "implied", source -> field -> slices.
         categories: of COCO files that are read.
-
-    Raises:
-        UserError: in one line, if no folder can be read; of a single one, why.
     """
     layouts = find_layouts(arguments)
     output = Path(output_dir).resolve()  # a relative path through a link would lead elsewhere
@@ -207,9 +191,9 @@ def _finished(split: str | None, found: dict, layout: str, path: Path, classes: 
     if COMPLAINT in found:
         raise UserError(found[COMPLAINT])
     source = found.get(SOURCE) or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
-    record = {key: value for key, value in found.items() if key not in (SIZE, IMPLIED, SOURCE)}
+    record = {key: value for key, value in found.items() if key not in (SIZE, tables.IMPLIED, SOURCE)}
     record |= {IMAGE: os.path.normpath(found[IMAGE]), GROUP: f"{source}/{found[GROUP]}", SOURCE: source}
-    implied = found.get(IMPLIED, {})
+    implied = found.get(tables.IMPLIED, {})
     for part in (record, implied):
         if CLASS in part:
             part[CLASS] = _class_number(part[CLASS], classes)
@@ -220,7 +204,7 @@ def _check(record: dict, size: tuple[int, int] | None, num_classes: int) -> None
     """Refuse a record of absolute paths for the first thing that is wrong with it; masks and instances are read."""
     if complaint := next(record_complaints(record, num_classes, "", headers=True), None):
         raise UserError(complaint)
-    if size and record.get(BOXES) and (stored := slice_size(record[IMAGE]).stored) != tuple(size):
+    if size and record.get(BOXES) and (stored := open_slice(record[IMAGE]).stored_size) != tuple(size):
         expected = f"expected {stored} as the image has; scale them"
         raise UserError(f"{BOXES}: found boxes for (columns, rows) = {tuple(size)}, {expected}")
     if record.get(MASK, EMPTY_MASK) != EMPTY_MASK or INSTANCES in record:
@@ -249,10 +233,10 @@ def _plain(name: str) -> str:
 def _repair_boxes(record: dict) -> list[str]:
     """Clip boxes that reach out of the image by `OUTSIDE`, drop those of no width or that repeat one; one text for each.
 
-    A slice with instances, or with no other box, keeps them: without the box it would say that nothing is there.
+    A slice with instances, or with no other box, keeps them, so as not to say that nothing is there.
     """
     try:
-        columns, rows = slice_size(record[IMAGE]).stored if record.get(BOXES) else (0, 0)
+        columns, rows = open_slice(record[IMAGE]).stored_size if record.get(BOXES) else (0, 0)
         boxes = np.asarray(record.get(BOXES, []), float).reshape(-1, 4)
     except (UserError, TypeError, ValueError):
         return []
@@ -271,16 +255,14 @@ def _repair_boxes(record: dict) -> list[str]:
 
 def _refuse_strangers(layout: str, path: Path, found: Sequence[_Found], sources: Mapping[str, Sequence[_Found]]) -> None:
     """Refuse a data set in two layouts, which name groups differently, and two of one's own that have the same name."""
-    public = {entry.source for entry in (*known.KNOWN, *SOURCES.values())}
+    public = {entry.source for entry in (*tables.KNOWN, *SOURCES.values())}
     for source in sorted({one.record[SOURCE] for one in found}):
-        for other in {(one.layout, one.path) for one in sources.get(source, ())}:
-            if other[0] != layout:
-                where = f"{source} as {layout}, and as {other[0]} in {other[1]}"
-                raise UserError(f"{path}: found {where}, expected it in one layout")
-            if source not in public and path.stem == other[1].stem == source:
-                raise UserError(
-                    f"{path}: found the name of {other[1]}, whose patients would count as the same, expected another one"
-                )
+        for other, place in {(one.layout, one.path) for one in sources.get(source, ())}:
+            if other != layout:
+                raise UserError(f"{path}: found {source} as {layout}, and as {other} in {place}, expected it in one layout")
+            if source not in public and path.stem == place.stem == source:
+                found = f"found the name of {place}, whose patients would count as the same"
+                raise UserError(f"{path}: {found}, expected another one")
 
 
 def _without_annotated_elsewhere(found: Sequence[_Found]) -> list[_Found]:
@@ -307,10 +289,7 @@ def _with_splits(found: Sequence[_Found], seed: int) -> list[tuple[str, _Found]]
 
 
 def table(datalist: dict) -> str:
-    """Markdown table of a datalist: slices, groups, annotations by task, boxes and classes of each source and split.
-
-    "3 + 2" of a task are 3 slices annotated and 2 whose annotation is implied; a class known in part is one of several.
-    """
+    """Markdown table of a datalist by source and split; "3 + 2" of a task: 3 slices annotated and 2 by what is implied."""
     head = ["source", "split", "slices", "groups", *TASKS, BOXES, *datalist["classes"], "one of several"]
     lines = [head, ["---"] * len(head)]
     for source in sorted({record[SOURCE] for split in SPLITS for record in datalist[split]}):

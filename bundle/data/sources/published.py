@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bundle.data.sources.common import SPLIT_NAMES, Records, pictures, write_picture
+from bundle.data.sources.common import SPLIT_NAMES, Records, write_picture
 from bundle.data.transforms import LoadSlice
 from bundle.errors import UserError
 from bundle.names import CLASS, GROUP, IMAGE, MASK
@@ -61,16 +61,18 @@ def iqoth_nccd_original(folder: Path, export: Path) -> Records:
         run, before = 0, None
         images = pictures(folder / f"{case} cases")
         for image in sorted(images, key=lambda path: int("".join(filter(str.isdigit, path.stem)) or 0)):
-            thumbnail = _thumbnail(image)
-            run += before is not None and float((thumbnail * before).mean()) < SAME_PATIENT
+            thumbnail = np.asarray(Image.fromarray(_grey(image)).resize((32, 32)), float)
+            thumbnail = (thumbnail - thumbnail.mean()) / max(thumbnail.std(), 1e-6)
+            run += before is not None and float((thumbnail * before).mean()) < SAME_PATIENT  # their correlation
             before = thumbnail
             yield None, {IMAGE: str(image), CLASS: label, GROUP: f"{case.lower()}_{run}"}
 
 
-def _thumbnail(path: Path) -> np.ndarray:
-    """32 x 32 pixels of mean 0 and variance 1, so that the mean of a product is the correlation of two images."""
-    pixels = np.asarray(Image.fromarray(_grey(path)).resize((32, 32)), float)
-    return (pixels - pixels.mean()) / max(pixels.std(), 1e-6)
+def pictures(folder: Path) -> list[Path]:
+    """PNG and JPEG files of a folder, by name."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, expected one of pictures")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
 
 
 def _grey(path: Path) -> np.ndarray:

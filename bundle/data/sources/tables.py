@@ -1,4 +1,7 @@
-"""Tables: one layout for every labels.csv or CSV file, whose columns are named after what they hold; and COCO JSON."""
+"""Tables: one layout for every labels.csv or CSV file, whose columns are named after what they hold; and COCO JSON.
+
+A public data set is recognised by columns that no other table has together, so its folder may have any name.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,23 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from bundle.data.sources.common import COMPLAINT, MIN_LESION_PIXELS, SIZE, SPLIT_NAMES, Records
 from bundle.data.sources.common import lesions, read_labels, read_rows, write_picture
-from bundle.data.sources.known import IMPLIED, OBJECTS, SPLIT, Known, recognise
 from bundle.data.transforms import LoadSlice, move_boxes
 from bundle.data.volumes import PICTURES
 from bundle.errors import UserError
 from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
 
 logger = logging.getLogger(__name__)
+# Columns that are no fields of a record, and the key of what a record implies until `merge` takes it or drops it.
+OBJECTS, SPLIT, IMPLIED = "objects", "split", "implied"
 # Column of docs/data.md -> names that it may have, in any case; of several, the first that a row fills counts.
 COLUMNS = {
     IMAGE: ("image", "file", "filename", "path"),
@@ -37,20 +42,65 @@ COLUMNS = {
 }
 # Columns of other tables of boxes, which would leave slices without an annotation if they were not read.
 FOREIGN = ("bbox", "bboxes", "box", "x", "x1", "xmin", "x_min", "x_center", "left")
+COVID, OTHER, CANCER = "COVID-19", "other", "lung cancer"
+# Share of the lung or image below which a lesion is too small for its slice to stand for COVID-19.
+SMALL_LESION = 0.005
+# What each kind of row implies. A slice with little lesion of a COVID-19 patient may as well be of somebody healthy; a tumour
+# patient was scanned before COVID-19, and whether a slice shows the cancer is not known.
+MEDSEG = {"": {CLASS: COVID, BOXES: []}}
+VOLUMES = {"lesion": {BOXES: [], CLASS: COVID}, "": {BOXES: [], CLASS: [OTHER, COVID]}}
+TUMOURS = {"": {MASK: EMPTY_MASK, CLASS: [OTHER, CANCER]}}
+MOSMED = {OTHER: {MASK: EMPTY_MASK}}
+IQOTH = {"normal": {MASK: EMPTY_MASK, BOXES: []}, "benign": {MASK: EMPTY_MASK}}
+
+
+class Known(NamedTuple):
+    """A public data set."""
+
+    source: str  # the name that its records carry
+    mark: str  # columns that only its table has together
+    fields: Callable[[Mapping], dict] = lambda row: {}  # row -> columns of docs/data.md that it has under other names
+    implied: Mapping[str, dict] = {}  # kind of a row -> fields that its annotations imply for other tasks
+    kind: Callable[[Mapping], str] = lambda row: row.get("label", "")
+    unused: str = ""  # why it is left out, if it is
+
+
+def _medseg_official(row: Mapping) -> dict:
+    """Inf-Net's split: every slice is a group, and the validation slices of the other split stay so."""
+    split = "val" if (row["official_split"], row[SPLIT]) == ("train", "val") else row["official_split"]
+    return {MASK: row["mask_multiclass"], SPLIT: split, GROUP: Path(row["file"]).stem}
+
+
+def _patient_of_volume(row: Mapping) -> dict:
+    """The two tables of the volumes name patients differently. Volumes may be of one: radiopaedia_10_85902_1 and _3."""
+    return {GROUP: "_".join(row["volume"].split("_")[:2])}
+
+
+def _lesion_size(row: Mapping) -> str:
+    return "lesion" if float(row["lesion_frac"]) > SMALL_LESION else ""
+
+
+KNOWN = (
+    Known("covid_ct", "coloured_mark"),
+    Known("iqoth_nccd", "label group_id orig_file", implied=IQOTH),
+    Known("medseg_covid19", "mask_multiclass official_split", lambda row: {MASK: row["mask_multiclass"]}, MEDSEG),
+    Known("lung_tumor_slices", "mask tumour_px", lambda row: {OBJECTS: row[MASK] or EMPTY_MASK, MASK: ""}, TUMOURS),
+    Known("luna16_nodules", "max_diameter_mm crop_kind", implied=TUMOURS),
+    Known("mosmed_slices", "label severity source_file", implied=MOSMED),
+    Known("sars_cov2_ct", "label block orig_file", lambda row: {GROUP: row["block"]}),
+    Known("covid_volumes", "volume lesion_frac label_source", _patient_of_volume, VOLUMES, _lesion_size),
+    Known("covid_volumes", "volume orig_file", _patient_of_volume),
+    Known("lung_pet_ct_dx", "sop_uid series_uid n_boxes", unused="a DICOM series, for inference only"),
+)
+OFFICIAL = Known("medseg_covid19", "official_split", _medseg_official, MEDSEG)
 
 
 def table(path: Path, export: Path, known: Known | None = None) -> Records:
-    """Records of a CSV file, or of the labels.csv of a folder; paths in it count from its folder.
-
-    Args:
-        path: of the file or folder.
-        export: folder for the masks and instances that have to be written.
-        known: the public data set that it is; by default the one that its columns tell.
-    """
+    """Records of a CSV file, or of the labels.csv of a folder; the public data set that it is shows by its columns."""
     path = path / "labels.csv" if path.is_dir() else path
     rows = read_rows(path, (" or ".join(COLUMNS[IMAGE]),))
     columns = rows[0][1].keys() - {COMPLAINT}
-    known = known or recognise(columns)
+    known = known or next((known for known in KNOWN if {*known.mark.split()} <= columns), None)
     if known and known.unused:
         raise UserError(f"{path}: {known.unused}")
     unread = columns - {"width", "height"} - {name for names in COLUMNS.values() for name in names}
@@ -59,7 +109,7 @@ def table(path: Path, export: Path, known: Known | None = None) -> Records:
         raise UserError(f"{path}: found the column {foreign[0]!r}, expected {expected}")
     if unread and not known:
         logger.info(f"{path}: columns that are not read: {', '.join(sorted(unread))}")
-    dust = 0
+    dust = 0  # slices
     for number, (place, row) in enumerate(rows):
         image = next(filter(None, map(row.get, COLUMNS[IMAGE])), place)
         try:
@@ -77,10 +127,7 @@ def table(path: Path, export: Path, known: Known | None = None) -> Records:
 
 
 def _record(row: Mapping, known: Known | None, place: str, folder: Path, export: Path, name: str) -> dict:
-    """Record of a row, with its split or None, and with OBJECTS where its mask of objects holds nothing but dust.
-
-    `name` is that of the pictures that it exports.
-    """
+    """Record of a row, with its split or None, and OBJECTS where its mask of objects is nothing but dust; `name` of its export."""
     if COMPLAINT in row:
         raise UserError(row[COMPLAINT])
     try:
@@ -102,29 +149,25 @@ def _record(row: Mapping, known: Known | None, place: str, folder: Path, export:
     if source := known.source if known else cells[SOURCE]:
         record[SOURCE] = source
     if cells[MASK]:
-        empty = cells[MASK].lower() == EMPTY_MASK
-        record[MASK] = EMPTY_MASK if empty else _mask(files[MASK], export / "masks" / name)
+        marked = cells[MASK].lower() != EMPTY_MASK and read_labels(files[MASK]).any()
+        record[MASK] = str(files[MASK]) if marked else EMPTY_MASK
     if cells[BOXES]:
-        record[BOXES] = _value(cells[BOXES])
-        if record[BOXES] is None:
+        if (boxes := _value(cells[BOXES])) is None:
             expected = "[[x1, y1, x2, y2], …] with decimal points, or []"
             raise UserError(f"{place}: {BOXES}: found {cells[BOXES]!r}, expected {expected}")
+        record[BOXES] = boxes
         sizes = [_value(row.get(side, "")) for side in ("width", "height")]
         if all(isinstance(size, (int, float)) for size in sizes):
             record[SIZE] = tuple(map(int, sizes))
     if cells[INSTANCES]:
         record[INSTANCES] = str(files[INSTANCES])
-    if cells[OBJECTS].lower() == EMPTY_MASK:
+    if cells[OBJECTS]:
         record[BOXES] = []
-    elif cells[OBJECTS]:
-        labels = read_labels(files[OBJECTS])[0]
+    if cells[OBJECTS] and cells[OBJECTS].lower() != EMPTY_MASK and (labels := read_labels(files[OBJECTS])).any():
         instances, boxes = lesions(labels)
-        if boxes:
-            record |= {BOXES: _stored(boxes, files[IMAGE]), INSTANCES: write_picture(instances, export / "instances" / name)}
-        elif labels.any():
-            record[OBJECTS] = "dust"
-        else:
-            record[BOXES] = []
+        if not boxes:
+            return record | {OBJECTS: "dust"}
+        record |= {BOXES: _stored(boxes, files[IMAGE]), INSTANCES: write_picture(instances, export / "instances" / name)}
     return record
 
 
@@ -143,19 +186,7 @@ def _class(cell: str) -> int | str | list:
     """Number, name, or list of them, of a class; a whole number may have a decimal point or comma, as in spreadsheets."""
     if cell.startswith(("[", "(")):
         return _value(cell) or cell
-    try:
-        number = float(cell.replace(",", "."))
-        return int(number) if number.is_integer() else cell
-    except (ValueError, OverflowError):
-        return cell
-
-
-def _mask(path: Path, export: Path) -> str:
-    """Path of a mask, "empty" if no pixel of it is marked; one whose labels are not its values is written anew."""
-    labels, convert = read_labels(path)
-    if not labels.any():
-        return EMPTY_MASK
-    return write_picture(np.uint8(labels), export) if convert else str(path)
+    return int(number[1]) if (number := re.fullmatch(r"([+-]?\d+)([.,]0*)?", cell)) else cell
 
 
 def _stored(boxes: list, image: Path) -> list:
@@ -168,10 +199,7 @@ def _stored(boxes: list, image: Path) -> list:
 def coco(folder: Path, export: Path, categories: Sequence[str] = ()) -> Records:
     """COCO JSON, annotations_{train,val,test}.json: `bbox` [x, y, width, height]; `patient_id` of an image is its group.
 
-    Args:
-        folder: of the files; `file_name` counts from it.
-        export: not used.
-        categories: names of those to be read; without it there may be only one.
+    `categories` names those to be read; without it there may be only one.
     """
     contents, chosen, found = {}, {}, Counter()
     for path in sorted(folder.glob("annotations_*.json")):
@@ -205,11 +233,11 @@ def _coco_content(path: Path) -> dict:
         content = json.loads(path.read_bytes())  # which finds out the encoding
     except ValueError as error:
         raise UserError(f"{path}: found no JSON ({error}), expected COCO's") from None
-    lists = [content.get(key) for key in ("images", "annotations")] if isinstance(content, Mapping) else [None]
-    if not all(isinstance(items, list) and all(isinstance(item, Mapping) for item in items) for items in lists):
-        found = f"the keys {', '.join(content)}" if isinstance(content, Mapping) else type(content).__name__
+    is_mapping = isinstance(content, Mapping)
+    images, annotations = [content.get(key) if is_mapping else None for key in ("images", "annotations")]
+    if not all(isinstance(items, list) and all(isinstance(item, Mapping) for item in items) for items in (images, annotations)):
+        found = f"the keys {', '.join(content)}" if is_mapping else type(content).__name__
         raise UserError(f"{path}: found {found}, expected COCO's lists images and annotations (empty, where nothing is there)")
-    images, annotations = lists
     if nameless := [image for image in images if "id" not in image or not isinstance(image.get("file_name"), str)]:
         raise UserError(f"{path}: found the image {nameless[0]}, expected an id and a file_name")
     ids = Counter(image["id"] for image in images)

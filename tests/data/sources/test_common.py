@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from bundle.data.sources.common import MIN_LESION_PIXELS, lesions, pictures, read_rows
+from bundle.data.sources.common import MIN_LESION_PIXELS, lesions, read_rows
+from bundle.data.sources.published import pictures
 from bundle.errors import UserError
 
 
