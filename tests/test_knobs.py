@@ -206,7 +206,7 @@ TRAIN = {
         },
     ],
     "window": [[-200, 100], {"preprocessing": lambda w: of_transform(w["preprocessing"], "ScaleIntensityd").window}],
-    "cropping": ["body", {"model": lambda w: w["model"]["cropping"]}],
+    "cropping": ["lungs", {"model": lambda w: w["model"]["cropping"]}],
     "max_epochs": [7, {"trainer": "train#trainer.state.max_epochs", "schedule": "lr_scheduler.t_total"}],
     "batch_size": [3, both("dataloader.batch_size")],
     "epoch_size": [2, {"draws": "train#sampler.num_samples", "drop_last": "train#dataloader.drop_last"}],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from bundle.lungs import _close, _spread, body_region, lung_bearing, lung_mask, lung_region
+from bundle.lungs import _close, _spread, body_region, lung_bearing, lung_mask, lung_region, lung_surroundings
 
 SPACING = (2.0, 1.0)  # rows 2 mm apart, columns 1 mm
 ROWS, COLUMNS = np.mgrid[:160, :320] * np.reshape(SPACING, (2, 1, 1)) - 160.0
@@ -141,6 +141,33 @@ def test_the_body_is_found_without_its_table(chest_slice):
     assert found.shape == (1, *image.shape) and found.dtype == torch.bool
     assert overlap(found[0].numpy(), body) > 0.97 and found[0].numpy()[lungs].all()
     assert body_region(torch.zeros(1, 32, 32)).all(), "all of a slice in which nothing stands out"
+
+
+def framed(image):
+    """(top, bottom, left, right) of the rectangle that `lung_surroundings` finds."""
+    found = lung_surroundings(torch.tensor(image[None], dtype=torch.float32))
+    assert found.shape == (1, *image.shape) and found.dtype == torch.bool
+    rows, columns = np.nonzero(found[0].numpy())
+    frame = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+    assert found.sum() == (frame[1] - frame[0]) * (frame[3] - frame[2])
+    return np.array(frame)
+
+
+def test_a_square_around_the_lungs_is_found(chest_slice):
+    image, lungs = chest_slice
+    top, bottom, left, right = framed(image)
+    y, x = np.nonzero(lungs)
+    assert top <= y.min() and bottom > y.max() and left < x.min() and right > x.max()
+    assert right - left == pytest.approx(1.12 * np.ptp(x), abs=4) and bottom - top <= right - left
+    y, x = np.nonzero(image[:115] > 0.05)
+    whole = [y.min(), y.max() + 1, x.min(), x.max() + 1]
+    large = np.kron(image, np.ones((4, 4)))
+    np.testing.assert_allclose(framed(large), 4 * framed(image), atol=12, err_msg="whatever the resolution")
+    opaque = image.copy()
+    opaque[lungs & (np.arange(image.shape[1]) < 80)] = image.max()
+    np.testing.assert_allclose(framed(opaque), framed(image), atol=3, err_msg="one lung stands for the other")
+    opaque[lungs] = image.max()
+    np.testing.assert_allclose(framed(opaque), whole, atol=3, err_msg="the body where no lung is seen")
 
 
 def test_lungs_of_a_real_scan(real_data):

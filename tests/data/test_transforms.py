@@ -23,6 +23,7 @@ from bundle.data.transforms import (
     to_file_grid,
 )
 from bundle.errors import UserError
+from bundle.lungs import CROPS
 
 ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS = 60, 100
@@ -85,12 +86,14 @@ def test_cropping_to_the_body_leaves_air_and_table_out_and_boxes_follow(tmp_path
     np.testing.assert_allclose(whole["boxes"][0], [60, 70, 70, 80], atol=0.01)
 
 
-def test_what_was_cropped_away_comes_back_as_nothing(tmp_path):
+@pytest.mark.parametrize("cropping", ["body", "lungs"])
+def test_what_was_cropped_away_comes_back_as_nothing(cropping, tmp_path):
     image = np.zeros((120, 160), np.uint8)
     image[30:90, 40:120] = 150
     image[50:60, 60:70] = 220
     Image.fromarray(image).save(tmp_path / "image.png")
-    scale, crop, resize, pad = shipped("preprocessing", 128, "inference.json", cropping="body", checkpoint=None)[1:]
+    scale, crop, resize, pad = shipped("preprocessing", 128, "inference.json", cropping=cropping, checkpoint=None)[1:]
+    assert crop.cropper.select_fn is CROPS[cropping] is shipped("preprocessing", 128, cropping=cropping)[2].cropper.select_fn
     preprocessing = Compose([scale, crop, resize, pad])
     before = preprocessing({"image": LoadSlice()(str(tmp_path / "image.png"))})
     back = preprocessing.inverse({"image": before["image"]})["image"]
