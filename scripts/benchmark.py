@@ -363,8 +363,8 @@ def pace(source, folder: Path, counts: Sequence[int]) -> Iterator[tuple[str, dic
 
     Yields:
         Name, and seconds (the smaller of wall clock and processor: other jobs delay the one, threads add to the other) of
-        "monai" (its import), "imports", "first slice" (when it enters the network) and "end", and of the network alone;
-        memory and page (report.html) in MB.
+        "monai" (its import alone), "imports", "first slice" (when it enters the network) and "end", and of the network
+        alone; memory and page (report.html) in MB.
     """
     scans, failures = find_scans(source)
     if not scans or not scans[0].hounsfield:
@@ -387,13 +387,17 @@ def pace(source, folder: Path, counts: Sequence[int]) -> Iterator[tuple[str, dic
 
 
 def _timed_prediction(path: Path, out: Path) -> dict:
-    command = [sys.executable, str(Path(__file__).with_name("timed_predict.py")), str(path), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{path}: chestct predict failed: {done.stderr.strip()[-500:]}")
-    row = json.loads(done.stdout.splitlines()[-1])
+    row = _timed() | _timed(str(path), "-o", str(out))
     row |= {"wall": row["end"][0], **{name: min(times) for name, times in row.items() if isinstance(times, list)}}
     return row | {"page": max(page.stat().st_size for page in out.glob("**/report.html")) / 1e6}
+
+
+def _timed(*arguments: str) -> dict:
+    command = [sys.executable, str(Path(__file__).with_name("timed_predict.py")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def report_pace(source, counts: Sequence[int]) -> None:

@@ -1,5 +1,6 @@
 """The command line without its work: what reaches MONAI's runner, help, mistakes, and `info`."""
 
+import gc
 import json
 import logging
 import re
@@ -10,7 +11,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 import bundle
-from bundle.cli import CONFIGS, _is_for_users, main
+from bundle.cli import CONFIGS, _is_for_users, import_monai, main
 from bundle.files import file_hash
 
 NAMES = ["scan", "scan#1", "1001", "1_2", "DOE,JOHN", "[CT]", "it's", 'a "b"', "None", "a@input", "$x", "%y", "a\\#b", "a::b"]
@@ -125,3 +126,9 @@ def test_info_prints_what_a_checkpoint_says_of_itself(checkpoint, capsys):
     main(["info", str(checkpoint)])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["classes"] == "other, COVID-19, lung cancer" and lines.keys() == said.keys()
+
+
+def test_what_is_imported_is_never_searched_for_garbage():
+    import_monai()
+    assert gc.get_freeze_count() > 10**5 and gc.isenabled()
+    gc.unfreeze()

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -88,6 +87,8 @@ class Report:
 
     def write(self, path, prediction: Mapping, tasks: Sequence[Task]) -> None:
         """Write the page of a predictions.json whose slices were added in its order; each task has a card."""
+        import jinja2  # beside the network
+
         environment = jinja2.Environment(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
