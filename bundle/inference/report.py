@@ -1,4 +1,4 @@
-"""The page of one scan: a single HTML file that contains its pictures and loads nothing from the network."""
+"""The pictures of a scan: overlays, and the page, a single HTML file that contains its pictures and loads nothing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from monai.data import MetaTensor
 from PIL import Image
 
+from bundle.data.transforms import move_boxes
+from bundle.data.volumes import Scan
 from bundle.inference.novelty import UNUSUAL_SHARE
-from bundle.inference.overlay import BOX, LESIONS, STRONG
+from bundle.inference.overlay import BOX, LESIONS, STRONG, draw_overlay
 from bundle.tasks import Task
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -30,51 +35,59 @@ FINENESS = ((1024, 95), (1024, 86), (1024, 72), (1024, 60), (384, 70), (384, 55)
 REBUILT = (256, 80)
 
 
-class Report:
-    """Collect the slices of a scan one by one, compressed at once, and write the page.
+@dataclass
+class SliceView:
+    """A slice (1, rows, columns) as it was read, and `shown` as the network sees it, where `low` is 0 and `high` is 1.
 
-    Slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value; both become
-    JPEG, so that the page shows approximate values.
-
-    Args:
-        spacing: mm between rows and between columns; None where that is not known.
-        count: number of slices.
+    Tasks add `labels`, 0 or 1 + lesion class, and `rebuilt`, in [0, 1], both (rows, columns).
     """
 
-    def __init__(self, spacing: tuple[float, float] | None, count: int) -> None:
-        self.spacing, self.share, self.fineness = spacing, min(PAGE_BYTES / count, SLICE_BYTES), 0
+    slice: MetaTensor
+    shown: np.ndarray
+    low: float
+    high: float
+    labels: np.ndarray | None = None
+    rebuilt: np.ndarray | None = None
+
+
+class Report:
+    """Draw the slices of a scan one by one, compressed at once, and write overlays and page.
+
+    On the page slices in HU are companded to 8 bits (see `COMPANDING`), others go from their lowest to their highest value;
+    both become JPEG, so that it shows approximate values.
+    """
+
+    def __init__(self, scan: Scan, tasks: Sequence[Task]) -> None:
+        self.scan, self.tasks, self.share, self.fineness = scan, tasks, min(PAGE_BYTES / len(scan), SLICE_BYTES), 0
         self.pictures: list[str] = []  # JSON of each slice's pictures
+        self.overlays: list[bytes] = []  # JPEG
         self.slices: list[dict] = []
-        self.shape: tuple[int, int] | None = None
 
-    def add(
-        self,
-        index: int,
-        pixels: np.ndarray,
-        hounsfield: bool,
-        labels: np.ndarray | None,
-        reconstruction: np.ndarray | None,
-        boxes: np.ndarray,
-        scores: np.ndarray,
-        intensity_range: tuple[float, float],
-    ) -> None:
-        """Add the next slice, (rows, columns), turned as by `Scan.read`; `labels`, `boxes` and `scores` as in `draw_overlay`.
-
-        `reconstruction` is in [0, 1], where 0 and 1 stand for the ends of `intensity_range` in `pixels`.
-        """
-        codes, ends = _companded(pixels) if hounsfield else _stretched(pixels, intensity_range)
-        longest = FINENESS[self.fineness][0]
-        found = labels is not None and labels.any()
-        pictures = {"labels": _picture(labels, longest, Image.Resampling.NEAREST, format="png") if found else None}
-        if reconstruction is not None:
-            rebuilt = (reconstruction.clip(0, 1) * 255).round().astype(np.uint8)
+    def add(self, view: SliceView, row: Mapping) -> None:
+        """Add the next slice and its row in predictions.json."""
+        pixels, ends, hounsfield = view.slice[0].numpy(), (view.low, view.high), self.scan.hounsfield
+        self.shape, (codes, pairs) = pixels.shape, _companded(pixels) if hounsfield else _stretched(pixels, ends)
+        found, labels = row.get("boxes", []), view.labels
+        boxes = torch.tensor([box["box"] for box in found], dtype=torch.float32).reshape(-1, 4)
+        boxes = move_boxes(boxes, torch.linalg.inv(view.slice.affine)).numpy()
+        scores = np.array([box["score"] for box in found], dtype=np.float32)
+        marked = labels is not None and labels.any()
+        nearest = Image.Resampling.NEAREST
+        pictures = {"labels": _picture(labels, FINENESS[self.fineness][0], nearest, format="png") if marked else None}
+        if view.rebuilt is not None:
+            rebuilt = (view.rebuilt.clip(0, 1) * 255).round().astype(np.uint8)
             pictures["rebuilt"] = _picture(rebuilt, REBUILT[0], format="jpeg", quality=REBUILT[1])
         left = self.share - sum(len(picture or "") for picture in pictures.values())
         self.pictures.append(json.dumps({"image": self._compressed(codes, left), **pictures}))
         drawn = [{"box": [round(float(v), 1) for v in box], "score": float(score)} for box, score in zip(boxes, scores)]
-        network = list(map(float, intensity_range)) if hounsfield else [0.0, 100.0]
-        self.slices.append({"index": index, "codes": ends, "network": network, "boxes": drawn})
-        self.shape = pixels.shape
+        network = list(map(float, ends)) if hounsfield else [0.0, 100.0]
+        self.slices.append({"index": row["index"], "codes": pairs, "network": network, "boxes": drawn})
+        name = f"slice {row['index']}" if len(self.scan) > 1 else Path(self.scan.name).name
+        caption = "   ·   ".join([name, *(text for task in self.tasks for text in task.caption(row))])
+        overlay = draw_overlay(view.shown, self.scan.spacing, labels, boxes, scores, row.get("probabilities"), caption)
+        buffer = io.BytesIO()
+        overlay.save(buffer, "jpeg", quality=85, subsampling=0)  # thin coloured lines stay sharp
+        self.overlays.append(buffer.getvalue())
 
     def _compressed(self, codes: np.ndarray, allowed: float) -> str:
         """The finest picture that is allowed; no later one is finer, so that neighbours look alike."""
@@ -85,21 +98,24 @@ class Report:
                 return picture
             self.fineness += 1
 
-    def write(self, path, prediction: Mapping, tasks: Sequence[Task]) -> None:
-        """Write the page of a predictions.json whose slices were added in its order; each task has a card."""
+    def write(self, folder: Path, prediction: Mapping) -> None:
+        """Write overlays/NNNN.jpg and report.html, with a card for each task, of a predictions.json."""
         import jinja2  # beside the network
 
+        (folder / "overlays").mkdir()
+        for index, picture in enumerate(self.overlays):
+            (folder / f"overlays/{index:04d}.jpg").write_bytes(picture)
         environment = jinja2.Environment(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
         environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-        cards = [_card(task, prediction[task.name]) for task in tasks]
+        cards = [_card(task, prediction[task.name]) for task in self.tasks]
         viewer = self._viewer(prediction, cards)
         # A picture is base64: its JSON needs no escaping.
         looks = {"box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE, "first": _where_to_look(viewer["slices"])}
         stream = template.stream(p=prediction, cards=cards, viewer=viewer, pictures=self.pictures, **looks)
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(folder / "report.html", "w", encoding="utf-8", errors="backslashreplace") as file:
             stream.dump(file)
 
     def _viewer(self, prediction: Mapping, cards: Sequence[Mapping]) -> dict:
@@ -112,12 +128,12 @@ class Report:
             numbers = [lesion_of.get((row["index"], *stored["box"])) for stored in row.get("boxes", [])]
             boxes = [{**box, "lesion": number} for box, number in zip(added["boxes"], numbers, strict=True)]
             slices.append({**added, "boxes": boxes, **{key: row.get(key) for key in keys}})
-        hounsfield, bars = prediction["hounsfield"], next((card["bars"] for card in cards if card["bars"]), {})
+        hounsfield, bars = self.scan.hounsfield, next((card["bars"] for card in cards if card["bars"]), {})
         predicted = max(bars, key=bars.get, default=None)
         return {
             "rows": self.shape[0],
             "columns": self.shape[1],
-            "spacing": self.spacing,
+            "spacing": self.scan.spacing,
             "unit": "HU" if hounsfield else "%",
             "windows": [{"name": n, "width": w, "level": c} for n, w, c in (WINDOWS if hounsfield else CONTRASTS)],
             "colors": dict(zip(rows[0].get("lesion_pixels", {}), itertools.cycle(LESIONS))),
@@ -147,8 +163,8 @@ def _where_to_look(slices: Sequence[Mapping]) -> list[tuple[int, str]]:
         places.append((largest, f"largest lesion area, {size}"))
     if best[surest]:
         lesion = best[surest]["lesion"]
-        places.append((surest, f"surest box, {'' if lesion is None else f'lesion {lesion}, '}score {score[surest]:.2f}"))
-    return places or [(len(slices) // 2, "no lesion found" + "; the middle of the scan" * (len(slices) > 1))]
+        places.append((surest, f"highest score, {'' if lesion is None else f'lesion {lesion}, '}{score[surest]:.2f}"))
+    return places or [(len(slices) // 2, "no lesion found; the middle of the scan")]
 
 
 def _companded(pixels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -156,7 +172,7 @@ def _companded(pixels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
 
 
 def _stretched(pixels: np.ndarray, intensity_range: tuple[float, float]) -> tuple[np.ndarray, list[tuple[int, float]]]:
-    """Codes from the lowest to the highest value, and what those are in % of the range that the network sees."""
+    """Codes from the lowest to the highest value, and those two in % of the range that the network sees."""
     low, high = float(pixels.min()), float(pixels.max())
     codes = ((pixels - low) / max(high - low, 1e-6) * 255).round().astype(np.uint8)
     zero, one = intensity_range

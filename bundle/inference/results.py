@@ -14,7 +14,7 @@ from bundle.data.transforms import to_file_grid
 from bundle.data.volumes import Scan
 from bundle.inference.nifti import Volume
 from bundle.inference.novelty import assess
-from bundle.inference.pictures import Pictures
+from bundle.inference.report import Report, SliceView
 from bundle.inference.slices import INDEX
 from bundle.lungs import lung_bearing, lung_mask
 from bundle.names import EMBEDDING, IMAGE, SLICE
@@ -35,13 +35,13 @@ class Result:
         volumes: name -> voxels on the grid of the file: mask (0, or 1 + lesion class), probability of lesion, reconstruction
             and reconstruction_error.
         bearing: whether each slice shows lung; all True where that is not known.
-        pictures: of the slices, for `save`.
+        report: pictures of the slices, for `save`.
         model, stamp, keep_identifiers: see `bundle.inference.Model`.
     """
 
     scan: Scan
     tasks: Sequence[Task]
-    pictures: Pictures
+    report: Report
     slices: list[dict] = field(default_factory=list)
     entries: dict = field(default_factory=dict)
     volumes: dict[str, Volume] = field(default_factory=dict)
@@ -107,26 +107,11 @@ class Result:
         return {**head, "warnings": list(self.warnings), **self.entries, **tail}
 
 
-@dataclass
-class SliceView:
-    """A slice as it was read, and `shown` as the network sees it, where `low` is 0 and `high` is 1.
-
-    Tasks add `labels`, 0 or 1 + lesion class, and `rebuilt`, in [0, 1], both (rows, columns).
-    """
-
-    slice: MetaTensor
-    shown: np.ndarray
-    low: float
-    high: float
-    labels: np.ndarray | None = None
-    rebuilt: np.ndarray | None = None
-
-
 class Collector:
     """Collect the answers for the slices of a scan, in order, and summarise them as a `Result`; arguments as of `Model`."""
 
     def __init__(self, scan: Scan, tasks: Sequence[Task], novelty: Novelty | None = None) -> None:
-        self.result, self.tasks, self.novelty = Result(scan, tasks, Pictures(scan)), list(tasks), novelty
+        self.result, self.tasks, self.novelty = Result(scan, tasks, Report(scan, tasks)), list(tasks), novelty
         self.lungs: list[tuple[float, float]] = []  # mm2 in each slice in HU: of the lung, of lung and lesions
         self.embeddings: list[torch.Tensor] = []
 
@@ -150,7 +135,7 @@ class Collector:
         if self.novelty:
             self.embeddings.append(answer[EMBEDDING])
         self.result.slices.append(row)
-        self.result.pictures.add(view, row, [text for task in self.tasks for text in task.caption(row)])
+        self.result.report.add(view, row)
 
     def _measure_lung(self, pixels: np.ndarray, labels: np.ndarray | None, longest: int) -> None:
         sides = self.result.scan.spacing or (FIELD_OF_VIEW / max(pixels.shape),) * 2

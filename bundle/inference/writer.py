@@ -66,8 +66,7 @@ def write_result(result: Result, folder: Path) -> None:
         write_markups(folder / "markups.mrk.json", result.lesions, scan.affine, scan.axis)
         files["markups"] = "markups.mrk.json"
     prediction["files"] = files
-    result.pictures.write_overlays(folder / files["overlays"])
-    result.pictures.report.write(folder / files["report"], prediction, result.tasks)
+    result.report.write(folder, prediction)
     (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
     logger.info("; ".join([str(result), *prediction["warnings"][len(result.warnings) :]]))  # with those of what was written
 

@@ -140,7 +140,7 @@ class Task:
     def row(self, answer, view, result) -> dict:
         """Entries of a slice in predictions.json; voxels go to `result.store`. By default the numbers of the answer.
 
-        `answer` comes from `to_slice`; `view` is a `bundle.inference.results.SliceView`, `result` the `Result` so far.
+        `answer` comes from `to_slice`; `view` is a `bundle.inference.report.SliceView`, `result` the `Result` so far.
         """
         return {self.name: np.round(np.asarray(answer, dtype=float), 6).tolist()}
 

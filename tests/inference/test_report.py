@@ -7,13 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
-from report_page import EVIL, make_page
+from report_page import EVIL, make_page, make_scan, make_view
 
 from bundle.data.transforms import LoadSlice
 from bundle.inference.report import COMPANDING, Report
-
-# The arguments of `add` from `hounsfield` on, of a slice in HU with neither labels, reconstruction nor boxes.
-NOTHING = (True, None, None, np.zeros((0, 4)), np.zeros(0), (-1350.0, 150.0))
 
 
 class Page(HTMLParser):
@@ -84,7 +81,7 @@ def test_a_picture_without_hounsfield_units_is_told_in_percent_of_what_the_netwo
 def test_boxes_lie_in_the_turned_slice_and_carry_the_number_of_their_lesion(path):
     make_page(path)
     data = Page(path).json["data"]
-    assert data["slices"][1]["boxes"] == [{"box": [5.0, 10.0, 25.0, 20.0], "score": 0.8, "lesion": 7}]
+    assert data["slices"][1]["boxes"] == [{"box": [5.0, 10.0, 25.0, 20.0], "score": 0.75, "lesion": 7}]
     assert data["slices"][0]["boxes"] == []
     assert data["spacing"] == [2.0, 1.0] and (data["rows"], data["columns"]) == (40, 60)
 
@@ -132,7 +129,7 @@ def test_results_are_told_in_words(path):
     assert "a model 1.2.3 · checkpoint 0123456789ab" in text and "3 slices are missing" in text
     assert "3.2 mL · 12.5 % of lung" in text and "4.00 L · slices 0–2" in text and "20 × 20 × 5" in text
     assert "slices that agree 2 of 3" in text.replace("agree2", "agree 2") and "certainty" not in text
-    assert "Slice 1 · largest lesion area, 1.7 cm²" in text and "Slice 1 · surest box, lesion 7, score 0.80" in text
+    assert "Slice 1 · largest lesion area, 1.7 cm²" in text and "Slice 1 · highest score, lesion 7, 0.75" in text
     unsure = {"predicted": "a", "probabilities": {"a": 0.4, "z": 0.3, "y": 0.3}, "slices": 3, "agreeing": 2}
     make_page(path, tasks=("classification",), classification=unsure)
     assert "the other classes together are likelier" in Page(path).text
@@ -143,8 +140,8 @@ def test_results_are_told_in_words(path):
 @pytest.mark.parametrize("task", ["classification", "segmentation", "reconstruction", "detection"])
 def test_what_was_not_asked_is_not_shown(path, task):
     make_page(path, count=1, tasks=(task,), spacing=None, lung=None, novelty=None)
-    shown = {attrs["aria-label"] for tag, attrs in Page(path).tags if tag == "section"}
-    assert shown == {task.capitalize(), "Slice viewer", "This slice", "Where to look first"}
+    shown = {attrs["aria-label"] for tag, attrs in Page(path).tags if tag == "section" and "hidden" not in attrs}
+    assert shown == {task.capitalize(), "Slice viewer"}, "of one slice nothing is said twice"
 
 
 def test_a_page_stays_below_10_megabytes_however_many_slices_it_has(path):
@@ -154,13 +151,14 @@ def test_a_page_stays_below_10_megabytes_however_many_slices_it_has(path):
     labels, noisy = (pixels == -850).astype(np.uint8), pixels + random.normal(0, 25, pixels.shape)
     sides = []
     for count in (40, 600):
-        report = Report(None, count)
+        report = Report(make_scan((512, 512), count), [])
         for index in range(3):
-            report.add(index, noisy, True, labels, ((pixels + 1350) / 1500).clip(0, 1), *NOTHING[3:])
+            view = make_view(noisy, labels=labels, rebuilt=((pixels + 1350) / 1500).clip(0, 1))
+            report.add(view, {"index": index})
         assert count * len(report.pictures[-1]) < 9.5e6
         sides.append(decoded(json.loads(report.pictures[-1])["image"]).shape[0])
     assert sides[0] == 512 and sides[1] >= 256
-    report = Report(None, 1)
-    report.add(0, np.zeros((3000, 1500)), True, np.ones((3000, 1500), np.uint8), *NOTHING[2:])
+    report = Report(make_scan((3000, 1500), 1), [])
+    report.add(make_view(np.zeros((3000, 1500)), labels=np.ones((3000, 1500), np.uint8)), {"index": 0})
     pictures = json.loads(report.pictures[0])
     assert decoded(pictures["image"]).shape == decoded(pictures["labels"]).shape == (1024, 512)

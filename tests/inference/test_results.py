@@ -353,13 +353,13 @@ def test_lesions_of_several_classes(tmp_path):
 
 
 def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypatch):
-    def interrupted(pictures, folder):
-        folder.write_bytes(b"half")
+    def interrupted(report, folder, prediction):
+        (folder / "report.html").write_bytes(b"half")
         raise KeyboardInterrupt
 
     Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bundle.inference.pictures.Pictures.write_overlays", interrupted)
+        patch.setattr("bundle.inference.report.Report.write", interrupted)
         predict(tmp_path / "x.png", tmp_path / "out")
     assert not (tmp_path / "out/x.png").exists()
     assert list(predict(tmp_path / "x.png", tmp_path / "out")) == ["x.png"]
@@ -398,12 +398,12 @@ def test_a_bug_fails_one_scan_and_its_traceback_goes_to_a_log(tmp_path, error):
 
 
 def test_a_disk_that_refuses_a_file_fails_one_scan_in_one_line(tmp_path, monkeypatch):
-    def full(pictures, folder):
-        if pictures.scan.name == "a.png":
+    def full(report, folder, prediction):
+        if report.scan.name == "a.png":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
     write_pictures(tmp_path / "in", ["a.png", "b.png"])
-    monkeypatch.setattr("bundle.inference.pictures.Pictures.write_overlays", full)
+    monkeypatch.setattr("bundle.inference.report.Report.write", full)
     assert list(predict(tmp_path / "in", tmp_path / "out")) == ["b.png"]
     (failure,) = table(tmp_path / "out/failures.csv")
     reason = f"{tmp_path}/out/a.png: cannot be written (No space left on device); check the disk and its permissions"
