@@ -43,7 +43,7 @@ def lung_surroundings(image: torch.Tensor) -> torch.Tensor:
     of about 256 pixels.
     """
     step = max(1, round(max(image.shape) / 256))
-    pixels = np.asarray(image[:, ::step, ::step], dtype=np.float32)
+    pixels = np.asarray(image, dtype=np.float32)[:, ::step, ::step]
     body = body_region(pixels)[0].numpy()
     lung = lung_region(pixels[0]) & body
     outer = inner = _hull(body)
