@@ -411,7 +411,7 @@ def report_pace(source, counts: Sequence[int]) -> None:
             numbers = "".join(f"{row[column]:13.1f}" for column in columns)
             print(f"{name:30}{numbers}{row['end'] / row['network']:13.2f}", flush=True)
             rows[name] = row
-    (short, *_, middle, long), names = rows.values(), list(rows)
+    short, (*_, middle, long), names = next(iter(rows.values())), rows.values(), list(rows)
     goals = {
         f"{names[0]}: 2 x network + imports + 3 s": (short["end"], 2 * short["network"] + short["imports"] + 3),
         f"{names[-1]}: 1.5 x network + 8 s": (long["end"], 1.5 * long["network"] + 8),
@@ -454,7 +454,7 @@ def main() -> None:
     with exit_in_one_line(), tempfile.TemporaryDirectory() as folder:  # for what the handlers of the trainer write
         common = {"bundle_root": str(CONFIGS.parent), "output_dir": folder}
         if arguments.pace:
-            report_pace(arguments.pace, (2, 3, 4) if arguments.quick else (30, 100, 600))
+            report_pace(arguments.pace, (2, 3) if arguments.quick else (30, 100, 600))
         elif arguments.scan:
             files = [str(CONFIGS / "inference.json"), *overlays]
             entries = {"input": arguments.scan, "checkpoint": arguments.checkpoint, "device": "cpu", **tiny, **common}

@@ -1,4 +1,8 @@
-"""Tasks and networks for tests, with the classes of the shipped configuration."""
+"""Tasks and networks for tests, with the classes of the shipped configuration, and workflows of the shipped configs."""
+
+from pathlib import Path
+
+from monai.bundle import ConfigWorkflow
 
 from bundle.networks import MultiTaskNet
 from bundle.tasks import TASKS, Task, build_network, make_tasks
@@ -17,3 +21,12 @@ def some_tasks(*names, **options) -> list[Task]:
 def some_network(tasks=tuple(TASKS), **options) -> MultiTaskNet:
     """A tiny network with fresh weights: see `bundle.tasks.read_model` for the options."""
     return build_network({"tasks": tasks, **TINY, **options})
+
+
+def open_workflow(*configs, **entries) -> ConfigWorkflow:
+    """An initialised workflow of configs, named without ".json", on the CPU."""
+    files = [str(Path(__file__).parents[1] / f"configs/{name}.json") for name in configs]
+    entries = {id: str(value) if isinstance(value, Path) else value for id, value in entries.items()}
+    workflow = ConfigWorkflow(files, logging_file=False, **{"device": "cpu", **entries})
+    workflow.initialize()
+    return workflow

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from jsonschema import Draft202012Validator
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
+from some_tasks import open_workflow
 
 from bundle.cli import in_words
 from bundle.config import SCHEMA, WORKFLOWS, check_config, components, knobs, running_workflow
@@ -121,11 +122,8 @@ def test_every_stage_has_tasks():
 
 
 def test_train_and_evaluate_parse_together(phantom_dir, checkpoint, tmp_path):
-    files = [str(CONFIGS / name) for name in ("train.json", "evaluate.json")]
-    places = {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "checkpoint": str(checkpoint)}
-    workflow = ConfigWorkflow(files, logging_file=False, device="cpu", **places)
-    workflow.initialize()
-    parse = workflow.parser.get_parsed_content
+    places = {"dataset_dir": phantom_dir, "output_dir": tmp_path, "checkpoint": checkpoint}
+    parse = open_workflow("train", "evaluate", **places).parser.get_parsed_content
     assert len(parse("evaluator").data_loader.dataset) == len(parse("records")["test"])
     trainer = parse("train#trainer")
     assert trainer.state.max_epochs == parse("max_epochs") and trainer.network is parse("evaluator").network
@@ -184,27 +182,23 @@ def test_the_id_that_is_run_is_known():
 @pytest.mark.parametrize(
     ("files", "foreign"),
     [
-        (["train.json"], "checkpoint"),
-        (["train.json", "preset_smoke.json", "evaluate.json"], "score_threshold"),
-        (["inference.json"], "epoch_size"),
+        (["train"], "checkpoint"),
+        (["train", "preset_smoke", "evaluate"], "score_threshold"),
+        (["inference"], "epoch_size"),
     ],
 )
 def test_every_workflow_is_checked_as_what_it_is_before_any_work(files, foreign, tmp_path):
-    def workflow(**override):
-        paths = [str(CONFIGS / name) for name in files]
-        return ConfigWorkflow(paths, logging_file=False, output_dir=str(tmp_path), **override)
-
-    workflow().initialize()
+    open_workflow(*files, output_dir=tmp_path)
     for entries, words in (({foreign: 1}, f"configuration: found '{foreign}', a knob of"), ({"amp": 2}, "amp: found 2, exp")):
         with pytest.raises(RuntimeError) as caught:
-            workflow(**entries).initialize()
+            open_workflow(*files, output_dir=tmp_path, **entries)
         assert str(caught.value.__cause__).startswith(words)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_id_to_run_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(RuntimeError) as caught:
-        ConfigWorkflow(str(CONFIGS / "train.json"), logging_file=False, run_id="calibrate", output_dir=str(tmp_path)).initialize()
+        open_workflow("train", run_id="calibrate", output_dir=tmp_path)
     assert str(caught.value.__cause__) == (
         "run: found 'calibrate', expected run or training; calibrate, reference and grad_cam need configs/evaluate.json"
     )

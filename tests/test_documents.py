@@ -5,10 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from bundle.config import knobs
-from bundle.tasks import Task
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -51,18 +49,3 @@ def test_formats_names_tests_that_exist():
     sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", text_of("docs/formats.md"))
     assert len(named) > 15 and [test for test in named if f"def {test}(" not in sources] == []
-
-
-def test_the_task_that_the_document_shows_learns_and_is_measured():
-    code = re.search(r"^    import torch\n.*?(?=^1\. )", text_of("docs/tasks.md"), re.M | re.S)[0]
-    names = {}
-    exec(re.sub("^    ", "", code, flags=re.M), names)
-    task = names["Severity"]()
-    assert isinstance(task, Task)
-    batch = task.collate([{"severity": 0.4}, {}], torch.zeros(2, 1, 8, 8))
-    head = task.head([4, 8], [1, 2], 1)
-    answer = head([torch.rand(2, 4, 8, 8), torch.rand(2, 8, 4, 4)])
-    loss = task.loss(answer, batch, torch.tensor([True, False]))
-    loss.backward()
-    assert loss.item() == pytest.approx((answer[0].item() - 0.4) ** 2, rel=1e-4) and head.output.weight.grad.abs().sum() > 0
-    assert task.cases(answer, batch, True)[0]["agreement"] == pytest.approx(1 - abs(answer[0].item() - 0.4), rel=1e-4)

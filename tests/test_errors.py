@@ -1,7 +1,6 @@
-import subprocess
-import sys
 import warnings
 
+import command
 import pytest
 
 from bundle.errors import UserError, exit_in_one_line, no_warnings, user_message
@@ -53,7 +52,7 @@ with ProcessPoolExecutor(1) as pool:
 )
 def test_only_a_user_error_is_shown_in_one_line(code, shown):
     program = f"from bundle.errors import one_line_errors\none_line_errors()\none_line_errors()\n{code}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = command.run("-c", program)
     assert done.returncode == 1
     assert done.stderr.startswith(shown) and (done.stderr.count("\n") == 1) == shown.startswith("error")
 

@@ -273,7 +273,7 @@ EVALUATE = {
 }
 INFERENCE = {
     "bundle_root": ["elsewhere", {"output_dir": lambda w: w.default("output_dir")}],
-    "dataset_dir": ["elsewhere", {"input": lambda w: w.default("input")}],
+    "dataset_dir": ["elsewhere", {"input": lambda w: w.default("input")}, {"dataset_dir": "here"}],
     "input": ["none.png", {"worklist": outcome("worklist")}],
     "output_dir": ["out", "worklist.folder"],
     "checkpoint": [

@@ -22,15 +22,14 @@ LIMITS = (0.01, 100.0)  # of the temperature
 
 
 def calibrate(network: MultiTaskNet, batches: Iterable[dict], checkpoint, path) -> float:
-    """Find the temperature that explains the classes of validation slices best, and write the weights with it built in.
+    """Find the temperature that explains the classes of slices best, and write the weights with it built in.
 
-    The logits are divided by it (above 1 if the network was too sure), which the weights of the head's last layer take over:
-    the most probable class stays the same, and everything that reads the weights has calibrated probabilities.
+    The logits are divided by it (above 1 if the network was too sure), by the weights of the head's last layer.
 
     Args:
         network: with its weights; its last layer is changed in place.
         batches: of `bundle.data.batch.collate`, of slices that the network was not trained on.
-        checkpoint: file of these weights, whose heads that the network does not have are taken over.
+        checkpoint: file of these weights; heads that the network lacks are taken from it.
         path: of the weights to write.
     """
     if CLASSIFICATION not in network.heads:

@@ -24,10 +24,8 @@ ANNOTATION_COLOR, ANSWER_COLOR = "#4cc9f0", "#ff8c42"
 class FailureGallery:
     """Handler of MONAI's SupervisedEvaluator that draws the worst cases of every task (`Task.judge`), worst first, as one PNG.
 
-    Args:
-        tasks: tasks to draw, a row of `columns` cases each; a task without annotated cases has none.
-        path: of the PNG.
-        with_images: False draws outlines alone, of the tasks that have some, for data whose images may not be shown.
+    A task has a row of `columns` cases, and none without annotated cases. `with_images` False draws outlines alone, of the
+    tasks that have some, for data whose images may not be shown.
     """
 
     def __init__(self, tasks: Sequence[Task], path, columns: int = 6, with_images: bool = True) -> None:

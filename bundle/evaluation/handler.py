@@ -11,7 +11,6 @@ from ignite.engine import Events
 from monai.utils.enums import CommonKeys
 
 from bundle.files import log_artifacts, write_figure, write_json, write_table
-from bundle.evaluation.statistics import with_intervals
 from bundle.names import ANNOTATED, GROUP, IMAGE, RECORD, SOURCE
 from bundle.tasks import Task
 
@@ -58,19 +57,18 @@ class MultiTaskMetrics:
             # Process r has had every n-th record beginning with the r-th: see `bundle.training.distributed.shard`.
             turns = zip_longest(*idist.all_gather(self.rows))
             self.rows = [row for turn in turns for row in turn if row is not None]
-        by_task = [(task, [row for row in self.rows if task.name in row]) for task in self.tasks]
-        self.report = {task.name: self._task_report(task, rows) for task, rows in by_task if rows}
+        self.report = {}
+        for task in self.tasks:
+            if rows := [row for row in self.rows if task.name in row]:
+                sources = sorted({row[RECORD][SOURCE] for row in rows})
+                parts = [[row for row in rows if row[RECORD][SOURCE] == source] for source in sources]
+                report = self._figures(task, rows)
+                within = [self._figures(task, part) for part in parts] if len(parts) > 1 else [report]
+                self.report[task.name] = {**report, "within_source": dict(zip(sources, within))}
         engine.state.metrics.update(self._flat())
         if self.folder is not None and idist.get_rank() == 0:
             self._write()
             log_artifacts(engine, [self.folder / "metrics.json", *sorted(self.folder.glob("*.png"))])
-
-    def _task_report(self, task: Task, rows: Sequence[dict]) -> dict:
-        report = self._figures(task, rows)
-        sources = sorted({row[RECORD][SOURCE] for row in rows})
-        parts = [[row for row in rows if row[RECORD][SOURCE] == source] for source in sources]
-        within = [self._figures(task, part) for part in parts] if len(parts) > 1 else [report]
-        return {**report, "within_source": dict(zip(sources, within))}
 
     def _figures(self, task: Task, rows: Sequence[dict]) -> dict:
         cases = task.comparable([row[task.name] for row in rows], [row[RECORD][SOURCE] for row in rows])
@@ -100,3 +98,23 @@ class MultiTaskMetrics:
         flat, names = self._flat(), [f"{task.name}_{name}" for task in self.tasks for name in task.headline[:1]]
         chosen = ", ".join(f"{name} {flat[name]:.3f}" for name in names if name in flat)
         logger.info(f"{self.folder / 'metrics.json'}: {chosen}")
+
+
+def with_intervals(task: Task, cases: Sequence[dict], groups: Sequence[str], bootstrap: int, seed: int) -> dict:
+    """Compute the figures of a task with their 95 % intervals, from `bootstrap` draws of whole groups (patients).
+
+    Returns:
+        name -> {"value", "ci95": [low, high], "n": number of cases the figure is defined for}. The interval is None without
+        draws, and with fewer than two groups. Draws in which a figure is undefined are left out.
+    """
+    figures, rng = task.figures(cases), np.random.default_rng(seed)
+    members = np.unique(groups, return_inverse=True)[1]
+    draws, count = [], members.max() + 1
+    for _ in range(bootstrap if count > 1 else 0):
+        draws.append(figures(np.bincount(rng.integers(count, size=count), minlength=count)[members]))
+    report = {}
+    for name, value in figures(np.ones(len(cases))).items():
+        drawn = [draw[name] for draw in draws if name in draw]
+        interval = np.percentile(drawn, (2.5, 97.5)).tolist() if drawn else None
+        report[name] = {"value": value, "ci95": interval, "n": sum(task.is_defined(case, name) for case in cases)}
+    return report

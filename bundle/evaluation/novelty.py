@@ -21,12 +21,8 @@ def make_reference(
 ) -> None:
     """Fit the distance to the training slices, its threshold to the validation slices, and write both as one file.
 
-    The covariance is shrunk by the formula of Ledoit and Wolf. Every slice counts in each of its `views`.
-
-    Args:
-        network: with the weights of `checkpoint`, whose hash is kept.
-        training, validation: give lists of samples with a preprocessed "image" (1, S, S).
-        window: lowest and highest HU that are shown.
+    The covariance is shrunk by the formula of Ledoit and Wolf. Every slice counts in each of its `views`. The network has the
+    weights of `checkpoint`, whose hash is kept; slices come as lists of samples with a preprocessed "image" (1, S, S).
     """
     known, unseen = (embed(network, slices, window) for slices in (training, validation))
     mean, scale = known.mean(0), known.std(0)

@@ -17,7 +17,7 @@ from bundle.errors import UserError
 
 
 class _RoIHeads(RoIHeads):
-    """torchvision's RoIHeads whose mask branch can be left out for images that have boxes but no instance masks."""
+    """torchvision's, whose mask branch can be left out for images that have boxes but no instance masks."""
 
     def __init__(self, *arguments, **named) -> None:
         super().__init__(*arguments, **named)
@@ -32,15 +32,12 @@ class MaskRCNNHead(nn.Module):
 
     Args:
         channels, strides: of the encoder's feature maps, finest first; those of stride 4 to 32 are used.
-        fpn_channels: channels of the feature pyramid network.
-        box_features: units of the box head.
-        mask_channels: of the mask head's convolutions.
+        fpn_channels, box_features, mask_channels: of the feature pyramid, the box head, the mask head's convolutions.
         anchor_sizes: sides of the anchors in pixels for each level. The default grows by about 1.6: every square lesion of 4
             to 128 px overlaps an anchor with the same centre by an IoU of at least 0.5.
         aspect_ratios: height over width of the anchors.
-        score_threshold: detections below it are dropped.
+        score_threshold, detections_per_image: the lowest score of a detection, and the most that are kept.
         nms_threshold: IoU above which the weaker of two detections is dropped.
-        detections_per_image: the most that are kept.
     """
 
     computes_losses = True  # so that it takes image and targets, too
@@ -94,7 +91,6 @@ class MaskRCNNHead(nn.Module):
         """Detect, or in training mode compute the losses.
 
         Args:
-            features: the encoder's feature maps, finest first.
             image: (B, C, H, W), whose size the boxes refer to.
             targets: in training, for each image None (not annotated: it takes no part) or {"boxes" (N, 4) x1 y1 x2 y2 in
                 pixels, x = column, "labels" (N,) ones, and where annotated "masks" (N, H, W) uint8}.

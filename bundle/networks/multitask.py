@@ -95,11 +95,9 @@ class MultiTaskNet(nn.Module):
         if len(shape) != 4 or shape[1] != self.in_channels:
             raise UserError(f"image: found shape {shape}, expected (batch, {self.in_channels}, rows, columns)")
         if shape[2] % self.stride or shape[3] % self.stride or not all(shape[2:]):
-            fit = tuple(max(1, round(side / self.stride)) * self.stride for side in shape[2:])
-            raise UserError(
-                f"image: found {shape[2]} x {shape[3]} pixels, expected multiples of {self.stride}; use {fit[0]} x {fit[1]} "
-                "(image_size)"
-            )
+            rows, columns = (max(1, round(side / self.stride)) * self.stride for side in shape[2:])
+            expected = f"expected multiples of {self.stride}; use {rows} x {columns} (image_size)"
+            raise UserError(f"image: found {shape[2]} x {shape[3]} pixels, {expected}")
 
 
 class EnsembleNet(nn.Module):
@@ -121,11 +119,6 @@ class EnsembleNet(nn.Module):
 
 def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
     """Keep the encoder of a network as it is in training, batch statistics included; return the network, changed in place."""
-    if not isinstance(network, MultiTaskNet):  # network_def of inference.json is a view of one
-        raise UserError(
-            f"network: found a {type(network).__name__} to freeze, expected the network of train.json; "
-            "frozen_encoder is for training alone, leave it out"
-        )
     network.encoder.requires_grad_(False)
 
     def keep_statistics(network, _) -> None:  # engines set the whole network to training mode in every iteration
@@ -136,7 +129,6 @@ def freeze_encoder(network: MultiTaskNet) -> MultiTaskNet:
 
 
 def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch.Tensor | list:
-    """Put the answers for some images of a batch on their rows."""
     if isinstance(answer, torch.Tensor):
         return answer.new_zeros(size, *answer.shape[1:]).index_copy(0, rows, answer)
     by_row = dict(zip(rows.tolist(), answer))
@@ -144,7 +136,6 @@ def _spread(answer: torch.Tensor | list, rows: torch.Tensor, size: int) -> torch
 
 
 def encode(description: Mapping) -> torch.Tensor:
-    """Encode a description as JSON in UTF-8: uint8 (bytes,)."""
     return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
 
 

@@ -31,11 +31,7 @@ def _pass_over_other_heads(view: _View, weights: dict, prefix: str, *_) -> None:
 
 
 class TaskView(_View):
-    """One task of a network as a network of its own: from an image to one tensor, as MONAI's bundle commands expect it.
-
-    Raises:
-        UserError: for a task that the network does not have, or whose answer is no tensor, as that of detection.
-    """
+    """One task of a network as a network of its own: from an image to one tensor, as MONAI's bundle commands expect it."""
 
     def __init__(self, network: MultiTaskNet, task: str) -> None:
         possible = [name for name, head in network.heads.items() if not isinstance(head, MaskRCNNHead)]
@@ -58,10 +54,7 @@ class TensorView(_View):
         super().__init__(network, {**network.heads, **boxes})
 
     def forward(self, image: torch.Tensor) -> List[torch.Tensor]:
-        """Answer every task, in evaluation mode.
-
-        Args:
-            image: (B, C, H, W) in [0, 1]; H and W are multiples of the encoder's deepest stride, which is not checked.
+        """Answer every task, in evaluation mode, for images (B, C, H, W) in [0, 1], whose size is not checked.
 
         Returns:
             Of the tasks that the network has, in its order, the tensor of the head; of detection four tensors for the N

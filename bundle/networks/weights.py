@@ -41,15 +41,11 @@ def describe(weights: Mapping[str, torch.Tensor]) -> dict | None:
         return None
     said = decode(weights[DESCRIPTION])
     if said["format"] > FORMAT:
-        raise UserError(
-            f"checkpoint: found a description of format {said['format']}, written by version {said['version']}, expected at "
-            f"most format {FORMAT}; update this package"
-        )
+        found = f"found a description of format {said['format']}, written by version {said['version']}"
+        raise UserError(f"checkpoint: {found}, expected at most format {FORMAT}; update this package")
     if (width := said.pop("width", 1.0)) != 1.0:
-        raise UserError(
-            f"checkpoint: found a {said['backbone']} of width {width}, expected width 1, the only one since version 0.3; use "
-            "version 0.2 for it, or train again with a smaller backbone such as efficientnet_lite0"
-        )
+        found = f"found a {said['backbone']} of width {width}, expected width 1, the only one since version 0.3"
+        raise UserError(f"checkpoint: {found}; use version 0.2 for it, or train again with a smaller backbone")
     return said
 
 

@@ -59,8 +59,7 @@ class Study:
         config_dir: folder of train.json, evaluate.json, scales.json, the experiments and the overlays they name.
         scale: name in scales.json, whose parts (overlay files and entries) give size and budget of every run.
         entries: configuration entries of every run, such as dataset_dir.
-        output_dir: folder of the runs, those of a data set in a folder of its name.
-        results: CSV file of the figures, written after every run.
+        output_dir, results: folder of the runs; CSV file of the figures, written after every run.
     """
 
     def __init__(self, config_dir, scale, entries: Mapping, output_dir, results) -> None:
@@ -74,13 +73,10 @@ class Study:
         self.parts = scales[scale]
 
     def run(self, experiments: Sequence[Experiment], jobs: int = 1, arms: Sequence[str] = ("*",)) -> None:
-        """Train and measure every arm with every seed, except what the results have already.
+        """Train and measure every arm that fits one of the patterns `arms`, with every seed, except what the results have.
 
         Every configuration is checked before the first run begins. The first seed of all experiments comes before the second.
-
-        Args:
-            jobs: runs at a time, each in a process with its share of the threads.
-            arms: patterns of names, such as "covid_ct*"; other arms are not run.
+        `jobs` runs are made at a time, each in a process with its share of the threads.
         """
         if jobs < 1:
             raise UserError(f"jobs: found {jobs}, expected at least 1")
@@ -97,7 +93,7 @@ class Study:
                 add_results(self.results, [{**row, **dict(zip(ARM, arm))} for row in rows])
 
     def rows(self, experiment: Experiment) -> list[dict[str, str]]:
-        """Results of an experiment as it is planned now; those of what its arms once were are left out, and logged."""
+        """Results of an experiment as it is planned now; those of earlier forms of its arms are left out, with a warning."""
         plan = {run.arm: run.name for run in self._plan([experiment])}
         place, kept, others = (experiment.name, self.scale, self.data), [], []
         for arm, rows in by_arm(read_results(self.results)).items():
@@ -131,10 +127,10 @@ class Study:
             merged[id] = [*merged.get(id, []), value] if id.startswith("+") else value
             merged.pop(f"+{id}", None)  # what was added before is overwritten
         if found := sorted(PLACES & merged.keys()):
-            raise UserError(
-                f"experiment {experiment.name}: found {', '.join(found)} in its arms, settings or scale, expected it from the "
-                "command line, the same for every run; to use other data in an arm, set datalist or train::data"
-            )
+            found = f"found {', '.join(found)} in its arms, settings or scale"
+            expected = "expected it from the command line, the same for every run"
+            other_data = "to use other data in an arm, set datalist or train::data"
+            raise UserError(f"experiment {experiment.name}: {found}, {expected}; {other_data}")
         unused = SPEED if experiment.workflow == "training" else SPEED | {"stages"}
         # Sorted by id alone: within an entry the order may count, as that of the stages does.
         identity = json.dumps(sorted(item for item in merged.items() if item[0] not in unused))

@@ -31,22 +31,18 @@ UNDESCRIBED = {
 
 
 def make_tasks(tasks: Mapping[str, float] | Iterable[str], draws: Mapping | None = None, **options) -> list[Task]:
-    """Make the tasks of a configuration, those of `TASKS` first and in its order.
+    """Make tasks from their names or dotted paths, or a mapping of them to their weights in the loss; see `Task` for options.
 
-    Args:
-        tasks: names or dotted paths of tasks, or a mapping of them to their weights in the loss.
-        draws: name -> share of the samples that are drawn for the task, in any unit; 1 for a task that is not named.
-        **options: see `Task`.
+    `draws` is name -> share of the samples that are drawn for the task, in any unit; 1 for a task that is not named.
     """
     kinds = {name: TASKS.get(name) or _outside(name) for name in names.check_tasks(tasks)}
-    made, options = [], _complete(options)
-    if unknown := (draws or {}).keys() - TASKS.keys() - kinds.keys():
+    made, options, draws = [], _complete(options), draws or {}
+    if unknown := draws.keys() - TASKS.keys() - kinds.keys():
         raise UserError(f"draws: found {', '.join(sorted(unknown))}, expected names of tasks: {', '.join({**TASKS, **kinds})}")
     for name, kind in kinds.items():
-        task = kind(**options)
-        task.weight = float(tasks[name]) if isinstance(tasks, Mapping) else 1.0
-        task.share = (draws or {}).get(name, 1.0)
-        made.append(task)
+        made.append(kind(**options))
+        made[-1].weight = float(tasks[name]) if isinstance(tasks, Mapping) else 1.0
+        made[-1].share = draws.get(name, 1.0)
     return made
 
 
@@ -69,7 +65,7 @@ def _complete(*parts: Mapping) -> dict:
 
 
 def build_network(model: Mapping, pretrained: bool | str = False, **changes) -> MultiTaskNet:
-    """Build the network of a description, see `read_model`, with changes to it; `pretrained` as in `Encoder`."""
+    """Build the network of a description with changes to it: see `read_model` and, for `pretrained`, `Encoder`."""
     model = _complete(model, changes)
     return MultiTaskNet(make_tasks(**model), {name: model[name] for name in DEFAULTS}, pretrained)
 
@@ -82,7 +78,6 @@ def open_network(checkpoint, **knobs) -> MultiTaskNet:
 
 
 def trained_tasks(checkpoint) -> tuple[str, ...]:
-    """Tasks that a checkpoint answers."""
     weights = read_weights(checkpoint)
     return names.check_tasks((describe(weights) or {"tasks": heads_in(weights)})["tasks"])
 

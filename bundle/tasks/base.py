@@ -18,9 +18,8 @@ class Task:
     """A question about a slice: its annotation, head, loss, metrics, and how answers are joined and summed up.
 
     A subclass sets the attributes and overrides the methods whose default does not fit it. B is the number of samples of a
-    batch; an answer is what the head gives for them in evaluation mode; an entry is what predictions.json says of a scan, a
-    row of it what it says of a slice. Options are knobs of training and entries of a checkpoint's description; a task takes
-    those that it names.
+    batch; an answer is what the head gives for them in evaluation mode; an entry and a row are what predictions.json says of a
+    scan and of a slice. Options are knobs of training and entries of a checkpoint's description; a task takes those it names.
     """
 
     name: str  # in `heads.NAME` of a state_dict, in metrics.json and in predictions.json

@@ -21,11 +21,6 @@ class Classification(Task):
     """One of several classes, by a softmax. A record may name several classes, of which one, not known which, is right.
 
     A case is the annotated class, "label", and the "probabilities" (K,); only samples with exactly one class make one.
-
-    Args:
-        classes: their names.
-        dropout: of the head.
-        label_smoothing: of the cross-entropy, 0 to 1.
     """
 
     name, field = CLASSIFICATION, CLASS

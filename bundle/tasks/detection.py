@@ -32,12 +32,8 @@ HEAD = {name: argument.default for name, argument in list(signature(MaskRCNNHead
 class Detection(Task):
     """Boxes, scores and masks of lesions, by a Mask R-CNN head that computes its five losses itself.
 
-    A case holds the detections matched once to the annotated boxes, and masks to masks where there are instances.
-
-    Args:
-        detection: arguments of `MaskRCNNHead`.
-        score_threshold: lowest score of a detection in a prediction, from 0 to 1.
-        link_iou: in-plane IoU from which boxes of neighbouring slices are one lesion.
+    A case holds the detections matched once to the annotated boxes, and masks to masks where there are instances. `detection`
+    are arguments of `MaskRCNNHead`; `score_threshold` is the lowest score in a prediction; `link_iou`: see `link_boxes`.
     """
 
     name, field = DETECTION, BOXES

@@ -23,13 +23,9 @@ FALSE_SHARE = 0.01  # of the lung: what is marked in a slice without lesion coun
 
 
 class Segmentation(Task):
-    """A probability of lesion for every pixel and lesion class, by a U-Net decoder and a sigmoid.
+    """A probability of lesion for every pixel and lesion class, by a U-Net decoder (`DenseHead`) and a sigmoid.
 
-    Args:
-        segmentation_classes: names of the lesion classes.
-        decoder_channels, decoder_dropout: see `DenseHead`.
-        segmentation_loss: a key of `SEGMENTATION_LOSSES`.
-        lesion_threshold: probability above which a pixel is lesion in a prediction.
+    Above `lesion_threshold` a pixel is lesion in a prediction; `segmentation_loss` is a key of `SEGMENTATION_LOSSES`.
     """
 
     name, field = SEGMENTATION, MASK

@@ -26,8 +26,7 @@ def run_curriculum(workflow: ConfigWorkflow, output_dir, config_dir=None) -> Non
     Stage NAME is the configuration with the entries of that stage in train.json and then its own entries of `stages`, in the
     folder `output_dir`/NAME. With `transfer` false it starts from `init_checkpoint`. A finished stage is skipped, an
     unfinished one resumed; with `resume` false a stage and those that build on it start anew. Writes `stage_table.md` after
-    every stage and, from the last one, `model.pt`. `config_dir` has train.json, evaluate.json and metadata.json; by default it
-    is that of the workflow.
+    every stage and, from the last one, `model.pt`. `config_dir` is that of train.json, by default of the workflow.
     """
     folder, config_dir = Path(output_dir), Path(config_dir or workflow.config_root_path)
     configs = _stage_configs(workflow, folder, config_dir)

@@ -29,15 +29,10 @@ def join() -> None:
     if distributed.is_initialized():
         return
     if "RANK" not in os.environ:
-        raise UserError(
-            "multi_gpu: found a process that torchrun has not started, expected "
-            "torchrun --nproc_per_node=N -m monai.bundle run …; leave the multi_gpu config away for one process"
-        )
-    device = local_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-    atexit.register(distributed.destroy_process_group)
+        expected = "expected torchrun --nproc_per_node=N -m monai.bundle run …; leave the multi_gpu config away for one process"
+        raise UserError(f"multi_gpu: found a process that torchrun has not started, {expected}")
+    idist.initialize("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
+    atexit.register(idist.finalize)
     if idist.get_rank() > 0:
         logging.disable(logging.INFO)
 
@@ -46,10 +41,8 @@ def shard(records: Sequence) -> list:
     """The records that this process evaluates: every n-th for n processes, beginning with its rank."""
     started, processes = int(os.environ.get("WORLD_SIZE", 1)), idist.get_world_size()
     if started != processes:
-        raise UserError(
-            f"torchrun: found {started} processes that do not know of one another, expected configs/multi_gpu_train.json as the "
-            "last config_file"
-        )
+        expected = "expected configs/multi_gpu_train.json as the last config_file"
+        raise UserError(f"torchrun: found {started} processes that do not know of one another, {expected}")
     if len(records) < processes:
         raise UserError(f"torchrun: found {len(records)} records for {processes} processes, expected at least one for each")
     return list(records)[idist.get_rank() :: processes]

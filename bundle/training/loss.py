@@ -25,8 +25,7 @@ class MultiTaskLoss(nn.Module):
     def __init__(self, tasks: Iterable[Task], uncertainty: bool = False) -> None:
         super().__init__()
         self.tasks = list(tasks)
-        names = [task.name for task in self.tasks if uncertainty]
-        self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
+        self.log_variance = nn.ParameterDict({task.name: nn.Parameter(torch.zeros(())) for task in self.tasks if uncertainty})
         self.terms: dict[str, float] = {}
 
     def forward(self, pred: dict, label: dict) -> torch.Tensor:
@@ -53,10 +52,7 @@ class MultiTaskLoss(nn.Module):
         return loss
 
     def _over_processes(self, terms: Mapping[str, torch.Tensor], label: dict) -> dict[str, torch.Tensor]:
-        """Terms whose value is the mean over the samples of all processes, and whose gradient is the share of this one.
-
-        A share is multiplied by the number of processes, since DistributedDataParallel takes the mean of their gradients.
-        """
+        """Terms whose value is the mean over the samples of all processes, and whose gradient is the share of this one."""
         names = [task.name for task in self.tasks]
         counts = torch.stack([label[ANNOTATED][name].sum() for name in names]).to(torch.float32)
         sums = torch.stack([terms[name].detach() if name in terms else counts.new_zeros(()) for name in names]) * counts
@@ -64,7 +60,7 @@ class MultiTaskLoss(nn.Module):
         for name, count, all_count, total in zip(names, counts, all_counts, all_sums):
             if all_count:
                 shared[name] = total / all_count
-                if name in terms:
+                if name in terms:  # DistributedDataParallel takes the mean of the gradients, which is made a sum again
                     share = terms[name] * count * idist.get_world_size() / all_count
                     shared[name] = shared[name] + (share - share.detach())
         return shared

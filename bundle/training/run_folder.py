@@ -28,13 +28,10 @@ _locks: dict[str, ExitStack] = {}  # that this process holds, by absolute folder
 
 
 def open_run(output_dir, config: Mapping, resume: bool = True, init_checkpoint=None, datalist=None) -> None:
-    """Open the folder of a run: lock it, decide whether the run is resumed, keep its configuration, and list its files.
+    """Open the folder of a run: lock it, check that it can be resumed, keep its raw configuration, and list its files.
 
-    The first of several processes does all this, and the others wait. `close_run` ends it.
-
-    Args:
-        config: raw configuration, see `bundle.config.raw_config`.
-        resume: go on from the folder's last checkpoint if there is one; False removes the files of the manifest first.
+    The first of several processes does all this, and the others wait. Without `resume` the files of the manifest are removed
+    first. `close_run` ends it.
     """
     folder = Path(output_dir)
     if idist.get_rank() == 0:
@@ -94,10 +91,7 @@ def check_resumable(folder: Path, config: Mapping, inputs: Mapping[str, str]) ->
     changed = [name for name in sorted(known.keys() & inputs.keys()) if known[name] != inputs[name]]
     differ += [f"another content of {name}" for name in changed]
     if differ:
-        raise UserError(
-            f"{folder}: holds a run with {differ[0]}; set another output_dir (with init_checkpoint {folder / 'model.pt'} to "
-            "train on from its weights), or resume false to start anew"
-        )
+        raise UserError(f"{folder}: holds a run with {differ[0]}; {_another(folder)}, or resume false to start anew")
 
 
 def _same(before, now) -> bool:
@@ -108,11 +102,12 @@ def _same(before, now) -> bool:
 def check_own_files(folder: Path, names: Iterable[str]) -> None:
     """Check that none of these files would be overwritten without being listed in the manifest."""
     if foreign := [name for name in names if name not in listed_files(folder) and (folder / name).exists()]:
-        raise UserError(
-            f"{folder}: found {', '.join(foreign)}, which its manifest does not list (yours, or of a version before 0.2.0), "
-            f"expected a folder without; set another output_dir (with init_checkpoint {folder / 'model.pt'} to train on from "
-            "its weights)"
-        )
+        found = f"found {', '.join(foreign)}, which its manifest does not list (yours, or of a version before 0.2.0)"
+        raise UserError(f"{folder}: {found}, expected a folder without; {_another(folder)}")
+
+
+def _another(folder: Path) -> str:
+    return f"set another output_dir (with init_checkpoint {folder / 'model.pt'} to train on from its weights)"
 
 
 def check_kept(init_checkpoint, folders: Iterable[Path]) -> None:

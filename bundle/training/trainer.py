@@ -33,17 +33,13 @@ def check_annotated(records: Sequence[Mapping], tasks: Iterable[Task], init_chec
     known = {key.split(".")[1] for key in weights if key.startswith("heads.")}
     known |= {task.name for task in tasks if any(map(task.is_annotated, records))}
     if missing := [task.name for task in tasks if task.name not in known]:
-        raise UserError(
-            f"split training: found no record annotated for {', '.join(missing)}, expected one for each of tasks; leave it out "
-            "of them, or set init_checkpoint to weights that have its head"
-        )
+        what_to_do = "leave it out of them, or set init_checkpoint to weights that have its head"
+        found = f"found no record annotated for {', '.join(missing)}, expected one for each of tasks"
+        raise UserError(f"split training: {found}; {what_to_do}")
 
 
 class MultiTaskTrainer(SupervisedTrainer):
-    """MONAI's SupervisedTrainer that keeps every loss term under "loss_terms" of its output, and stops if one is not finite.
-
-    The output is a list of one dictionary, since the handlers of MONAI that log a loss look for it in a list's first item.
-    """
+    """MONAI's SupervisedTrainer that keeps every loss term under "loss_terms" of its output, and stops if one is not finite."""
 
     def _iteration(self, engine, batchdata):
         output = super()._iteration(engine, batchdata)
@@ -53,7 +49,7 @@ class MultiTaskTrainer(SupervisedTrainer):
             where = f"iteration {engine.state.iteration} ({images})"
             raise UserError(f"loss: found {terms} in {where}, expected finite values; lower learning_rate")
         output["loss_terms"] = terms
-        return [output]
+        return [output]  # a list, in whose first item MONAI's handlers look for the loss
 
 
 def loss_terms(output: list[dict]) -> dict[str, float]:
@@ -67,15 +63,14 @@ class RunRecorder:
     Every epoch is seeded from (seed, epoch) alone. After every epoch the folder holds `best.pt` (the network of the epoch with
     the highest validation score), `last.pt` (the state_dicts of `state` and the history; a run that finds it goes on from it),
     `history.json` and `curves.png`. At the end `model.pt` holds the best network, with the heads of `init_checkpoint` that this
-    run did not have, and `metrics.json` the best epoch. With `ema`, `best.pt` and `model.pt` hold the average, and `last.pt`
-    both. Of several processes the first one writes.
+    run did not have, and `metrics.json` the best epoch. Of several processes the first one writes.
 
     Args:
         state: name -> object with a state_dict, "network" among them.
         dataset: training dataset, whose random transforms are seeded.
-        evaluator: engine of the validation; its `state.metrics` then hold the metrics, "score" among them.
+        evaluator: engine of the validation, which puts "score" into its `state.metrics`.
         val_interval: epochs between validations; the last epoch is always validated.
-        ema: ignite's EMAHandler, which keeps the average; None if there is none.
+        ema: ignite's EMAHandler or None. With it `best.pt` and `model.pt` hold the average, and `last.pt` both.
     """
 
     def __init__(
@@ -165,10 +160,8 @@ class RunRecorder:
 
     def finish(self, trainer) -> None:
         if self.best() is None:
-            raise UserError(
-                f"{self.folder}: found no epoch with a validation score, expected one to choose the weights by; is the "
-                "validation split annotated for the tasks?"
-            )
+            expected = "expected one to choose the weights by; is the validation split annotated for the tasks?"
+            raise UserError(f"{self.folder}: found no epoch with a validation score, {expected}")
         if idist.get_rank() == 0:
             weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
             seen = {record[SOURCE] for record in self.dataset.data if SOURCE in record}

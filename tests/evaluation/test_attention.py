@@ -5,15 +5,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from PIL import Image
-from some_tasks import CLASSES, some_network, some_tasks
+from some_tasks import CLASSES, open_workflow, some_network, some_tasks
 
 from bundle.evaluation.attention import _Classifier, draw_attention
 from bundle.data.batch import collate
 from bundle.networks import freeze_encoder
 from bundle.names import CLASS, CLASSIFICATION, IMAGE
-
 
 
 def join(samples):
@@ -64,28 +62,10 @@ def test_a_frozen_encoder_has_the_heat_of_a_free_one(network, tmp_path):
     assert (tmp_path / "new/frozen.png").is_file(), "its folder is made"
 
 
-def test_heat_that_is_even_lies_in_the_lungs_by_their_share(network, tmp_path):
-    network.encoder = Even()
-    network.heads[CLASSIFICATION] = torch.nn.Sequential(Mean(), torch.nn.Linear(2, 3))
-    torch.nn.init.ones_(network.heads[CLASSIFICATION][1].weight)
+def test_heat_that_is_even_lies_in_the_lungs_by_their_share(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("bundle.evaluation.attention.GradCAM", lambda *_, **__: torch.ones_like)
     found = draw_attention(network, [join([{IMAGE: make_slice(), CLASS: 0, "record": {}}])], CLASSES, tmp_path / "cam.png")
-    assert found["other"]["heat_in_lung"] == pytest.approx(found["other"]["lung"], abs=1e-3)
-
-
-class Even(torch.nn.Module):
-    """Two feature maps of the image's mean everywhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(2, 8, 8))
-
-    def forward(self, image):
-        return [image.mean((1, 2, 3), keepdim=True) * self.scale]
-
-
-class Mean(torch.nn.Module):
-    def forward(self, features):
-        return features[-1].mean((2, 3))
+    assert found["other"]["heat_in_lung"] == found["other"]["lung"] > 0.2
 
 
 def test_without_a_class_there_is_nothing_to_draw(network, tmp_path):
@@ -98,20 +78,12 @@ def test_without_a_class_there_is_nothing_to_draw(network, tmp_path):
 
 def test_evaluation_looks_and_blackens(phantom_dir, save_smoke, tmp_path):
     save_smoke(tmp_path / "model.pt")
-
-    def open_workflow(run_id="run", **entries):
-        configs = [f"configs/{file}.json" for file in ("train", "preset_smoke", "evaluate")]
-        entries |= {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "device": "cpu", "bootstrap": 0}
-        workflow = ConfigWorkflow(configs, run_id=run_id, **entries)
-        workflow.initialize()
-        return workflow
-
-    looking = open_workflow("grad_cam")
-    looking.run()
+    configs, entries = ("train", "preset_smoke", "evaluate"), {"dataset_dir": phantom_dir, "output_dir": tmp_path, "bootstrap": 0}
+    open_workflow(*configs, run_id="grad_cam", **entries).run()
     assert (tmp_path / "evaluation/grad_cam.png").exists() and (tmp_path / "evaluation/grad_cam_mean.png").exists()
     seen = {}
     for regions in ("lung", "rest"):
-        workflow = open_workflow(regions=regions)
+        workflow = open_workflow(*configs, regions=regions, **entries)
         seen[regions] = next(iter(workflow.parser.get_parsed_content("dataloader")))[IMAGE]
         workflow.run()
         assert (tmp_path / f"evaluation_{regions}/metrics.json").exists()

@@ -1,13 +1,11 @@
 """Calibration finds the temperature that is there, builds it into the weights, and changes no predicted class."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
-from some_tasks import some_network, some_tasks
+from some_tasks import open_workflow, some_network, some_tasks
 
 from bundle.evaluation.calibration import calibrate
 from bundle.data.batch import collate
@@ -18,7 +16,6 @@ from bundle.names import CLASS, CLASSIFICATION, IMAGE, SEGMENTATION
 from bundle.tasks import add_heads
 from bundle.tasks.classification import calibration_error
 
-ROOT = Path(__file__).parents[2]
 TINY = {"backbone": "test_efficientnet_ln"}  # untrained, it tells images apart in evaluation mode, too
 
 
@@ -108,11 +105,8 @@ def test_a_finished_run_is_calibrated(phantom_dir, save_smoke, tmp_path):
     by_class = [[record for record in datalist["validation"] if record.get("class") == label] for label in range(2)]
     datalist["validation"] = by_class[0][:2] + by_class[1][:1]
     (tmp_path / "datalist.json").write_text(json.dumps(datalist))
-    entries = {"dataset_dir": str(phantom_dir), "datalist": str(tmp_path / "datalist.json"), "output_dir": str(tmp_path)}
-    workflow = ConfigWorkflow(
-        [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "evaluate")], run_id="calibrate", **entries
-    )
-    workflow.initialize()
+    entries = {"dataset_dir": phantom_dir, "datalist": tmp_path / "datalist.json", "output_dir": tmp_path}
+    workflow = open_workflow("train", "preset_smoke", "evaluate", run_id="calibrate", **entries)
     network = save_smoke(tmp_path / "model.pt")
     with torch.no_grad():  # whatever the slice, class 0 is 4 times as likely as class 1: of the three slices it is 2 times
         network.heads[CLASSIFICATION][-1].weight.zero_()

@@ -1,7 +1,6 @@
-import subprocess
-import sys
 from pathlib import Path
 
+import command
 import numpy as np
 import pytest
 import torch
@@ -200,10 +199,8 @@ def test_the_command_writes_the_reference_and_leaves_the_test_split_alone(parser
     checkpoint, folder = parser.get_parsed_content("checkpoint"), Path(parser["dataset_dir"])
     records = load_datalist(folder / "datalist.json")
     write_json({**records, "test": []}, tmp_path / "datalist.json")
-    configs = str([str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke", "evaluate")])
-    command = [sys.executable, "-m", "monai.bundle", "run", "reference", "--config_file", configs, "--dataset_dir", str(folder)]
-    command += ["--datalist", tmp_path / "datalist.json", "--output_dir", tmp_path, "--checkpoint", checkpoint]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    knobs = {"dataset_dir": folder, "datalist": tmp_path / "datalist.json", "output_dir": tmp_path, "checkpoint": checkpoint}
+    done = command.run(*command.bundle("reference", configs=("train", "preset_smoke", "evaluate"), **knobs))
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"datalist.json", "reference.pt", "manifest.txt"}
     novelty = read_novelty(tmp_path / "reference.pt", checkpoint)

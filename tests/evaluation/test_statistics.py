@@ -7,7 +7,7 @@ from ignite.metrics import ObjectDetectionAvgPrecisionRecall
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 from some_tasks import some_tasks
 
-from bundle.evaluation.statistics import with_intervals
+from bundle.evaluation.handler import with_intervals
 from bundle.tasks.base import mean_figures
 from bundle.tasks.classification import auroc, calibration_error
 from bundle.tasks.detection import COCO, FALSE_POSITIVE_RATES, Matches

@@ -2,12 +2,11 @@
 
 import json
 
+import command
 import numpy as np
 import pydicom
 import pytest
 import torch
-
-import command
 
 from bundle.networks.weights import describe
 
@@ -16,7 +15,8 @@ KNOBS = {"classes": CLASSES, "window": [-1000, 300], "image_size": 96, "tasks": 
 
 
 def run(*configs, **knobs):
-    return command.run(*command.bundle(configs=configs, **knobs))
+    done = command.run(*command.bundle(configs=configs, **knobs))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +32,16 @@ def data(phantom_dir, tmp_path_factory):
 def trained(data, tmp_path_factory):
     """Folder of a run with names, window and size of its own, after one epoch."""
     out = tmp_path_factory.mktemp("own") / "run"
-    done = run("train", "preset_smoke", output_dir=out, **data, **KNOBS)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run("train", "preset_smoke", output_dir=out, **data, **KNOBS)
     return out
 
 
 @pytest.fixture(scope="module")
-def series(write_dicom, tmp_path_factory):
+def series(write_ct, tmp_path_factory):
     """A DICOM series of three slices."""
-    folder, common = tmp_path_factory.mktemp("series"), [pydicom.uid.generate_uid() for _ in range(3)]
-    for k in range(3):
-        hu = np.full((64, 64), -1000)
-        hu[8:56, 4:60], hu[16:48, 10:28], hu[16:48, 36:54] = 40, -800, -800
-        dataset = pydicom.dcmread(write_dicom(folder / f"{k}.dcm", hu, spacing=(5, 5)))
-        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = common
-        dataset.ImagePositionPatient, dataset.InstanceNumber, dataset.SeriesNumber = [-160, -160, 5 * k], k + 1, 1
-        dataset.PatientID = "1"
-        dataset.save_as(folder / f"{k}.dcm")
-    return folder
+    hu = np.full((3, 64, 64), -1000)
+    hu[:, 8:56, 4:60], hu[:, 16:48, 10:28], hu[:, 16:48, 36:54] = 40, -800, -800
+    return write_ct(tmp_path_factory.mktemp("own") / "series", hu, spacing=(5, 5), PatientID="1", SeriesNumber=1)
 
 
 def test_training_writes_the_description(trained):
@@ -72,8 +64,7 @@ def test_prediction_has_the_names_of_the_checkpoint(trained, series, chestct, tm
 
 
 def test_evaluation_needs_no_preset(trained, data, tmp_path):
-    done = run("train", "evaluate", checkpoint=trained / "model.pt", output_dir=tmp_path, bootstrap=0, **data)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run("train", "evaluate", checkpoint=trained / "model.pt", output_dir=tmp_path, bootstrap=0, **data)
     report = json.loads((tmp_path / "evaluation/metrics.json").read_text())
     assert report.keys() == {"classification", "segmentation"}
 
@@ -88,9 +79,7 @@ def test_a_knob_that_contradicts_the_checkpoint_is_refused_in_one_line(trained, 
 
 
 def test_training_goes_on_from_the_network_of_the_checkpoint(trained, data, tmp_path):
-    done = run(
-        "train", init_checkpoint=trained / "model.pt", output_dir=tmp_path, max_epochs=1, tasks={"classification": 1.0}, **data
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    knobs = {"init_checkpoint": trained / "model.pt", "max_epochs": 1, "tasks": {"classification": 1.0}}
+    run("train", output_dir=tmp_path, **knobs, **data)
     said = [describe(torch.load(folder / "model.pt", weights_only=True)) for folder in (trained, tmp_path)]
     assert said[0] == said[1]

@@ -53,7 +53,7 @@ def test_benchmark_of_the_pace_has_a_row_for_each_scan_and_the_goals(phantom_dir
     done = script("benchmark.py", "--quick", "--pace", volume, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split()[3:] for line in done.stdout.splitlines() if re.match(r"\d slices, NIfTI ", line)]
-    assert [len(row) for row in rows] == [9, 9, 9] and done.stdout.count("(goal: at most ") == 5
+    assert [len(row) for row in rows] == [9, 9] and done.stdout.count("(goal: at most ") == 5
     for wall, end, network, monai, imports, first, memory, page, ratio in (map(float, row) for row in rows):
         assert 0 < network < end <= wall and 0 < monai <= imports <= first < end and memory > 100 and ratio > 1
 

@@ -1,32 +1,33 @@
-"""Two processes on the CPU, started by torchrun, do what one does."""
+"""Two processes on the CPU, as torchrun starts them, do what one does."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import command
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import command
-
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
-def start(words: list[str], log: Path) -> subprocess.Popen:
-    with log.open("a") as file:
-        line = [TORCHRUN, "--nproc_per_node=2", "-m", *words]
-        return subprocess.Popen(line, cwd=command.ROOT, stdout=file, stderr=subprocess.STDOUT)
-
-
 def run(words: list[str], log: Path) -> str:
-    """Run it to its end in two processes."""
-    assert start(words, log).wait() == 0, log.read_text()[-3000:]
+    """Run it to its end in two processes, with the environment that torchrun gives to each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [command.start(*words, log=log, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, log.read_text()[-3000:]
     return log.read_text()
 
 
@@ -81,7 +82,9 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, phantom_dir):
     knobs = {"dataset_dir": phantom_dir, "batch_size": 2, "max_epochs": 4, "configs": MULTI_TRAIN, "device": "cpu"}
     run(command.bundle(output_dir=tmp_path / "unbroken", **knobs), tmp_path / "unbroken.log")
     log, broken = tmp_path / "broken.log", tmp_path / "broken"
-    process = start(command.bundle(output_dir=broken, **knobs), log)
+    line = [TORCHRUN, "--nproc_per_node=2", "-m", *command.bundle(output_dir=broken, **knobs)]
+    with log.open("w") as file:
+        process = subprocess.Popen(line, cwd=command.ROOT, stdout=file, stderr=subprocess.STDOUT)
     while not (broken / "last.pt").exists():
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.002)

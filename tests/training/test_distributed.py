@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import command  # noqa: F401 - whose fork server has imported everything
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -72,7 +73,7 @@ def learn_in_one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_loss_and_the_gradient_of_one_with_all_samples(tmp_path):
-    multiprocessing.spawn(learn_in_one_of_two, (str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(learn_in_one_of_two, (str(tmp_path),), nprocs=2, start_method="forkserver")
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     whole = learn(samples(), network_without_batch_statistics(), MultiTaskLoss(some_tasks(), uncertainty=True))
     assert whole["terms"].keys() == {"classification", "segmentation", "reconstruction"}

@@ -1,26 +1,19 @@
 """The shipped training learns: 65 steps of a tiny network on six slices of the phantom, without augmentation."""
 
 import json
-from pathlib import Path
 
 import torch
-from monai.bundle import ConfigWorkflow
 from monai.metrics import compute_dice
+from some_tasks import open_workflow
 
 from bundle.names import TASKS
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_loss_of_every_task_halves_and_lesions_are_found(tmp_path, phantom_dir):
     """From the first to the last five steps; the lesions are those of the training."""
-    entries = {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path / "out"), "device": "cpu", "seed": 0}
-    entries |= {"epoch_size": 40, "batch_size": 8, "max_epochs": 13, "val_interval": 13, "draws": {"segmentation": 4.0}}
+    entries = {"dataset_dir": phantom_dir, "output_dir": tmp_path / "out", "seed": 0, "epoch_size": 40, "batch_size": 8, "max_epochs": 13, "val_interval": 13, "draws": {"segmentation": 4.0}}
     entries |= {"learning_rate": 0.005, "segmentation_loss": "dice_ce", "augmentation::transforms": []}
-    entries |= {"decoder_channels": [64, 64, 32, 32, 16]}
-    files = [str(ROOT / f"configs/{name}.json") for name in ("train", "preset_smoke")]
-    workflow = ConfigWorkflow(files, logging_file=False, **entries)
-    workflow.initialize()
+    workflow = open_workflow("train", "preset_smoke", decoder_channels=[64, 64, 32, 32, 16], **entries)
     workflow.run()
     history = json.loads((tmp_path / "out/history.json").read_text())
     for task in TASKS:

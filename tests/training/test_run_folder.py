@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import command
 import pytest
 
 from bundle.errors import UserError
@@ -114,16 +113,17 @@ def test_what_means_something_else_is_another_run(begun, tmp_path, datalist, cha
     assert (begun / "config.json").read_text() == before
 
 
-def test_one_training_at_a_time(begun):
-    code = f"from bundle.training.run_folder import open_run; open_run({str(begun)!r}, {CONFIG!r}); print('open', flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as other:
-        while other.stdout.readline() != "open\n":  # imports may print
-            assert other.poll() is None
-        for _ in range(2):  # to have tried changes nothing
-            with pytest.raises(UserError) as error:
-                open_run(begun, CONFIG)
-            assert str(error.value).startswith(f"{begun}: in use by process {other.pid} on ")
-        other.communicate("\n")
+def test_one_training_at_a_time(begun, tmp_path):
+    code = f"import time; from bundle.training.run_folder import open_run; open_run({str(begun)!r}, {CONFIG!r}); time.sleep(600)"
+    other = command.start("-c", code, log=tmp_path / "log")
+    while not (begun / ".lock.holder").exists():
+        assert other.exitcode is None, (tmp_path / "log").read_text()
+    for _ in range(2):  # to have tried changes nothing
+        with pytest.raises(UserError) as error:
+            open_run(begun, CONFIG)
+        assert str(error.value).startswith(f"{begun}: in use by process {other.pid} on ")
+    other.kill()
+    other.join()
     open_run(begun, CONFIG)
     assert (begun / ".lock.holder").read_text().startswith(f"process {os.getpid()} on ")
     close_run(begun)

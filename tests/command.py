@@ -1,6 +1,6 @@
 """Commands of this project in processes forked from one that has imported everything, which takes ten seconds.
 
-test_commands.py, test_packaging.py and test_bundle_verbs.py start real ones.
+test_commands.py, test_packaging.py and test_bundle_verbs.py start real ones. It stays alive for all tests of a pytest process.
 """
 
 import multiprocessing
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from bundle.cli import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["monai.bundle", *(f"bundle.{room}" for room in ("cli", "training.trainer", "evaluation", "inference"))])
 
 
 def start(*words, log: Path, errors: Path | None = None, cwd=ROOT, **environment: str) -> ForkServerProcess:
-    """Start `chestct …`, `monai.bundle …` or a script; the log, which is appended to, gets what it prints, and its errors if they have no file."""
+    """Start `chestct …`, `monai.bundle …`, a script or `-c CODE`; the log is appended to, and gets errors that have no file."""
     method = multiprocessing.get_start_method()  # of its data loaders, else the fork server
     arguments = [list(map(str, words)), log, errors or log, cwd, {"TQDM_DISABLE": "1", **environment}, method]
     process = SERVER.Process(target=_become, args=arguments)
@@ -57,6 +57,8 @@ def _become(words: list[str], log: Path, errors: Path, cwd: Path, environment: d
     try:
         if words[0] == "chestct":
             main()
+        elif words[0] == "-c":
+            exec(words[1], {"__name__": "__main__"})
         else:
             (runpy.run_path if words[0].endswith(".py") else runpy.run_module)(words[0], run_name="__main__")
     except Exception:
