@@ -29,10 +29,7 @@ for exporter in ("onnxscript", "onnx_ir"):
 def accelerate(network: MultiTaskNet, backend: str = "torch", amp: bool = False) -> nn.Module:
     """Return the network, or one with the same answers that runs in another library, on the CPU with float32.
 
-    Weights are loaded before its first call.
-
-    Raises:
-        UserError: for an unknown backend, one that is not installed, or one that does not support `amp` or the device.
+    Weights are loaded before its first call. A backend that is unknown, not installed, or unfit for `amp` or the device is a UserError.
     """
     if backend not in PACKAGES:
         raise UserError(f"backend: found {backend!r}, expected one of {', '.join(PACKAGES)}")

@@ -25,6 +25,7 @@ from pydicom.valuerep import DA, TM
 from bundle.data.series import Frame, read_header
 from bundle.errors import UserError, no_warnings
 from bundle.inference.overlay import LESIONS
+from bundle.inference.results import Result
 
 logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # it logs names of patients; what matters is raised
 
@@ -55,35 +56,27 @@ PLACE = {"FrameOfReferenceUID": "frame_of_reference", "ImagePositionPatient": "p
 PLACE |= {"ImageOrientationPatient": "orientation", "PixelSpacing": "spacing"}
 
 
-def write_dicom(folder, frames: Sequence[Frame], prediction: Mapping, labels: np.ndarray | None) -> dict[str, str]:
-    """Write segmentation.dcm and report.dcm; why one is not written becomes a warning of the prediction.
-
-    Args:
-        frames: of the slices, in order.
-        labels: (columns, rows, slices) uint8, 0 or 1 + segmentation class; None where nothing is segmented.
-
-    Returns:
-        Kind -> name of the files that were written.
-    """
-    files, segmentation, noted = {}, None, prediction["warnings"]
-    with no_warnings(), _noting(noted, "DICOM object"):
+def write_dicom(folder, result: Result, warnings: list[str]) -> dict[str, str]:
+    """Write segmentation.dcm and report.dcm of a DICOM scan and return kind -> name; why one is not written is warned of."""
+    files, segmentation, frames = {}, None, result.scan.frames
+    with no_warnings(), _noting(warnings, "DICOM object"):
         headers = read_headers(frames)
-        if labels is not None:
-            with _noting(noted, "DICOM Segmentation"):
-                segmentation = write_segmentation(Path(folder, "segmentation.dcm"), frames, headers, labels, prediction)
+        if result.segments:
+            with _noting(warnings, "DICOM Segmentation"):
+                segmentation = write_segmentation(Path(folder, "segmentation.dcm"), frames, headers, result)
                 files["dicom_segmentation"] = "segmentation.dcm"
-        with _noting(noted, "DICOM Structured Report"):
-            write_structured_report(Path(folder, "report.dcm"), frames, headers, prediction, segmentation)
+        with _noting(warnings, "DICOM Structured Report"):
+            write_structured_report(Path(folder, "report.dcm"), frames, headers, result, warnings, segmentation)
             files["dicom_report"] = "report.dcm"
     return files
 
 
 @contextmanager
-def _noting(noted: list[str], what: str) -> Iterator[None]:
+def _noting(warnings: list[str], what: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        noted.append(f"no {what} is written: {error}")
+        warnings.append(f"no {what} is written: {error}")
 
 
 def read_headers(frames: Sequence[Frame]) -> dict[str, Dataset]:
@@ -111,22 +104,20 @@ def _require(frames: Sequence[Frame], keywords: Mapping[str, str]) -> None:
         raise UserError(f"found no {', '.join(missing)} in a file of the series")
 
 
-def write_segmentation(
-    path, frames: Sequence[Frame], headers: Mapping[str, Dataset], labels: np.ndarray, prediction: Mapping
-) -> Segmentation:
+def write_segmentation(path, frames: Sequence[Frame], headers: Mapping[str, Dataset], result: Result) -> Segmentation:
     """Write a DICOM Segmentation (BINARY, a segment for each segmentation class); what highdicom needs is added to `headers`.
 
     Every segment has a frame for every slice, empty or not (32 KB of 512 x 512), so that its frames are the grid of the scan
     for readers that ignore frame positions.
     """
-    model, names = prediction["model"], prediction["segmentation"]
+    model = result.model
     return _save(
         path,
         Segmentation,
         source_images=list(headers.values()),
-        pixel_array=labels.transpose(2, 1, 0),
+        pixel_array=result.volumes["mask"].voxels().transpose(2, 1, 0),
         segmentation_type="BINARY",
-        segment_descriptions=[_segment(number, name, model) for number, name in enumerate(names, start=1)],
+        segment_descriptions=[_segment(number, name, model) for number, name in enumerate(result.segments, start=1)],
         plane_positions=_place(frames, headers),
         omit_empty_frames=False,
         content_label="LESIONS",
@@ -137,25 +128,30 @@ def write_segmentation(
 
 
 def write_structured_report(
-    path, frames: Sequence[Frame], headers: Mapping[str, Dataset], prediction: Mapping, segmentation: Dataset | None = None
+    path,
+    frames: Sequence[Frame],
+    headers: Mapping[str, Dataset],
+    result: Result,
+    warnings: Sequence[str],
+    segmentation: Dataset | None = None,
 ) -> None:
     """Write a DICOM Structured Report (Comprehensive SR, template TID 1500), unverified and preliminary; it needs no geometry.
 
     It has a group for the scan, for each segmentation class (with its segment) and for each lesion (with the outlines of its
     boxes), without values that are null, and comments: research use, and the warnings.
     """
-    model, first = prediction["model"], headers[frames[0].path]
-    groups = [_scan_group(prediction)]
-    for number, (name, found) in enumerate(prediction.get("segmentation", {}).items(), start=1):
+    model, first = result.model, headers[frames[0].path]
+    groups = [_scan_group(result)]
+    for number, (name, found) in enumerate(result.segments.items(), start=1):
         groups.append(_segment_group(number, name, found, model, first, segmentation))
-    groups += [_lesion_group(lesion, model, frames, headers) for lesion in prediction.get("detection", [])]
+    groups += [_lesion_group(lesion, model, frames, headers) for lesion in result.lesions]
     uid = generate_uid(entropy_srcs=list(model.values()))  # the same in all reports of the same weights
     about = {"name": model["name"], "model_name": model["name"], "serial_number": model["checkpoint"]}
     device = sr.DeviceObserverIdentifyingAttributes(uid=uid, **about)
     observer = sr.ObserverContext(codes.DCM.Device, observer_identifying_attributes=device)
     context = sr.ObservationContext(observer_device_context=observer)
     report = sr.MeasurementReport(context, codes.LN.CTUnspecifiedBodyRegion, groups)
-    for text in ("Made by AI. Research use only, not for diagnosis.", *prediction["warnings"]):
+    for text in ("Made by AI. Research use only, not for diagnosis.", *warnings):
         report[0].ContentSequence.append(sr.TextContentItem(codes.DCM.Comment, text, relationship_type="CONTAINS"))
     _save(
         path,
@@ -211,15 +207,15 @@ def _common(identifier: str, model: Mapping, values: Sequence[tuple]) -> dict:
     }
 
 
-def _scan_group(prediction: Mapping) -> sr.MeasurementsAndQualitativeEvaluations:
-    values, evaluations = [], []
-    if found := prediction.get("classification"):
-        values = [(_own_code(f"Probability of {name}"), value, PERCENT) for name, value in found["probabilities"].items()]
-        predicted = _public_code(found["predicted"], CLASSES) or _own_code(found["predicted"])
-        evaluations = [sr.QualitativeEvaluation(_own_code("Predicted class"), predicted)]
-    if lung := prediction.get("lung"):
+def _scan_group(result: Result) -> sr.MeasurementsAndQualitativeEvaluations:
+    values, evaluations = [(_own_code(f"Probability of {name}"), p, PERCENT) for name, p in result.classes.items()], []
+    if result.classes:
+        predicted = max(result.classes, key=result.classes.get)
+        code = _public_code(predicted, CLASSES) or _own_code(predicted)
+        evaluations = [sr.QualitativeEvaluation(_own_code("Predicted class"), code)]
+    if lung := result.entries["lung"]:
         values.append((_own_code("Volume of lung"), lung["volume_ml"], ML))
-    common = _common("Scan", prediction["model"], values)
+    common = _common("Scan", result.model, values)
     return sr.MeasurementsAndQualitativeEvaluations(qualitative_evaluations=evaluations, **common)
 
 

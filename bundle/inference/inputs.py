@@ -14,12 +14,9 @@ from bundle.errors import UserError
 
 
 class ArrayScan(Scan):
-    """A volume or, without an affine, a picture in memory.
+    """A volume (x, y, z) in HU, z may be absent, or without an affine a picture (columns, rows), in memory.
 
-    Args:
-        voxels: (x, y, z) in HU, z may be absent; grey values (columns, rows) of a picture.
-        affine: (4, 4) from voxel index to RAS in mm.
-        window: HU that the 0 and the 1 (in 8 bits 255) of `voxels` stand for; None if the values are HU.
+    `affine` (4, 4) leads from voxel index to RAS in mm. `window`: the HU that 0 and 1 (in 8 bits 255) stand for, if not HU.
     """
 
     def __init__(self, voxels: np.ndarray, affine: np.ndarray | None, window: Sequence[float] | None = None) -> None:

@@ -21,10 +21,9 @@ def write_markups(path, lesions: Sequence[Mapping], affine, axial_axis: int) -> 
 
 
 def lesion_axes(affine, axial_axis: int) -> np.ndarray:
-    """Axes of the boxes of a scan's lesions: columns of a right-handed rotation (3, 3) in LPS.
+    """Axes of lesions' boxes, along the axes of the stored slice and across the slices: columns of a rotation (3, 3) in LPS.
 
-    They run along the two axes of the stored slice and across the slices, which `axial_axis` counts; `affine` (4, 4) leads
-    from voxel index to RAS in mm. For a tilted gantry it is the nearest rotation.
+    `affine` (4, 4) leads from voxel index to RAS in mm. For a tilted gantry it is the nearest rotation.
     """
     in_plane = [axis for axis in range(3) if axis != axial_axis]
     axes = np.diag([-1, -1, 1]) @ np.asarray(affine, float)[:3, [*in_plane, axial_axis]]

@@ -16,11 +16,10 @@ class Volume:
     """Voxels on the grid of a scan, stored as the stream of a .nii.gz file, so that they take as much memory as that file.
 
     Args:
-        shape: of the volume, along the file's own axes: three.
         affine: (4, 4) from voxel index to RAS in mm, or None where the geometry is not known.
         axis: array axis along which the planes are appended, from first to last.
-        slope: what a stored 1 means: a reader gets stored * slope.
-        oriented: whether the header states how the volume lies in space; if not, it states the spacing alone.
+        slope: what a stored 1 means.
+        oriented: False if the header states spacing alone, not how the volume lies in space.
         picture_scale: factor of the values in a .png.
     """
 

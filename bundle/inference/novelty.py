@@ -18,12 +18,8 @@ def assess(
 ) -> tuple[dict[str, float] | None, list[str]]:
     """Judge a scan by its slices with lung, or by all if none has lung or that is not known.
 
-    Args:
-        distances: of all slices, if there is a `novelty`.
-        bearing: whether each slice shows lung; None where the values are not HU.
-
-    Returns:
-        The entry "novelty" of predictions.json, None without `novelty`, and the warnings, one line each.
+    `distances` are of all slices, `bearing` says whether each shows lung and is None where the values are not HU.
+    Returns the entry "novelty" of predictions.json, None without `novelty`, and the warnings, one line each.
     """
     summary, warnings, advice = None, [], "do not trust the results"
     if novelty is not None:

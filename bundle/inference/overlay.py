@@ -19,12 +19,8 @@ LINE, MARGIN = 24, 16
 def draw_overlay(pixels, spacing, labels, boxes, scores, probabilities: Mapping | None, caption: str) -> Image.Image:
     """Draw a slice, turned as by `Scan.read`, with lesions, boxes with scores and bars of class probabilities.
 
-    Args:
-        pixels: (rows, columns) in [0, 1].
-        spacing: (row, column) in mm; None for square pixels.
-        labels: (rows, columns), 0 or 1 + segmentation class, or None.
-        boxes, scores: (N, 4) x1 y1 x2 y2, edges in pixels of the slice, x = column; (N,).
-        caption: one line below, shortened if it is too long.
+    `pixels` (rows, columns) are in [0, 1], `spacing` is (row, column) in mm or None, `labels` holds 0 or 1 + segmentation class,
+    `boxes` (N, 4) are x1 y1 x2 y2, edges in pixels of the slice, x = column; a `caption` that is too long is shortened.
     """
     grey = (np.asarray(pixels, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
     rows, columns = grey.shape

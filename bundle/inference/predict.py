@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,10 +19,9 @@ from bundle.data.volumes import Scan
 from bundle.errors import UserError, user_message
 from bundle.files import ROOT, text_hash
 from bundle.inference.inputs import as_scan
-from bundle.inference.results import Collector, Result
+from bundle.inference.results import Result
 from bundle.inference.slices import helper, slices_of
 from bundle.inference.worklist import Worklist
-from bundle.inference.writer import write_result
 from bundle.networks import Novelty
 from bundle.tasks import Task
 
@@ -31,11 +29,8 @@ from bundle.tasks import Task
 class Model:
     """The network with everything around it, as configs/inference.json makes it: `Model.load().predict(scan)`.
 
-    Args:
-        evaluator: whose batches are single slices when an iteration is completed.
-        novelty: distance from the training data, or None where that is not known.
-        name, fingerprint: of `model_name` and `fingerprint`.
-        keep_identifiers: write names and ids of DICOM headers into predictions.json.
+    The batches of `evaluator` are single slices when an iteration is completed. Without `novelty` the distance from the training
+    data is not known. With `keep_identifiers` predictions.json has the names and ids of DICOM headers.
     """
 
     def __init__(
@@ -99,36 +94,30 @@ class Model:
                 scan.close()
 
     def run(self, scan: Scan) -> Result:
-        """Run the evaluator over the slices of a scan; a thread beside it collects and draws the answers.
-
-        Raises:
-            UserError: perhaps as the cause of another exception, if a slice cannot be read or the files change meanwhile.
-        """
+        """Run the evaluator over the slices of a scan; a thread beside it collects and draws the answers."""
         scan.check_values()
-        collector, loader = Collector(scan, self.tasks, self.novelty), self.evaluator.data_loader
+        result = Result(scan, self.tasks, self.name, self.stamp(scan), self.keep_identifiers)
+        loader = self.evaluator.data_loader
         loader.dataset.data = slices_of([scan])
         self.evaluator.state.epoch_length = len(loader)
 
         def collect(samples: Sequence[dict], answers: Sequence[dict]) -> None:
             for sample, answer in zip(samples, answers, strict=True):
-                collector.add(sample, self.postprocessing({**sample, **answer}))
+                result.add(sample, self.postprocessing({**sample, **answer}))
 
         with helper() as pool:
-            waiting = deque()
+            collecting = pool.submit(int)
 
             def hand_over(engine) -> None:
-                waiting.append(pool.submit(collect, engine.state.batch, engine.state.output))
-                if len(waiting) > 1:  # so that few batches are in memory
-                    waiting.popleft().result()
+                nonlocal collecting
+                collecting.result()  # so that few batches are in memory
+                collecting = pool.submit(collect, engine.state.batch, engine.state.output)
 
             with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, hand_over):
                 self.evaluator.run()
-            for batch in waiting:
-                batch.result()
+            collecting.result()
         scan.check_unchanged()
-        result = collector.finish()
-        result.model, result.stamp, result.keep_identifiers = self.name, self.stamp(scan), self.keep_identifiers
-        return result
+        return result.finish(self.novelty)
 
     def stamp(self, scan: Scan) -> str:
         """What the results of a scan depend on: its files, the weights and the knobs."""
@@ -148,15 +137,11 @@ def _undisturbed() -> Iterator[None]:
 
 
 def predict_scans(worklist: Worklist, model: Model) -> None:
-    """Predict all scans of a worklist and write their results and the tables.
-
-    Raises:
-        UserError: if another run has the folder of the results, or if nothing at all could be predicted.
-    """
+    """Predict all scans of a worklist and write their results and the tables; a UserError if none could be predicted."""
 
     def write(scan: Scan, result: Result) -> None:
         with worklist.publish(scan) as folder:
-            write_result(result, folder)
+            result.write(folder)
 
     with worklist.locked():
         pending = worklist.pending(model.stamp)

@@ -1,17 +1,22 @@
-"""The result of a scan, in memory: the answers for its slices are collected and summarised."""
+"""The result of a scan: the answers for its slices are collected, summarised and written as a folder of files."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from bundle.data.series import read_header
 from bundle.data.transforms import to_file_grid
 from bundle.data.volumes import Scan
+from bundle.inference.folders import PREDICTIONS, check_place, disk_error, replacing_folder
+from bundle.inference.markups import write_markups
 from bundle.inference.nifti import Volume
 from bundle.inference.novelty import assess
 from bundle.inference.report import Report, SliceView
@@ -22,10 +27,14 @@ from bundle.networks import Novelty
 from bundle.tasks import Task
 from bundle.tasks.lesions import volume_ml
 
+logger = logging.getLogger(__name__)
+
 FIELD_OF_VIEW = 350  # mm, usual for a chest: taken where a file does not say it, to see whether there is lung at all
+# Tags of patient and examination that predictions.json has with `keep_identifiers`; no other result ever has them.
+IDENTIFIERS = ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber", "StudyID", "StudyDate")
+IDENTIFIERS += ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 
 
-@dataclass
 class Result:
     """The answers of the network for one scan, of `Model.predict`; docs/outputs.md is the reference of the entries.
 
@@ -35,21 +44,21 @@ class Result:
         volumes: name -> voxels on the grid of the file: mask (0, or 1 + lesion class), probability of lesion, reconstruction
             and reconstruction_error.
         bearing: whether each slice shows lung; all True where that is not known.
-        report: pictures of the slices, for `save`.
         model, stamp, keep_identifiers: see `bundle.inference.Model`.
     """
 
-    scan: Scan
-    tasks: Sequence[Task]
-    report: Report
-    slices: list[dict] = field(default_factory=list)
-    entries: dict = field(default_factory=dict)
-    volumes: dict[str, Volume] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    bearing: list[bool] = field(default_factory=list)
-    model: dict = field(default_factory=dict)
-    stamp: str = ""
-    keep_identifiers: bool = False
+    def __init__(
+        self, scan: Scan, tasks: Sequence[Task], model: Mapping[str, str], stamp: str, keep_identifiers: bool = False
+    ) -> None:
+        self.scan, self.tasks, self.model, self.stamp, self.keep_identifiers = scan, tasks, model, stamp, keep_identifiers
+        self.slices: list[dict] = []
+        self.entries: dict = {}
+        self.volumes: dict[str, Volume] = {}
+        self.warnings: list[str] = []
+        self.bearing: list[bool] = []
+        self._report = Report(scan, tasks)
+        self._lungs: list[tuple[float, float]] = []  # mm2 in each slice in HU: of the lung, of lung and lesions
+        self._embeddings: list[torch.Tensor] = []
 
     def __str__(self) -> str:
         words = filter(None, (task.line(self.entries[task.name]) for task in self.tasks))
@@ -59,6 +68,11 @@ class Result:
     def classes(self) -> dict[str, float]:
         """Probability of each class for the scan; empty if it was not classified."""
         return {name: value for task in self.tasks for name, value in task.probabilities(self.entries[task.name]).items()}
+
+    @property
+    def segments(self) -> dict[str, dict]:
+        """For each lesion class that is marked pixel by pixel "volume_ml" and "share_of_lung"."""
+        return {name: value for task in self.tasks for name, value in task.segments(self.entries[task.name]).items()}
 
     @property
     def lesions(self) -> list[dict]:
@@ -77,14 +91,36 @@ class Result:
         return nibabel.Nifti1Image(np.asarray(image.dataobj).transpose(order), affine)
 
     def save(self, folder) -> None:
-        """Write what `chestct predict` writes for the scan, see docs/outputs.md, in place of an older result.
+        """Write what `chestct predict` writes for the scan in place of an older result; a UserError if something else is there."""
+        folder = Path(folder)
+        check_place(folder)
+        try:
+            with replacing_folder(folder) as new:
+                self.write(new)
+        except OSError as error:
+            raise disk_error(error, folder, folder) from error
 
-        Raises:
-            UserError: if the folder holds something else, or cannot be written.
-        """
-        from bundle.inference.writer import save_result  # which imports this module
+    def write(self, folder: Path) -> None:
+        """Write all files to an empty folder, predictions.json last; an OSError if one cannot be written."""
+        scan, prediction = self.scan, self.prediction()
+        if self.keep_identifiers and scan.kind == "dicom":
+            header = read_header(scan.sources[0][0], IDENTIFIERS)
+            prediction["identifiers"] = {name: str(header[name].value) for name in IDENTIFIERS if name in header}
+        files = {"overlays": "overlays", "report": "report.html"}
+        for kind, volume in self.volumes.items():
+            files[kind] = f"{kind}.png" if scan.kind == "picture" else f"{kind}.nii.gz"
+            volume.write(folder / files[kind])
+        if scan.kind == "dicom":
+            from bundle.inference.dicom import write_dicom  # highdicom needs pydicom 3, and MONAI Label pydicom 2
 
-        save_result(self, folder)
+            files |= write_dicom(folder, self, prediction["warnings"])
+        if "boxes" in self.slices[0] and scan.affine is not None:
+            write_markups(folder / "markups.mrk.json", self.lesions, scan.affine, scan.axis)
+            files["markups"] = "markups.mrk.json"
+        prediction["files"] = files
+        self._report.write(folder, prediction)
+        (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
+        logger.info("; ".join([str(self), *prediction["warnings"][len(self.warnings) :]]))  # with those of what was written
 
     def store(self, kind: str, pixels: np.ndarray, slice_: MetaTensor, dtype=np.uint8, slope=1.0, picture_scale=1) -> None:
         """Append pixels (rows, columns) of a slice to a volume; see `Volume`."""
@@ -106,59 +142,41 @@ class Result:
         tail = {"slices": self.slices, "model": self.model, "stamp": self.stamp}
         return {**head, "warnings": list(self.warnings), **self.entries, **tail}
 
-
-class Collector:
-    """Collect the answers for the slices of a scan, in order, and summarise them as a `Result`; arguments as of `Model`."""
-
-    def __init__(self, scan: Scan, tasks: Sequence[Task], novelty: Novelty | None = None) -> None:
-        self.result, self.tasks, self.novelty = Result(scan, tasks, Report(scan, tasks)), list(tasks), novelty
-        self.lungs: list[tuple[float, float]] = []  # mm2 in each slice in HU: of the lung, of lung and lesions
-        self.embeddings: list[torch.Tensor] = []
-
     def add(self, sample: Mapping, answer: Mapping) -> None:
-        """Add the next slice.
-
-        Args:
-            sample: "index"; "slice" (1, rows, columns), values as read; "image" with its "intensity_range".
-            answer: for each task what its `row` takes; "embedding" (F,).
-        """
-        scan, slice_, (low, high) = self.result.scan, sample[SLICE], sample[IMAGE].meta["intensity_range"]
+        """Add the answer for the next slice: for each task what its `row` takes, and "embedding" (F,)."""
+        scan, slice_, (low, high) = self.scan, sample[SLICE], sample[IMAGE].meta["intensity_range"]
         pixels = slice_[0].numpy()
         view = SliceView(slice_, np.clip((pixels - low) / max(high - low, 1e-6), 0, 1), low, high)
         row = {"index": sample[INDEX], "position_mm": scan.positions and round(scan.positions[sample[INDEX]], 3)}
         for task in self.tasks:
-            row |= task.row(answer[task.name], view, self.result)
+            row |= task.row(answer[task.name], view, self)
         if scan.hounsfield:
-            self._measure_lung(pixels, view.labels, max(sample[IMAGE].shape))
-        row["lung_mm2"] = round(self.lungs[-1][0], 2) if scan.hounsfield and scan.spacing else None
+            sides = scan.spacing or (FIELD_OF_VIEW / max(pixels.shape),) * 2
+            lung = lung_mask(pixels, sides, max(sample[IMAGE].shape))
+            both = lung if view.labels is None else lung | (view.labels > 0)
+            self._lungs.append(tuple(float(mask.sum()) * sides[0] * sides[1] for mask in (lung, both)))
+        row["lung_mm2"] = round(self._lungs[-1][0], 2) if scan.hounsfield and scan.spacing else None
         row["novelty"] = None  # of all slices at once, in `finish`
-        if self.novelty:
-            self.embeddings.append(answer[EMBEDDING])
-        self.result.slices.append(row)
-        self.result.report.add(view, row)
+        self._embeddings.append(answer[EMBEDDING])
+        self.slices.append(row)
+        self._report.add(view, row)
 
-    def _measure_lung(self, pixels: np.ndarray, labels: np.ndarray | None, longest: int) -> None:
-        sides = self.result.scan.spacing or (FIELD_OF_VIEW / max(pixels.shape),) * 2
-        lung = lung_mask(pixels, sides, longest)
-        both = lung if labels is None else lung | (labels > 0)
-        self.lungs.append(tuple(float(mask.sum()) * sides[0] * sides[1] for mask in (lung, both)))
-
-    def finish(self) -> Result:
+    def finish(self, novelty: Novelty | None) -> Result:
         """Summarise the slices by the rules of docs/scans.md."""
-        result, count = self.result, len(self.result.scan)
-        if [row["index"] for row in result.slices] != list(range(count)):
-            raise RuntimeError(f"{result.scan.path}: found answers for {len(result.slices)} slices, expected {count}")
-        bearing = lung_bearing([lung for lung, _ in self.lungs])
-        result.bearing, with_lung = bearing or [True] * count, np.flatnonzero(bearing).tolist()
-        result.entries["lung"] = None
-        if with_lung and result.scan.spacing:
-            volume = volume_ml([both for _, both in self.lungs], result.scan)
-            result.entries["lung"] = {"volume_ml": volume, "slices": [with_lung[0], with_lung[-1]]}
+        scan, count = self.scan, len(self.scan)
+        if [row["index"] for row in self.slices] != list(range(count)):
+            raise RuntimeError(f"{scan.path}: found answers for {len(self.slices)} slices, expected {count}")
+        bearing = lung_bearing([lung for lung, _ in self._lungs])
+        self.bearing, with_lung = bearing or [True] * count, np.flatnonzero(bearing).tolist()
+        self.entries["lung"] = None
+        if with_lung and scan.spacing:
+            volume = volume_ml([both for _, both in self._lungs], scan)
+            self.entries["lung"] = {"volume_ml": volume, "slices": [with_lung[0], with_lung[-1]]}
         for task in self.tasks:
-            result.entries[task.name] = task.entry(result)
-        distances = self.novelty and self.novelty.distance(torch.stack(self.embeddings)).numpy().round(4).tolist()
-        for row, distance in zip(result.slices, distances or ()):
+            self.entries[task.name] = task.entry(self)
+        distances = novelty and novelty.distance(torch.stack(self._embeddings)).numpy().round(4).tolist()
+        for row, distance in zip(self.slices, distances or ()):
             row["novelty"] = distance
-        result.entries["novelty"], warnings = assess(self.novelty, distances, bearing or None)
-        result.warnings = [*result.scan.warnings, *warnings]
-        return result
+        self.entries["novelty"], warnings = assess(novelty, distances, bearing or None)
+        self.warnings = [*scan.warnings, *warnings]
+        return self

@@ -85,9 +85,7 @@ def to_cpu(answer):
 class AnswersToSlice(Transform):
     """Turn a network's answers into those that are reported, on the grid of the slice as it was read.
 
-    Args:
-        tasks: of the network.
-        transform: the preprocessing, inverted for dense tasks.
+    `transform` is the preprocessing, which is inverted for dense tasks.
     """
 
     def __init__(self, tasks: Sequence[Task], transform: InvertibleTransform) -> None:

@@ -21,7 +21,7 @@ from bundle import files
 from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError, user_message
 from bundle.files import file_hash, text_hash, write_table
-from bundle.inference.writer import PREDICTIONS, UNFINISHED, check_place, disk_error, read_prediction, replacing_folder
+from bundle.inference.folders import PREDICTIONS, UNFINISHED, check_place, disk_error, read_prediction, replacing_folder
 from bundle.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,7 @@ class Worklist:
     """The scans that this process has to predict, in the order of their paths, and the folder of their results.
 
     A scan with a predictions.json of the same input, weights and knobs is done. Of several processes started by torchrun,
-    each takes every WORLD_SIZE-th scan.
-
-    Args:
-        source: file, folder or glob pattern; None for no scans.
-        output_dir: of the results.
+    each takes every WORLD_SIZE-th scan. Without a `source` there are no scans.
 
     Attributes:
         scans: of this process, done or not.
@@ -137,9 +133,6 @@ class Worklist:
 
         Older results of a scan that fails now stay in their folder but are not in the tables, except those of a DICOM series
         none of whose files can be read: such a series cannot be recognised. Of several processes the first one writes.
-
-        Raises:
-            UserError: if nothing at all could be predicted.
         """
         failures = self.failures
         if self.processes > 1:

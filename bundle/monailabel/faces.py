@@ -15,7 +15,7 @@ from bundle.errors import UserError, exit_in_one_line
 from bundle.files import ROOT
 from bundle.names import CLASSIFICATION, DETECTION, SEGMENTATION
 from bundle.networks import load_weights, shipped_checkpoint
-from bundle.tasks import build_network, read_model
+from bundle.tasks import TASKS, build_network, read_model
 
 # MONAI Label reads what a bundle does from its name. The values are keys of configs/monailabel/faces.json.
 FACES = {f"chest_ct_{task}": task for task in (SEGMENTATION, CLASSIFICATION, DETECTION)}
@@ -23,15 +23,10 @@ MODEL = "models/model.pt"  # in the folder of a face, where MONAI Label reads it
 
 
 def make_faces(output_dir, checkpoint=None, configs: Sequence = ()) -> list[Path]:
-    """Make the bundles chest_ct_segmentation, chest_ct_classification and chest_ct_detection.
+    """Make the bundles chest_ct_segmentation, chest_ct_classification and chest_ct_detection in a folder, `model` of the app.
 
-    Each has its configs, models/model.pt and a link to this package. What is there is replaced.
-
-    Args:
-        output_dir: folder to make them in: `model` of the app.
-        checkpoint: weights of all faces. Without it a face keeps its weights, which may have been trained on in MONAI Label;
-            a new one gets those of this package.
-        configs: overlays on configs/inference.json and configs/train.json.
+    Each has its configs, models/model.pt and a link to this package. What is there is replaced, but without a `checkpoint` a
+    face keeps its weights, which may have been trained on in MONAI Label; a new one gets those of this package.
     """
     faces = []
     for name, task in FACES.items():
@@ -86,11 +81,8 @@ def face_config(source: str, part: str, configs: Sequence = ()) -> dict:
 
 def face_metadata(task: str, model: Mapping) -> dict:
     """metadata.json of a face: configs/metadata.json, with the format of a volume and its answer as MONAI Label reads it."""
-    names = {
-        SEGMENTATION: ["background", *model["segmentation_classes"]],
-        CLASSIFICATION: model["classes"],
-        DETECTION: ["lesion"],
-    }[task]
+    kind = TASKS[task]
+    names = ["background"] * kind.dense + list(model[kind.outputs] if kind.outputs else ["lesion"])
     metadata = json.loads((ROOT / "configs/metadata.json").read_text())
     metadata = {key: value for key, value in metadata.items() if not key.endswith("_data_format")}
     image = {"type": "image", "format": "hounsfield", "spatial_shape": ["*"] * 3, "channel_def": {"0": "image"}}

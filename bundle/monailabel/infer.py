@@ -46,10 +46,8 @@ class LoadVolumed(MapTransform):
 class VolumeInferer(Inferer):
     """Base of the faces: predicts a volume as the command does, by the network that MONAI Label hands over.
 
-    Args:
-        model: whose tasks are answered; its evaluator gets that network.
-        monte_carlo: keep the network's dropout on. MONAI's DataLoader resets torch's random numbers whenever one is made,
-            unless it has a generator of its own, as in faces.json.
+    With `monte_carlo` the network's dropout stays on. MONAI's DataLoader resets torch's random numbers whenever one is made,
+    unless it has a generator of its own, as in faces.json.
     """
 
     def __init__(self, model: Model, monte_carlo: bool = False) -> None:

@@ -28,11 +28,9 @@ class VolumeSlice(NamedTuple):
 
 
 def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
-    """Records, as in a datalist with `VolumeSlice` for paths, of the slices of a labelled volume to train on.
+    """Records, as in a datalist with `VolumeSlice` for paths, of at most `limit` slices of a labelled volume to train on.
 
-    Args:
-        volume: {"image", "label"}, paths of files on one grid.
-        limit: the most slices; at most half of them with lesion, so that those without are learnt too, evenly spaced.
+    At most half of them have a lesion, so that those without are learnt too; both are evenly spaced.
     """
     image, label = open_scan(volume["image"]), open_scan(volume["label"])
     if image.shape != label.shape:
@@ -54,12 +52,9 @@ def slices_of(volume: Mapping[str, str], limit: int) -> list[dict]:
 
 
 class VolumeDataset(CacheDataset):
-    """MONAI's CacheDataset of the slices of labelled volumes.
+    """MONAI's CacheDataset of the slices of labelled volumes, {"image", "label"} of each, which MONAI Label sets as `data`.
 
-    Args:
-        data: {"image", "label"} of each volume: what MONAI Label sets.
-        transform: of a record of `slices_of`; it begins with `LoadVolumeSliced`.
-        otherwise: volumes to take if there are none in `data`: without any set aside, validation is on the training's.
+    `otherwise` holds those to take if `data` has none: without any set aside, validation is on the training's.
     """
 
     def __init__(

@@ -152,6 +152,10 @@ class Task:
         """Probability of each class of the scan."""
         return {}
 
+    def segments(self, entry) -> dict[str, dict]:
+        """Of each lesion class that is marked pixel by pixel "volume_ml" and "share_of_lung"."""
+        return {}
+
     def lesions(self, entry) -> list[dict]:
         """Lesions in the scan that have boxes: see `bundle.tasks.lesions.link_boxes`."""
         return []

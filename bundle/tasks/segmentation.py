@@ -145,6 +145,9 @@ class Segmentation(Task):
             found[name] = {"volume_ml": volume, "share_of_lung": share, "pixels": pixels}
         return found
 
+    def segments(self, entry: Mapping) -> dict[str, dict]:
+        return dict(entry)
+
     def caption(self, row: Mapping) -> list[str]:
         sizes = {name: f"{pixels} px" for name, pixels in row["lesion_pixels"].items()}
         sizes |= {name: f"{area / 100:.1f} cm²" for name, area in (row["lesion_mm2"] or {}).items()}

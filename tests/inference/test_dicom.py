@@ -1,6 +1,7 @@
 import logging
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import highdicom
 import numpy as np
@@ -54,6 +55,41 @@ def write_series(write_dicom, tmp_path):
     return write
 
 
+LESIONS = [
+    {
+        "id": 1,
+        "slices": [4, 5],
+        "box": [1.0, 2.0, 6.5, 9.0],
+        "center_mm": [1.0, 2.0, 3.0],
+        "size_mm": [8.25, 5.25, 5.0],
+        "volume_ml": 0.1234,
+        "score": 0.912345,
+        "boxes": [
+            {"slice": 4, "box": [1.0, 2.0, 6.25, 8.0], "score": 0.9},
+            {"slice": 5, "box": [1.5, 2.0, 6.5, 9.0], "score": 0.912345},
+        ],
+    },
+    dict.fromkeys(("center_mm", "size_mm", "volume_ml"))
+    | {"id": 2, "slices": [0, 0], "box": [0.0, 0.0, 11.0, 13.0], "score": 0.5}
+    | {"boxes": [{"slice": 0, "box": [0.0, 0.0, 11.0, 13.0], "score": 0.5}]},
+]
+FOUND = {  # what the objects take from a `Result`
+    "classes": {"other": 0.1, "COVID-19": 0.712345, "Änderung": 0.187655},
+    "segments": {
+        "lesion": {"volume_ml": 12.3456, "share_of_lung": 0.012345, "pixels": 99},
+        "ground glass": {"volume_ml": 0.0, "share_of_lung": None, "pixels": 0},
+    },
+    "lesions": LESIONS,
+    "entries": {"lung": {"volume_ml": 4000.123, "slices": [1, 5]}},
+}
+NOTHING = {"classes": {}, "segments": {}, "lesions": [], "entries": {"lung": None}}
+
+
+def make_result(labels=None, scan=None, **entries):
+    volumes = {"mask": SimpleNamespace(voxels=lambda: labels)}
+    return SimpleNamespace(model=MODEL, scan=scan, volumes=volumes, **{**FOUND, **entries})
+
+
 def read_scan(folder):
     (scan,), failures = find_scans(folder, folder.parent / "out")
     assert not failures
@@ -61,12 +97,12 @@ def read_scan(folder):
 
 
 def write_segmentation(path, frames, labels, names=("lesion", "ground glass")):
-    prediction = {"model": MODEL, "segmentation": dict.fromkeys(names)}
-    return dicom.write_segmentation(path, frames, read_headers(frames), labels, prediction)
+    result = make_result(labels, segments=dict.fromkeys(names))
+    return dicom.write_segmentation(path, frames, read_headers(frames), result)
 
 
-def write_structured_report(path, frames, prediction, segmentation=None):
-    dicom.write_structured_report(path, frames, read_headers(frames), prediction, segmentation)
+def write_structured_report(path, frames, segmentation=None, warnings=(), **entries):
+    dicom.write_structured_report(path, frames, read_headers(frames), make_result(**entries), warnings, segmentation)
 
 
 def make_labels(shape, values=(0, 1, 2)):
@@ -212,43 +248,6 @@ def test_frames_that_tell_spacing_each_and_some_left_out(multiframe, tmp_path):
     np.testing.assert_array_equal(pixels.transpose(2, 1, 0), labels)
 
 
-PREDICTION = {
-    "model": MODEL,
-    "warnings": ["about 2 slices are missing: größer"],
-    "classification": {"predicted": "COVID-19", "probabilities": {"other": 0.1, "COVID-19": 0.712345, "Änderung": 0.187655}},
-    "segmentation": {
-        "lesion": {"volume_ml": 12.3456, "share_of_lung": 0.012345, "pixels": 99},
-        "ground glass": {"volume_ml": 0.0, "share_of_lung": None, "pixels": 0},
-    },
-    "lung": {"volume_ml": 4000.123, "slices": [1, 5]},
-    "detection": [
-        {
-            "id": 1,
-            "slices": [4, 5],
-            "box": [1.0, 2.0, 6.5, 9.0],
-            "center_mm": [1.0, 2.0, 3.0],
-            "size_mm": [8.25, 5.25, 5.0],
-            "volume_ml": 0.1234,
-            "score": 0.912345,
-            "boxes": [
-                {"slice": 4, "box": [1.0, 2.0, 6.25, 8.0], "score": 0.9},
-                {"slice": 5, "box": [1.5, 2.0, 6.5, 9.0], "score": 0.912345},
-            ],
-        },
-        {
-            "id": 2,
-            "slices": [0, 0],
-            "box": [0.0, 0.0, 11.0, 13.0],
-            "center_mm": None,
-            "size_mm": None,
-            "volume_ml": None,
-            "score": 0.5,
-            "boxes": [{"slice": 0, "box": [0.0, 0.0, 11.0, 13.0], "score": 0.5}],
-        },
-    ],
-}
-
-
 def values(group) -> dict:
     """{name: (value, unit)} of a measurement group."""
     return {m.name.meaning: (float(m.value), m.unit.value) for m in group.get_measurements()}
@@ -267,7 +266,7 @@ def test_measurements_are_those_of_the_prediction(write_series, tmp_path):
     scan = read_scan(write_series(OBLIQUE))
     seg_path, path = tmp_path / "segmentation.dcm", tmp_path / "report.dcm"
     segmentation = write_segmentation(seg_path, scan.frames, make_labels(scan.shape))
-    write_structured_report(path, scan.frames, PREDICTION, segmentation)
+    write_structured_report(path, scan.frames, segmentation)
     report = highdicom.sr.srread(path)
     assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
     (whole,) = report.content.get_image_measurement_groups()
@@ -299,7 +298,7 @@ def test_measurements_are_those_of_the_prediction(write_series, tmp_path):
         "Depth": (5.0, "mm"),
     }
     assert values(second) == {"Certainty of Finding": (50.0, "%")}  # what is not known is not told
-    for region, box in zip(first.roi, PREDICTION["detection"][0]["boxes"], strict=True):
+    for region, box in zip(first.roi, LESIONS[0]["boxes"], strict=True):
         assert [*region.value.min(0), *region.value.max(0)] == box["box"]
         (source,) = region.ContentSequence
         uid = source.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
@@ -308,11 +307,11 @@ def test_measurements_are_those_of_the_prediction(write_series, tmp_path):
 
 
 def test_the_report_is_unverified_and_for_research(scan, path):
-    write_structured_report(path, scan.frames, PREDICTION)
+    write_structured_report(path, scan.frames, warnings=["about 2 slices are missing: größer"])
     report, source = highdicom.sr.srread(path), pydicom.dcmread(scan.sources[0][0])
     assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
     assert report.SeriesDescription == "Measurements, AI, research use only" and report.ContentQualification == "RESEARCH"
-    assert comments(report) == ["Made by AI. Research use only, not for diagnosis.", *PREDICTION["warnings"]]
+    assert comments(report) == ["Made by AI. Research use only, not for diagnosis.", "about 2 slices are missing: größer"]
     (observer,) = report.content.get_observer_contexts()
     device = observer.observer_identifying_attributes
     assert (device.name, device.serial_number) == (MODEL["name"], MODEL["checkpoint"])
@@ -327,7 +326,7 @@ def test_the_report_is_unverified_and_for_research(scan, path):
 
 def test_regions_in_a_multiframe_image_name_their_frame(multiframe, path):
     scan, image = multiframe
-    write_structured_report(path, scan.frames, PREDICTION)
+    write_structured_report(path, scan.frames)
     group = highdicom.sr.srread(path).content.get_volumetric_roi_measurement_groups()[0]
     found = [region.ContentSequence[0].ReferencedSOPSequence[0] for region in group.roi]
     assert [item.ReferencedFrameNumber for item in found] == [scan.sources[4][1] + 1, scan.sources[5][1] + 1]
@@ -338,8 +337,7 @@ def test_regions_in_a_multiframe_image_name_their_frame(multiframe, path):
 def test_a_code_never_says_more_than_the_name(write_series, tmp_path):
     scan, path = read_scan(write_series()), tmp_path / "report.dcm"
     for name, code in (("COVID_19", "840539006"), ("non-COVID", "non-covid"), ("no lung cancer", "no-lung-cancer")):
-        found = {"probabilities": {name: 0.6, "A+": 0.3, "A-": 0.1}, "predicted": name}
-        write_structured_report(path, scan.frames, {"model": MODEL, "warnings": [], "lung": None, "classification": found})
+        write_structured_report(path, scan.frames, **{**NOTHING, "classes": {name: 0.6, "A+": 0.3, "A-": 0.1}})
         (whole,) = highdicom.sr.srread(path).content.get_image_measurement_groups()
         (evaluation,) = whole.get_qualitative_evaluations()
         assert evaluation.value.value == code
@@ -354,8 +352,7 @@ def test_a_code_never_says_more_than_the_name(write_series, tmp_path):
 
 def test_a_report_of_one_task_without_geometry(write_series, path):
     scan = read_scan(write_series(FrameOfReferenceUID=None, **NO_PLACE))
-    prediction = {"model": MODEL, "warnings": [], "lung": None, "detection": PREDICTION["detection"][1:]}
-    write_structured_report(path, scan.frames, prediction)
+    write_structured_report(path, scan.frames, **{**NOTHING, "lesions": LESIONS[1:]})
     report = highdicom.sr.srread(path)
     (lesion,) = report.content.get_volumetric_roi_measurement_groups()
     assert values(lesion) == {"Certainty of Finding": (50.0, "%")}
@@ -376,7 +373,7 @@ def test_patient_data_that_lack_or_are_not_valid(write_series, tmp_path, value):
     path, seg_path = tmp_path / "report.dcm", tmp_path / "segmentation.dcm"
     before = set(tmp_path.rglob("*"))
     segmentation = write_segmentation(seg_path, scan.frames, make_labels(scan.shape))
-    write_structured_report(path, scan.frames, PREDICTION, segmentation)
+    write_structured_report(path, scan.frames, segmentation)
     assert set(tmp_path.rglob("*")) - before == {path, seg_path}
     for written in map(pydicom.dcmread, (path, seg_path)):
         for keyword in EMPTY:
@@ -390,7 +387,7 @@ def test_patient_data_that_lack_or_are_not_valid(write_series, tmp_path, value):
 def test_names_of_any_script(write_series, path):
     name = "Люкceмбypг"
     scan = read_scan(write_series(SpecificCharacterSet="ISO_IR 144", PatientName=name, StudyDescription=name))
-    write_structured_report(path, scan.frames, PREDICTION)
+    write_structured_report(path, scan.frames)
     report = pydicom.dcmread(path)
     assert (str(report.PatientName), report.StudyDescription) == (name, name)
 
@@ -407,10 +404,10 @@ LACKING = {  # what a header lacks, what is not written, and why
 @pytest.mark.parametrize("name", LACKING)
 def test_what_the_objects_need_is_a_warning_and_the_other_one_is_written(write_series, tmp_path, name):
     values, lacking, reason = LACKING[name]
-    scan, prediction = read_scan(write_series(**values)), {**PREDICTION, "warnings": [], "detection": []}
-    files = write_dicom(tmp_path, scan.frames, prediction, np.zeros(scan.shape, np.uint8))
+    scan, warnings = read_scan(write_series(**values)), []
+    files = write_dicom(tmp_path, make_result(np.zeros(scan.shape, np.uint8), scan, lesions=[]), warnings)
     expected = [f"no DICOM {what} is written: {reason}" for what in lacking]
-    assert [warning.split(" (")[0] for warning in prediction["warnings"]] == expected
+    assert [warning.split(" (")[0] for warning in warnings] == expected
     assert sorted(path.name for path in tmp_path.glob("*.dcm")) == sorted(files.values())
     assert len(files) == {"Segmentation": 1, "object": 0}[lacking[0]] - len(lacking[1:])
 
@@ -425,17 +422,17 @@ def test_slices_of_several_studies_are_not_one_object(write_series, path):
 def test_a_bug_of_ours_is_no_fault_of_the_series(scan, tmp_path, monkeypatch):
     monkeypatch.setattr(dicom, "_public_code", lambda *_: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
-        write_dicom(tmp_path, scan.frames, {**PREDICTION, "warnings": []}, make_labels(scan.shape))
+        write_dicom(tmp_path, make_result(make_labels(scan.shape), scan), [])
 
 
 def test_files_without_preamble_are_referenced_as_others(write_series, tmp_path, monkeypatch):
     folder = write_series()
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[132:])
-    scan, prediction, read = read_scan(folder), {**PREDICTION, "warnings": []}, []
+    scan, warnings, read = read_scan(folder), [], []
     monkeypatch.setattr(dicom, "read_header", lambda path, tags: read.append(path) or read_header(path, tags))
     labels = make_labels(scan.shape)
-    assert len(write_dicom(tmp_path, scan.frames, prediction, labels)) == 2 and prediction["warnings"] == []
+    assert len(write_dicom(tmp_path, make_result(labels, scan), warnings)) == 2 and warnings == []
     assert read == [scan.frames[0].path]  # one header, once
     uids = [frame.instance for frame in scan.frames]
     segmentation = highdicom.seg.segread(tmp_path / "segmentation.dcm")
@@ -448,9 +445,9 @@ def test_nothing_is_said_of_the_patient(write_series, tmp_path, caplog, recwarn,
     scan = read_scan(write_series(PatientName="SecretName", PatientID="x" * 80, PatientSex="SecretSex"))
     recwarn.clear()
     caplog.set_level(logging.DEBUG)
-    prediction = {**PREDICTION, "warnings": []}
-    write_dicom(tmp_path, scan.frames, prediction, make_labels(scan.shape))
-    said = [caplog.text, *prediction["warnings"], *(str(warning.message) for warning in recwarn), *capfd.readouterr()]
+    warnings = []
+    write_dicom(tmp_path, make_result(make_labels(scan.shape), scan), warnings)
+    said = [caplog.text, *warnings, *(str(warning.message) for warning in recwarn), *capfd.readouterr()]
     assert not [text for text in said if "Secret" in text or "xxx" in text]
 
 
@@ -463,7 +460,7 @@ def test_real_series(real_data, tmp_path):
     segmentation = write_segmentation(path, scan.frames, labels, ["lesion"])
     np.testing.assert_array_equal(by_source(path, scan), labels)
     np.testing.assert_array_equal(voxels_on(scan.affine, sitk.ReadImage(str(path))), np.argwhere(labels))
-    write_structured_report(report, scan.frames, PREDICTION, segmentation)
+    write_structured_report(report, scan.frames, segmentation)
     assert len(highdicom.sr.srread(report).get_evidence()) == 65
     assert_no_errors(path)
     assert_no_errors(report)

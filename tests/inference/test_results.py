@@ -15,6 +15,7 @@ import SimpleITK as sitk
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
+from chests import chest
 from some_tasks import some_tasks
 from torch import nn
 from torchvision.ops import masks_to_boxes
@@ -233,7 +234,7 @@ def test_dicom_comes_back_as_nifti_in_its_own_geometry(tmp_path, write_dicom, ca
 
 
 def test_lung_is_looked_for_without_a_pixel_spacing(tmp_path, write_ct):
-    write_ct(tmp_path / "in", [*np.moveaxis(chest(2), 2, 0), np.full((64, 64), 40)], PixelSpacing=None)
+    write_ct(tmp_path / "in", [*chest(2), np.full((64, 64), 40)], PixelSpacing=None)
     (prediction,) = predict(tmp_path / "in", tmp_path / "out").values()
     assert prediction["hounsfield"] and prediction["classification"]["slices"] == 2, "two slices with lung"
     assert prediction["lung"] is None and {row["lung_mm2"] for row in prediction["slices"]} == {None}
@@ -415,15 +416,6 @@ def test_a_name_as_long_as_the_disk_takes_is_predicted(tmp_path):
     names = ["肺" * 83 + ".png", "a.png"]
     write_pictures(tmp_path / "in", names)
     assert sorted(predict(tmp_path / "in", tmp_path / "out")) == sorted(names)
-
-
-def chest(slices, size=64):
-    """HU (size, size, slices) of a body with two lungs, in pixels of 5 mm."""
-    y, x = np.mgrid[:size, :size] / size - 0.5
-    hu = np.where((x / 0.45) ** 2 + (y / 0.38) ** 2 < 1, 40, -1000)
-    for side in (-0.18, 0.18):
-        hu[((x - side) / 0.13) ** 2 + (y / 0.25) ** 2 < 1] = -800
-    return np.repeat(hu[..., None], slices, 2).astype(np.int16)
 
 
 def test_a_knob_out_of_range_is_refused_before_any_scan_is_computed(tmp_path):

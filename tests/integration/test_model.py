@@ -14,6 +14,7 @@ import pytest
 import SimpleITK
 import torch
 from PIL import Image
+from chests import chest
 
 import bundle
 from bundle.data.volumes import NO_THICKNESS
@@ -22,24 +23,14 @@ from bundle.files import ROOT
 from bundle.inference import Model
 
 SIDES = (4.0, 5.0, 6.0)  # mm between slices, rows and columns
-
-
-def chest():
-    """Even HU (slices, rows, columns) of a body with two lungs and a bright spot in one of them."""
-    y, x = np.mgrid[:56, :64] / 64 - [[[0.43]], [[0.5]]]
-    hu = np.where((x / 0.45) ** 2 + (y / 0.38) ** 2 < 1, 40, -1000)
-    for side in (-0.18, 0.18):
-        hu[((x - side) / 0.13) ** 2 + (y / 0.25) ** 2 < 1] = -800
-    volume = np.repeat(hu[None], 4, 0).astype(np.int16)
-    volume[1:3, 28:34, 16:22] = 60
-    return volume
+CHEST = chest(4, spot=True)[:, 4:60]
 
 
 @pytest.fixture(scope="module")
 def weights(checkpoint, tmp_path_factory):
     """Weights without training that call about half of the pixels lesion."""
     weights, path = torch.load(checkpoint, weights_only=True), tmp_path_factory.mktemp("weights") / "model.pt"
-    image = torch.tensor(np.pad((chest()[:1] + 1000) / 1100, ((0, 0), (4, 4), (0, 0))), dtype=torch.float32)
+    image = torch.tensor(np.pad((CHEST[:1] + 1000) / 1100, ((0, 0), (4, 4), (0, 0))), dtype=torch.float32)
     with torch.no_grad():
         logits = Model.load(checkpoint).evaluator.network.eval()(image[None])["segmentation"]
     weight, bias = (f"heads.segmentation.output.0.{name}" for name in ("weight", "bias"))
@@ -60,8 +51,8 @@ def folder(tmp_path_factory, write_ct):
     """The volume as NIfTI and as a DICOM series."""
     folder = tmp_path_factory.mktemp("input")
     affine = np.diag([-SIDES[2], -SIDES[1], SIDES[0], 1])
-    nibabel.save(nibabel.Nifti1Image(chest().transpose(2, 1, 0), affine), folder / "a.nii.gz")
-    write_ct(folder / "series", chest(), SIDES[1:], SIDES[0])
+    nibabel.save(nibabel.Nifti1Image(CHEST.transpose(2, 1, 0), affine), folder / "a.nii.gz")
+    write_ct(folder / "series", CHEST, SIDES[1:], SIDES[0])
     return folder
 
 
@@ -74,9 +65,9 @@ def inputs(folder):
         "nibabel": [nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine)],
         "nibabel, turned": [image.as_reoriented(np.array([[1, 1], [2, -1], [0, 1]]))],
         "SimpleITK": [SimpleITK.ReadImage(str(folder / "a.nii.gz"))],
-        "array": [chest(), SIDES],
-        "scaled": [((chest() + 1000) / 1100).astype(np.float64), SIDES, (-1000, 100)],
-        "tensor": [torch.tensor(chest()), SIDES],
+        "array": [CHEST, SIDES],
+        "scaled": [((CHEST + 1000) / 1100).astype(np.float64), SIDES, (-1000, 100)],
+        "tensor": [torch.tensor(CHEST), SIDES],
     }
 
 
@@ -102,19 +93,19 @@ def test_every_kind_of_input_gives_the_same_result(model, folder):
 
 
 def test_a_slice_and_a_picture(model, folder, tmp_path):
-    pixels = (chest()[1] / 5 + 200).clip(0, 255).astype(np.uint8)
+    pixels = (CHEST[1] / 5 + 200).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     file, array = model.predict(tmp_path / "a.png"), model.predict(pixels)
     assert file.classes == array.classes and file.lesions == array.lesions and file.mask.shape == (*pixels.shape, 1)
     np.testing.assert_array_equal(file.mask.get_fdata(), array.mask.get_fdata())
-    one, alone = model.predict(folder / "series/1"), model.predict(chest()[1], SIDES[1:])
+    one, alone = model.predict(folder / "series/1"), model.predict(CHEST[1], SIDES[1:])
     assert one.classes == alone.classes and alone.mask.shape == (56, 64, 1)
     np.testing.assert_array_equal(in_space(one.mask), in_space(alone.mask))
     assert NO_THICKNESS in alone.warnings and NO_THICKNESS not in one.warnings
 
 
 def test_threads_that_share_a_model_get_their_own_results(model):
-    scans = [chest(), np.full_like(chest(), 40)]
+    scans = [CHEST, np.full_like(CHEST, 40)]
     alone = [model.predict(scan, SIDES).slices for scan in scans]
     with ThreadPoolExecutor(4) as pool:
         together = [found.slices for found in pool.map(lambda scan: model.predict(scan, SIDES), scans * 2)]
@@ -182,16 +173,16 @@ def test_the_configuration_of_the_command_is_what_runs(checkpoint, folder, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([nibabel.Nifti1Image(chest(), None)], "found an image of nibabel without an affine"),
+        ([nibabel.Nifti1Image(CHEST, None)], "found an image of nibabel without an affine"),
         (["nowhere"], "input: nowhere: no such file or folder"),
         ([3], "found a int, expected a path, an image of nibabel or SimpleITK, or an array"),
-        ([chest()], "spacing: found none, expected mm between slices, rows and columns"),
-        ([chest(), (1, 1)], "spacing: found (1, 1), expected 3 numbers in mm above 0"),
-        ([chest(), (1, 1, 0)], "spacing: found (1, 1, 0), expected 3 numbers"),
-        ([chest(), SIDES, (0, 1)], "window: found int16 values from -1000 to 60, expected 8-bit values or 0 to 1"),
+        ([CHEST], "spacing: found none, expected mm between slices, rows and columns"),
+        ([CHEST, (1, 1)], "spacing: found (1, 1), expected 3 numbers in mm above 0"),
+        ([CHEST, (1, 1, 0)], "spacing: found (1, 1, 0), expected 3 numbers"),
+        ([CHEST, SIDES, (0, 1)], "window: found int16 values from -1000 to 60, expected 8-bit values or 0 to 1"),
         ([np.zeros((2, 8, 8), np.uint8), SIDES, (1, 0)], "window: found (1, 0), expected two numbers in HU"),
-        ([chest()[None], SIDES], "array: found int16 of shape (1, 4, 56, 64), expected"),
-        ([chest().astype(str), SIDES], "array: found <U6 of shape"),
+        ([CHEST[None], SIDES], "array: found int16 of shape (1, 4, 56, 64), expected"),
+        ([CHEST.astype(str), SIDES], "array: found <U6 of shape"),
         ([np.full((8, 8), np.nan), (1, 1)], "cannot be read (array: found NaN or infinite pixels"),
         (["a.png", (1, 1)], "spacing, window: found one with something else than an array"),
     ],

@@ -14,12 +14,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from chests import AFFINE, labelled_chest
 
 from bundle.networks.weights import describe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/monailabel.sh"
-AFFINE = np.array([[-5.0, 0, 0, 160], [0, -6, 0, 150], [0, 0, 6, -30], [0, 0, 0, 1]])
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +53,11 @@ def weights(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
     """A folder with two volumes, of a body with lungs and a lesion and of nearly nothing, and the label of the first."""
-    folder, shape = tmp_path_factory.mktemp("data"), (64, 56, 6)
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
-    hu = np.where((x / 0.95) ** 2 + (y / 0.9) ** 2 < 1, 40.0, -1000.0)
-    hu[((np.abs(x) - 0.4) / 0.28) ** 2 + (y / 0.5) ** 2 < 1] = -800
-    lesion = ((x - 0.4) / 0.2) ** 2 + ((y - 0.1) / 0.25) ** 2 + (z / 0.7) ** 2 < 1
-    hu[lesion] = 0
-    noise = np.random.default_rng(0).normal(0, 60, shape)
+    folder, (hu, lesion) = tmp_path_factory.mktemp("data"), labelled_chest(noise=60)
     (folder / "studies").mkdir()
-    for name, values in (("body", hu + noise), ("air", np.full(shape, -1000.0))):
-        nibabel.save(nibabel.Nifti1Image(values.astype(np.int16), AFFINE), folder / f"studies/{name}.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(lesion.astype(np.uint8), AFFINE), folder / "label.nii.gz")
+    for name, values in (("body", hu), ("air", np.full_like(hu, -1000))):
+        nibabel.save(nibabel.Nifti1Image(values, AFFINE), folder / f"studies/{name}.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(lesion, AFFINE), folder / "label.nii.gz")
     return folder / "studies"
 
 

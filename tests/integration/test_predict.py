@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from chests import chest
 
 from bundle.files import locked
 
@@ -24,25 +25,14 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def body(slices, size=64):
-    """HU of a chest in a few strokes (slices, size, size): air, a body with two lungs, a bright spot in one of them."""
-    y, x = np.mgrid[:size, :size] / size - 0.5
-    hu = np.where((x / 0.45) ** 2 + (y / 0.38) ** 2 < 1, 40, -1000)
-    for side in (-0.18, 0.18):
-        hu[((x - side) / 0.13) ** 2 + (y / 0.25) ** 2 < 1] = -800
-    volume = np.repeat(hu[None], slices, 0).astype(np.int16)
-    volume[1:3, 28:34, 16:22] = 60
-    return volume
-
-
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory, write_ct):
     """A folder with a DICOM series of 4 slices, a volume of 5, two pictures and three broken files."""
     folder = tmp_path_factory.mktemp("studies")
-    write_ct(folder / "study", body(4), (5.0, 5.0), SeriesNumber=3, **SECRETS)
-    nib.save(nib.Nifti1Image(body(5).transpose(2, 1, 0), np.diag([-5, -5, 4, 1])), folder / "volume.nii.gz")
+    write_ct(folder / "study", chest(4, spot=True), (5.0, 5.0), SeriesNumber=3, **SECRETS)
+    nib.save(nib.Nifti1Image(chest(5, spot=True).transpose(2, 1, 0), np.diag([-5, -5, 4, 1])), folder / "volume.nii.gz")
     for name in ("a.png", "b.jpg"):
-        Image.fromarray((body(1)[0] / 5 + 200).clip(0, 255).astype(np.uint8)).save(folder / name)
+        Image.fromarray((chest(1)[0] / 5 + 200).clip(0, 255).astype(np.uint8)).save(folder / name)
     (folder / "broken.png").write_text("no picture")
     (folder / "cut.nii.gz").write_bytes((folder / "volume.nii.gz").read_bytes()[:900])
     (folder / "empty.dcm").touch()
@@ -136,5 +126,3 @@ def test_a_disk_that_fills_up_ends_in_one_line(studies, chestct_command, tmp_pat
     line = "cannot be written (No space left on device); check the disk and its permissions"
     assert f"volume.nii.gz,{tmp_path}/disk/out/volume.nii.gz: {line}," in done.stdout
     assert "1 scans, 1 failures" in done.stdout + done.stderr
-
-

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import nibabel
-import numpy as np
 import pytest
 import torch
+from chests import AFFINE, labelled_chest
 from monai.bundle import ConfigParser
 
 from bundle.monailabel import make_faces
@@ -35,18 +35,12 @@ def write_volume():
     """Function that writes a body with lungs and a lesion in one of them, on LPS axes or others, and its label."""
 
     def write(path, axes="LPS", shape=(64, 56, 6), noise=20.0):
-        x, y, z = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
-        hu = np.where((x / 0.95) ** 2 + (y / 0.9) ** 2 < 1, 40.0, -1000.0)
-        hu[((np.abs(x) - 0.4) / 0.28) ** 2 + (y / 0.5) ** 2 < 1] = -800
-        lesion = ((x - 0.4) / 0.2) ** 2 + ((y - 0.1) / 0.25) ** 2 + (z / 0.7) ** 2 < 1
-        hu[lesion] = 0
-        hu += np.random.default_rng(0).normal(0, noise, shape)
-        affine = np.array([[-5.0, 0, 0, 160], [0, -6, 0, 150], [0, 0, 6, -30], [0, 0, 0, 1]])
+        hu, lesion = labelled_chest(shape, noise)
         turn = nibabel.orientations.ornt_transform(
             nibabel.orientations.axcodes2ornt("LPS"), nibabel.orientations.axcodes2ornt(axes)
         )
-        for name, values in (("", hu.astype(np.int16)), ("_label", lesion.astype(np.uint8))):
-            image = nibabel.Nifti1Image(values, affine).as_reoriented(turn)
+        for name, values in (("", hu), ("_label", lesion)):
+            image = nibabel.Nifti1Image(values, AFFINE).as_reoriented(turn)
             nibabel.save(image, path.with_name(path.name.replace(".nii", f"{name}.nii")))
         return path, path.with_name(path.name.replace(".nii", "_label.nii"))
 

@@ -1,9 +1,8 @@
-"""A result of a scan as a folder of files, in the forms that other programs read."""
+"""The folders of results: how they are replaced, and what must not be."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import uuid
@@ -11,32 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bundle.data.series import read_header
-from bundle.data.volumes import Scan, unreadable
+from bundle.data.volumes import unreadable
 from bundle.errors import UserError
 from bundle.files import unwritable
-from bundle.inference.markups import write_markups
-from bundle.inference.results import Result
-
-logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.json"
 UNFINISHED = ".tmp."  # how names of folders begin that are no results, or not yet
-
-# Tags of patient and examination that predictions.json has with `keep_identifiers`; no other result ever has them.
-IDENTIFIERS = ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber", "StudyID", "StudyDate")
-IDENTIFIERS += ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
-
-
-def save_result(result: Result, folder) -> None:
-    """`Result.save`: the folder is replaced as a whole."""
-    folder = Path(folder)
-    check_place(folder)
-    try:
-        with replacing_folder(folder) as new:
-            write_result(result, new)
-    except OSError as error:
-        raise disk_error(error, folder, folder) from error
 
 
 def disk_error(error: OSError, place: Path, default) -> UserError:
@@ -46,35 +25,6 @@ def disk_error(error: OSError, place: Path, default) -> UserError:
     if unfinished or place in (file, *file.parents) or file in place.parents:
         return unwritable(place, error)
     return unreadable(file, OSError(error.strerror or str(error)))
-
-
-def write_result(result: Result, folder: Path) -> None:
-    """Write all files of a result to an empty folder, predictions.json last; an OSError if one cannot be written."""
-    scan, prediction = result.scan, result.prediction()
-    if result.keep_identifiers and scan.kind == "dicom":
-        prediction["identifiers"] = read_identifiers(scan)
-    files = {"overlays": "overlays", "report": "report.html"}
-    for kind, volume in result.volumes.items():
-        files[kind] = f"{kind}.png" if scan.kind == "picture" else f"{kind}.nii.gz"
-        volume.write(folder / files[kind])
-    if scan.kind == "dicom":
-        from bundle.inference.dicom import write_dicom  # highdicom needs pydicom 3, and MONAI Label pydicom 2
-
-        labels = result.volumes["mask"].voxels() if "mask" in result.volumes else None
-        files |= write_dicom(folder, scan.frames, prediction, labels)
-    if "boxes" in result.slices[0] and scan.affine is not None:
-        write_markups(folder / "markups.mrk.json", result.lesions, scan.affine, scan.axis)
-        files["markups"] = "markups.mrk.json"
-    prediction["files"] = files
-    result.report.write(folder, prediction)
-    (folder / PREDICTIONS).write_text(json.dumps(prediction, indent=1) + "\n")
-    logger.info("; ".join([str(result), *prediction["warnings"][len(result.warnings) :]]))  # with those of what was written
-
-
-def read_identifiers(scan: Scan) -> dict[str, str]:
-    """Read those of `IDENTIFIERS` that the header of a DICOM scan has."""
-    header = read_header(scan.sources[0][0], IDENTIFIERS)
-    return {name: str(header[name].value) for name in IDENTIFIERS if name in header}
 
 
 def read_prediction(folder) -> dict | None:
