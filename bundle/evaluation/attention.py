@@ -38,10 +38,8 @@ class _Classifier(nn.Module):
 def draw_attention(network: MultiTaskNet, batches: Iterable[dict], classes: Sequence[str], path, columns: int = 6) -> dict:
     """Draw Grad-CAM of the predicted class for the first slices of each class, and average it over all slices.
 
-    Args:
-        batches: of `bundle.data.batch.collate`.
-        path: of the PNG, a row of `columns` slices for each class. Beside it, NAME_mean.png shows the mean heat of each class,
-            and the outline of where at least half of its slices have lung, without any image.
+    `path` is that of the PNG, a row of `columns` slices for each class. Beside it, NAME_mean.png shows the mean heat of each
+    class, and the outline of where at least half of its slices have lung, without any image.
 
     Returns:
         class name -> {"slices", "heat_in_lung", "lung"}: number, and the mean shares of the heat and of the picture (which

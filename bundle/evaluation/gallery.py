@@ -18,7 +18,7 @@ from bundle.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-ANNOTATION_COLOR, ANSWER_COLOR = "#4cc9f0", "#ff8c42"
+STYLES = ("#4cc9f0", "dashed"), ("#ff8c42", "solid")  # of the annotation and of the answer
 
 
 class FailureGallery:
@@ -92,14 +92,12 @@ class FailureGallery:
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
         if "error" in item:
             axis.imshow(item["error"], cmap="magma", vmin=0, vmax=0.5, alpha=(4 * item["error"]).clip(0, 1))
-        annotation, answer = ({"colors": ANNOTATION_COLOR, "linestyles": "dashed"}, {"colors": ANSWER_COLOR})
-        for masks, style in zip(item.get("masks", ()), (annotation, answer)):
+        for masks, (color, line) in zip(item.get("masks", ()), STYLES):
             for mask in filter(np.any, masks):
-                axis.contour(mask, [0.5], linewidths=1, **style)
-        for boxes, style in zip(item.get("boxes", ()), (annotation, answer)):
+                axis.contour(mask, [0.5], linewidths=1, colors=color, linestyles=line)
+        for boxes, (color, line) in zip(item.get("boxes", ()), STYLES):
             for x1, y1, x2, y2 in boxes - 0.5:  # imshow has the centre of the first pixel at 0, boxes have its edge there
-                line = {"edgecolor": style["colors"], "linestyle": style.get("linestyles", "solid")}
-                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **line))
+                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linestyle=line))
         axis.set_title(item["text"], fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])

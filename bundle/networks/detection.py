@@ -58,10 +58,8 @@ class MaskRCNNHead(nn.Module):
         super().__init__()
         self.levels = [index for index, stride in enumerate(strides) if 4 <= stride <= 32]
         if len(self.levels) != len(anchor_sizes):
-            raise UserError(
-                f"detection.anchor_sizes: found {len(anchor_sizes)} levels, expected {len(self.levels)}, one for each of "
-                f"the encoder's strides from 4 to 32 (it has {list(strides)})"
-            )
+            expected = f"{len(self.levels)}, one for each of the encoder's strides from 4 to 32 (it has {list(strides)})"
+            raise UserError(f"detection.anchor_sizes: found {len(anchor_sizes)} levels, expected {expected}")
         self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], fpn_channels)
         anchors = AnchorGenerator(tuple(map(tuple, anchor_sizes)), (tuple(aspect_ratios),) * len(anchor_sizes))
         self.rpn = RegionProposalNetwork(

@@ -107,7 +107,7 @@ def _read_weights(path: str) -> object:
 
 
 def _of_package(package: str, backbone: str) -> Mapping[str, torch.Tensor]:
-    """Weights of a package of `PACKAGES` under timm's names; their tensors come in timm's order."""
+    """Weights of one of `PACKAGES` under timm's names; their tensors come in timm's order."""
     path, fitting = PACKAGES[package]
     spec = find_spec(path.split("/")[0])
     if spec is None:

@@ -35,9 +35,8 @@ def read_novelty(path, checkpoint) -> Novelty | None:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_for, novelty = saved.pop("checkpoint"), Novelty(**saved)
     except Exception as error:  # the unpickler raises anything on bytes that are no pickle
-        raise UserError(
-            f"{path}: cannot be read as a reference ({type(error).__name__}), expected one made by run reference"
-        ) from None
+        unreadable = f"cannot be read as a reference ({type(error).__name__})"
+        raise UserError(f"{path}: {unreadable}, expected one made by run reference") from None
     if made_for != file_hash(checkpoint):
         raise UserError(f"{path}: found the reference of other weights than {checkpoint}; make it anew by run reference")
     return novelty

@@ -55,7 +55,6 @@ def redescribe(weights: Mapping[str, torch.Tensor], **changes) -> dict[str, torc
 
 
 def heads_in(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the heads in a state_dict."""
     return sorted({key.split(".")[1] for key in weights if key.startswith("heads.")})
 
 
@@ -103,7 +102,5 @@ def _check_fit(path, prefix: str, found: Mapping, expected: Mapping) -> None:
     for key in [*expected, *found]:
         shapes = [tuple(side[key].shape) if key in side else "absent" for side in (found, expected)]
         if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{path}: found {prefix}{key} {shapes[0]}, expected {shapes[1]}; it was made with another network: set the "
-                "tasks, classes, backbone and decoder_channels it was trained with"
-            )
+            why = "it was made with another network: set the tasks, classes, backbone and decoder_channels it was trained with"
+            raise UserError(f"{path}: found {prefix}{key} {shapes[0]}, expected {shapes[1]}; {why}")

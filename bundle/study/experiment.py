@@ -56,11 +56,9 @@ class Experiment:
         experiment = cls(path.stem.removeprefix("experiment_"), **entries)
         for complaint in experiment._complaints():
             raise UserError(f"{path}: {complaint}")
-        if not (recipes := experiment.recipes):
-            return experiment
-        arms = experiment.arms.items()
-        with_recipes = {f"{arm}, {name}": [*parts, *changes] for name, changes in recipes.items() for arm, parts in arms}
-        return replace(experiment, arms=with_recipes)
+        arms, recipes = experiment.arms.items(), experiment.recipes.items()
+        with_recipes = {f"{arm}, {name}": [*parts, *changes] for name, changes in recipes for arm, parts in arms}
+        return replace(experiment, arms=with_recipes or experiment.arms)
 
     def _complaints(self) -> Iterator[str]:
         """What a schema cannot say."""
@@ -81,7 +79,6 @@ class Experiment:
 
 
 def experiment_names(config_dir) -> list[str]:
-    """Names of the experiments in a folder."""
     return sorted(path.stem.removeprefix("experiment_") for path in Path(config_dir).glob("experiment_*.json"))
 
 
