@@ -11,6 +11,7 @@ import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -89,14 +90,15 @@ class Scan:
     mode = None  # Pillow's, of a picture
     positions = thickness = spacing = _voxels = None
 
-    def __init__(
-        self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None
-    ) -> None:
+    def __init__(self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None) -> None:
         self.name, self.path, self.shape = str(name), str(path), (*map(int, shape), 1, 1)[:3]
         if min(self.shape) < 1:
             raise UserError(f"found a size of {tuple(shape)}")
         self.affine = None if affine is None else np.asarray(affine, float)
-        self.turn = _turn_to_view(LPS if affine is None else self.affine)
+        grid = LPS if affine is None else self.affine
+        if not maps_to_space(grid):
+            raise UserError("found an affine that does not map to space, expected voxel sizes above 0; correct the header")
+        self.turn = orientations.ornt_transform(nibabel.io_orientation(grid), orientations.axcodes2ornt("PLS")).astype(int)
         self.rows, self.columns, self.axis = np.argsort(self.turn[:, 0]).tolist()
         self.warnings: list[str] = []
         if affine is not None:
@@ -155,12 +157,10 @@ class Scan:
 
     def check_unchanged(self) -> None:
         """Raise a UserError if files are not those that were found or a series has got others: they are still copied, say."""
-        try:
-            unchanged = self._look() == self._seen
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            raise UserError(f"{self.path}: changed while it was read, expected whole files; predict it again later")
+        with suppress(OSError):
+            if self._look() == self._seen:
+                return
+        raise UserError(f"{self.path}: changed while it was read, expected whole files; predict it again later")
 
     def close(self) -> None:
         """Free what is held; the next slice opens the file again."""
@@ -213,10 +213,10 @@ class Scan:
         outside = np.isnan(plane)
         outside &= len(self) > 1 or not outside.all()  # NaN alone is no slice
         if self.hounsfield and not labels:
-            plane = np.where((plane >= WRAPPED) & (plane < 2**16), plane - 2**16, plane)
+            if (plane > TOO_DENSE).any():
+                plane = np.where((plane >= WRAPPED) & (plane < 2**16), plane - 2**16, plane)
+                outside |= reaching_border(plane > TOO_DENSE)
             outside |= plane < AIR
-            if (dense := plane > TOO_DENSE).any():
-                outside |= reaching_border(dense)
         if outside.any():
             plane = np.where(outside, 0 if labels else AIR if self.hounsfield else np.nanmin(plane), plane)
         if not np.isfinite(plane).all():
@@ -234,12 +234,6 @@ class Scan:
 
 def maps_to_space(affine: np.ndarray) -> bool:
     return affine.shape == (4, 4) and bool(np.isfinite(affine).all()) and np.linalg.matrix_rank(affine[:3, :3]) == 3
-
-
-def _turn_to_view(affine: np.ndarray) -> np.ndarray:
-    if not maps_to_space(affine):
-        raise UserError("found an affine that does not map to space, expected voxel sizes above 0; correct the header")
-    return orientations.ornt_transform(nibabel.io_orientation(affine), orientations.axcodes2ornt("PLS")).astype(int)
 
 
 class PictureScan(Scan):
@@ -409,12 +403,12 @@ class DicomScan(Scan):
         affine = series.affine_of(self.frames) if first.placed else None
         super().__init__(name, path, size, affine, sorted({frame.path for frame in frames}))
         self.hounsfield, self.sources = not first.unknown, [(frame.path, frame.index) for frame in self.frames]
-        self.warnings = notes + [first.unknown] * bool(first.unknown)
-        if first.placed and len(self) > 1:
+        self.warnings += notes + [first.unknown] * bool(first.unknown)
+        if self.affine is not None and len(self) > 1:
             self.positions = [frame.height for frame in self.frames]
             self.thickness, gaps = series.measure_gaps(np.array(self.positions))
             self.warnings += gaps
-        elif first.placed and not first.thickness:
+        elif self.affine is not None and not first.thickness:
             self.warnings.append(NO_THICKNESS)
 
     def _plane(self, index: int) -> np.ndarray:
@@ -579,8 +573,8 @@ def _list_files(source: str) -> tuple[Path, list[Path], list[dict]]:
 
 def _walk(folder: Path, onerror: Callable[[OSError], None]) -> Iterable[Path]:
     for parent, folders, names in os.walk(folder, onerror=onerror):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith(".") and name.upper() != "DICOMDIR")
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (Path(parent, name) for name in names if name[0] != "." and name.upper() != "DICOMDIR")
 
 
 def _is_image(path: Path) -> bool:

@@ -240,6 +240,7 @@ DICOM: dict[str, dict] = {
     "numbers from the head": {"change": lambda d, z: setattr(d, "InstanceNumber", 100 - z)},
     "no numbers": {"InstanceNumber": None},
     "series UID scrambled": {"change": scrambled("SeriesInstanceUID")},
+    "study UID scrambled": {"change": scrambled("StudyInstanceUID")},
     "all UIDs scrambled": {"change": scrambled(*UIDS)},
     "patient scrambled": {"change": scrambled("PatientID")},
     "all UIDs blank": dict.fromkeys((*UIDS, "PatientID"), ""),
@@ -251,6 +252,7 @@ DICOM: dict[str, dict] = {
         "change": lambda d, z: stored(d, d.PixelData, PatientName="a^b" * (z % 2), ConvolutionKernel="B30f" * (z < 6))
     },
     "two acquisitions one after the other": {"change": lambda d, z: setattr(d, "AcquisitionNumber", 1 + z // 5)},
+    "an acquisition for each slice": {"change": lambda d, z: setattr(d, "AcquisitionNumber", z)},
     "reformatted": {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED"]},
     "signed called unsigned": {"change": lambda d, z: stored(d, HU.T[z].astype("<i2"), RescaleIntercept=0)},
     "padding without a tag": {

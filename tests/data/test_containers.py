@@ -207,6 +207,9 @@ def test_slices_without_a_place_keep_their_order(tmp_path, absent):
     ("tags", "words"),
     [
         ({"RescaleIntercept": None}, "no rescale intercept"),
+        ({"RescaleSlope": 0}, "no rescale slope"),
+        ({"RescaleSlope": None}, "no rescale slope"),
+        ({"BitsStored": 8, "HighBit": 7, "BitsAllocated": 8, "PixelData": b"\7" * 128 * 112}, "images of 8 bits"),
         ({"RescaleType": "MGML"}, "the values are MGML"),  # iodine of a dual-energy scan
         ({"Modality": "PT"}, "the modality is PT, not CT"),
     ],
@@ -215,6 +218,7 @@ def test_what_is_not_known_to_be_hu_is_a_picture(tmp_path, tags, words):
     dicoms(tmp_path / "in", **tags)
     (scan,), _ = find_scans(tmp_path / "in", tmp_path / "out")
     assert not scan.hounsfield and len(scan.warnings) == 1 and words in scan.warnings[0]
+    assert np.isfinite(scan.read(0).numpy()).all() and not scan.read(0).meta["hounsfield"]
 
 
 @pytest.mark.parametrize("name", ["x.nii", "x.mha"])

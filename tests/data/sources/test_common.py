@@ -7,36 +7,16 @@ from bundle.errors import UserError
 
 
 def test_lesions_are_the_connected_parts_that_are_large_enough():
-    mask = np.zeros((40, 60), np.uint8)
+    mask = np.zeros((60, 80), np.uint8)
     mask[2:7, 30:50] = 255  # wide, so that columns and rows cannot be mistaken
-    mask[20:24, 5:10] = 1
-    mask[24:28, 10:15] = 1  # touches the part above at a corner
-    mask[35, 55 : 55 + 4] = 255  # dust
+    mask[20:24, 5:10], mask[24:28, 10:15] = 1, 1  # which touch at a corner
+    mask[30:56, 30:66], mask[34:52, 34:62], mask[40:46, 40:50] = 1, 0, 1  # one within the ring of the other
+    mask[35, : MIN_LESION_PIXELS - 1], mask[37, :MIN_LESION_PIXELS] = 1, 1  # dust, and the smallest lesion
     instances, boxes = lesions(mask)
-    assert boxes == [[30, 2, 50, 7], [5, 20, 15, 28]]
-    assert instances.dtype == np.uint8 and sorted(np.unique(instances)) == [0, 1, 2]
-    for number, (x1, y1, x2, y2) in enumerate(boxes, start=1):
-        assert (mask[instances == number] > 0).all()
-        assert (instances[y1:y2, x1:x2] == number).sum() == (instances == number).sum()
-    assert (instances == 2).sum() == 40
-    assert instances[35, 56] == 0
-
-
-def test_lesions_inside_each_others_box_stay_apart():
-    mask = np.zeros((30, 40), np.uint8)
-    mask[2:28, 2:38] = 1
-    mask[6:24, 6:34] = 0
-    mask[12:18, 12:22] = 1  # within the ring
-    instances, boxes = lesions(mask)
-    assert boxes == [[2, 2, 38, 28], [12, 12, 22, 18]]
-    assert (instances == 1).sum() == 26 * 36 - 18 * 28 and (instances == 2).sum() == 60
-
-
-@pytest.mark.parametrize("pixels, found", [(MIN_LESION_PIXELS, 1), (MIN_LESION_PIXELS - 1, 0)])
-def test_smallest_lesion(pixels, found):
-    mask = np.zeros((10, 30), np.uint8)
-    mask[4, :pixels] = 1
-    assert len(lesions(mask)[1]) == found
+    assert boxes == [[30, 2, 50, 7], [5, 20, 15, 28], [30, 30, 66, 56], [0, 37, MIN_LESION_PIXELS, 38], [40, 40, 50, 46]]
+    assert instances.dtype == np.uint8 and (mask[instances > 0] > 0).all() and instances[35, 5] == 0
+    assert np.bincount(instances.ravel())[1:].tolist() == [100, 40, 26 * 36 - 18 * 28, MIN_LESION_PIXELS, 60]
+    assert all((instances[y1:y2, x1:x2] == n).sum() == (instances == n).sum() for n, (x1, y1, x2, y2) in enumerate(boxes, 1))
     assert lesions(np.zeros((10, 30)))[1] == []
 
 
