@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from bundle.errors import UserError
 from bundle.names import ANNOTATED, IMAGE, RECORD, TARGET
@@ -14,9 +15,7 @@ from bundle.names import ANNOTATED, IMAGE, RECORD, TARGET
 def collate(samples: Sequence[dict], tasks: Sequence) -> dict:
     """Join samples, annotated for different tasks, into one batch.
 
-    Returns:
-        image and target (B, 1, S, S), by default the image; annotated, task -> bool (B,); record, a list of B
-        dictionaries; and what `bundle.tasks.Task.collate` of each task returns.
+    Gives image and target (B, 1, S, S), annotated (task -> bool (B,)), records, and what `Task.collate` of each task returns.
     """
     image = torch.stack([plain(sample[IMAGE]) for sample in samples])
     batch = {
@@ -60,13 +59,5 @@ def balanced_weights(records: Sequence[dict], tasks: Sequence) -> torch.Tensor:
 
 def prepare_batch(batch: dict, device=None, non_blocking: bool = False, **kwargs):
     """Move a batch of `collate` to the device, for a MONAI engine: image, label (the batch), the network's arguments."""
-    batch = _to_device(batch, device, non_blocking)
+    batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=non_blocking), batch)
     return batch[IMAGE], batch, (), {"targets": batch, "annotated": batch[ANNOTATED]}
-
-
-def _to_device(item, device, non_blocking: bool):
-    if isinstance(item, torch.Tensor):
-        return item.to(device, non_blocking=non_blocking)
-    if isinstance(item, Mapping):
-        return {key: _to_device(value, device, non_blocking) for key, value in item.items()}
-    return [_to_device(value, device, non_blocking) for value in item] if isinstance(item, list) else item

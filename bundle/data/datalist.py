@@ -20,23 +20,16 @@ FIELDS = (IMAGE, CLASS, MASK, BOXES, INSTANCES, GROUP, SOURCE)
 
 
 def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, tasks: Sequence = ()) -> dict:
-    """Read and validate a datalist.
+    """Read and validate a datalist; a UserError names the first thing that is wrong.
 
     Args:
-        path: JSON file with `classes` and the lists training, validation and test.
         dataset_dir: folder of the files; if given, they must be there, and boxes, masks and instances fit the image.
         classes: names that the configuration expects, in its order.
         tasks: `bundle.tasks.Task` whose fields are checked beside those of `FIELDS`.
-
-    Raises:
-        UserError: for the first thing that is wrong: file, record, field, found, expected.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such datalist; make one with scripts/prepare_data.py, or set datalist")
-    try:
-        datalist = json.loads(Path(path).read_bytes())  # which finds out the encoding
-    except ValueError as error:
-        raise UserError(f"{path}: found no JSON ({error}), expected a datalist") from None
+    datalist = read_json(path, "a datalist")
     try:
         validate(datalist, dataset_dir, tasks)
     except ValueError as error:
@@ -44,6 +37,13 @@ def load_datalist(path, dataset_dir=None, classes: Sequence[str] | None = None, 
     if classes is not None and list(classes) != (found := datalist["classes"]):
         raise UserError(f"{path}: classes: found {found}, expected {list(classes)} as in the config's classes")
     return datalist
+
+
+def read_json(path, expected: str):
+    try:
+        return json.loads(Path(path).read_bytes())  # which finds out the encoding
+    except ValueError as error:
+        raise UserError(f"{path}: found no JSON ({error}), expected {expected}") from None
 
 
 def validate(datalist: Mapping, dataset_dir=None, tasks: Sequence = ()) -> None:
@@ -95,9 +95,7 @@ def record_complaints(
 ) -> Iterator[str]:
     """What is wrong with a record, each thing as "field: found …, expected …"; see `load_datalist`.
 
-    Args:
-        headers: read the header of every file; otherwise of those that have to fit another.
-        known: fields that a record may have.
+    With `headers`, that of every file is read, otherwise of those that have to fit another.
     """
     for field in record.keys() - set(known):
         yield f"{field}: unknown field, expected one of {', '.join(FIELDS)}, or one that the datalist lists under `fields`"
@@ -116,7 +114,10 @@ def record_complaints(
     for field in (GROUP, SOURCE):
         if not isinstance(record.get(field, ""), str):
             yield f"{field}: found {record[field]!r}, expected text"
-    yield from _class_complaints(record.get(CLASS, 0), num_classes)
+    label = record.get(CLASS, 0)  # or a list of at least two of which it is one, not known which
+    labels = label if isinstance(label, list) and len(set(map(str, label))) == len(label) > 1 else [label]
+    if not all(type(item) is int and 0 <= item < num_classes for item in labels):
+        yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}, or a list of those it may be"
     if INSTANCES in record and BOXES not in record:
         yield f"{INSTANCES}: found without boxes, expected one box for each instance"
     slices = {}
@@ -133,13 +134,6 @@ def record_complaints(
     yield from _box_complaints(record.get(BOXES, []), image and image.stored_size)
 
 
-def _class_complaints(label, num_classes: int):
-    """A class is a number, or a list of at least two of which it is one, not known which."""
-    labels = label if isinstance(label, list) and len(set(map(str, label))) == len(label) > 1 else [label]
-    if not all(type(item) is int and 0 <= item < num_classes for item in labels):
-        yield f"{CLASS}: found {label!r}, expected a whole number from 0 to {num_classes - 1}, or a list of those it may be"
-
-
 def _box_complaints(boxes, size: tuple[int, int] | None):
     if not isinstance(boxes, list):
         yield f"{BOXES}: found {boxes!r}, expected a list of [x1, y1, x2, y2]"
@@ -148,20 +142,16 @@ def _box_complaints(boxes, size: tuple[int, int] | None):
         if not isinstance(box, list):
             yield f"{BOXES}: found {boxes!r}, expected a list of boxes [[x1, y1, x2, y2], …]"
             return
-        if not (len(box) == 4 and all(_is_finite(value) for value in box)):
+        if not (len(box) == 4 and all(type(value) in (int, float) and math.isfinite(value) for value in box)):
             yield f"{BOXES}: found {box!r}, expected four finite numbers [x1, y1, x2, y2] with decimal points"
         elif max(map(abs, box)) < 2:
-            shares = "shares of the image; multiply x by its width and y by its height"
-            yield f"{BOXES}: found {box}, expected pixels, not {shares}"
+            expected = "pixels, not shares of the image; multiply x by its width and y by its height"
+            yield f"{BOXES}: found {box}, expected {expected}"
         elif box[2] <= box[0] or box[3] <= box[1]:
             yield f"{BOXES}: found {box}, expected x1 < x2 and y1 < y2, not [x, y, width, height]"
         elif min(box) < 0 or size and (box[2] > size[0] or box[3] > size[1]):
             limits = f"0 to {size[0]} and y from 0 to {size[1]}" if size else "0 and y from 0"
             yield f"{BOXES}: found {box} outside the image, expected x from {limits}"
-
-
-def _is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def annotated_tasks(record: Mapping) -> tuple[str, ...]:
@@ -174,9 +164,8 @@ def select(
 ) -> list[dict]:
     """Records of a split that are annotated for at least one of the tasks, with paths joined to `dataset_dir`.
 
-    Args:
-        split: one of `SPLITS`, or left_out for what `leave_out`, sources, takes away from training and validation.
-        seen: sources that the weights were trained on, which may not be left out.
+    `split` is one of `SPLITS`, or left_out for what `leave_out`, sources, takes away from training and validation; of these
+    none may be `seen`: the weights were trained on them.
     """
     if split not in (*SPLITS, LEFT_OUT):
         raise UserError(f"split: found {split!r}, expected one of {', '.join((*SPLITS, LEFT_OUT))}")
@@ -189,11 +178,14 @@ def select(
         found = [record for name in SPLITS[:2] for record in datalist.get(name, []) if record.get(SOURCE) in leave_out]
     else:
         found = [record for record in datalist.get(split, []) if split == "test" or record.get(SOURCE) not in leave_out]
-    records = [record for record in found if any(task.is_annotated(record) for task in tasks)]
+    records = [dict(record) for record in found if any(task.is_annotated(record) for task in tasks)]
     if not records:
         names = ", ".join(task.name for task in tasks)
         raise UserError(f"split {split}: found no record annotated for {names}; name other tasks or add records")
-    return [_join(record, dataset_dir) for record in records]
+    for record in records:
+        for field in {IMAGE, MASK, INSTANCES} & record.keys():
+            record[field] = EMPTY_MASK if record[field] == EMPTY_MASK else os.path.join(dataset_dir, record[field])
+    return records
 
 
 def take(records: Sequence[dict], count: int, seed: int, by: str = IMAGE) -> list[dict]:
@@ -203,8 +195,3 @@ def take(records: Sequence[dict], count: int, seed: int, by: str = IMAGE) -> lis
         raise UserError(f"records: found {len(units)} values of {by}, expected {count}, at least 1; take fewer or add records")
     taken = set(np.random.default_rng(seed).permutation(units)[:count].tolist())
     return [record for record in records if record.get(by, record[IMAGE]) in taken]
-
-
-def _join(record: Mapping, dataset_dir) -> dict:
-    files = [field for field in (IMAGE, MASK, INSTANCES) if record.get(field, EMPTY_MASK) != EMPTY_MASK]
-    return {**record, **{field: os.path.join(dataset_dir, record[field]) for field in files}}

@@ -68,14 +68,12 @@ def make_slice(
     """Draw one slice as radiologists see it: the patient's right on the left of the picture, the spine below.
 
     Args:
-        size: rows and columns in pixels.
         label: 0 normal, 1 COVID-19 (hazy opacities in both lungs), 2 lung cancer (two or three nodules of 20 to 40 mm).
         patient: of `make_patient` with the same size; by default drawn.
         level: from 0 (above the heart) to 1 (heart); by default drawn.
 
     Returns:
-        image, int16 HU; mask, uint8 {0, 1}, the COVID-19 lesion; instances, uint8, value n + 1 for nodule n, all (size, size);
-        boxes, [[x1, y1, x2, y2], …] of the nodules in pixels; class; spacing, mm per pixel.
+        image in HU, mask of the COVID-19 lesion, instances (n + 1 on nodule n), all (size, size); boxes; class; spacing in mm.
     """
     if size < MIN_SIZE:
         raise UserError(f"size: found {size}, expected at least {MIN_SIZE} pixels")
@@ -157,18 +155,13 @@ def _add_nodules(canvas: _Canvas, lungs: np.ndarray) -> np.ndarray:
     return instances
 
 
-def make_phantom(
-    folder, size: int = 256, groups: Sequence[int] = (36, 9, 9), slices_per_group: int = 2, seed: int = 0
-) -> str:
+def make_phantom(folder, size: int = 256, groups: Sequence[int] = (36, 9, 9), slices_per_group=2, seed: int = 0) -> str:
     """Make the phantom data set in a folder, unless it is already there; return the folder.
 
-    A group is a patient, who has COVID-19, lung cancer or neither. As in real collections the labels are partial: COVID-19
-    slices have masks, cancer slices boxes and instances; of each three normal slices, the first has both ("empty" and []), the
-    second the mask, the third the boxes; the last slice of every second training patient has no label at all.
-
-    Args:
-        folder: of datalist.json, images (NIfTI in HU), masks and instances (PNG); a UserError if it holds something else.
-        groups: number of patients for training, validation and test, at least 3 each.
+    A group is a patient, who has COVID-19, lung cancer or neither; `groups` are for training, validation and test. As in real
+    collections the labels are partial: COVID-19 slices have masks, cancer slices boxes and instances; of each three normal
+    slices, the first has both ("empty" and []), the second the mask, the third the boxes; the last slice of every second
+    training patient has no label at all.
     """
     groups = list(groups) if isinstance(groups, Sequence) else [groups]
     if len(groups) != len(SPLITS) or min(groups) < len(CLASSES):

@@ -122,14 +122,13 @@ def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
 
 
 def _read_header(file, tags: Sequence[str] | None) -> pydicom.Dataset:
-    """The same of an open file, which is then at its pixels."""
     start = file.read(132)
     if not starts_as_dicom(start):
         raise UserError("found no DICOM header")
     force = start[128:] != b"DICM"
     if not force and read_file_meta_info(file.name).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         raise UserError("found a deflated file, expected another transfer syntax")  # its size in memory is not known
-    file.seek(0)
+    file.seek(0)  # it will be at the pixels
     return pydicom.dcmread(file, stop_before_pixels=True, force=force, specific_tags=tags and list(tags))
 
 
@@ -255,7 +254,7 @@ def _numbers(values, count: int) -> tuple[float, ...] | None:
 
 
 class Pixels:
-    """The pixels of a DICOM file, whose header is parsed once for all its frames; pydicom raises anything if it is damaged."""
+    """The pixels of a DICOM file, whose header is parsed once for all its frames."""
 
     def __init__(self, path) -> None:
         self.path = path
@@ -279,7 +278,7 @@ class Pixels:
         self.options["bits_stored"] = self.options.get("bits_stored", 16) + self.spare
 
     def stored(self, index: int) -> np.ndarray:
-        """Stored values of a frame: (rows, columns) or, of RGB, (rows, columns, 3)."""
+        """(rows, columns) or, of RGB, (rows, columns, 3)."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
@@ -320,10 +319,7 @@ def reaching_border(mask: np.ndarray) -> np.ndarray:
 
 
 def group_frames(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Divide frames into scans by what they have in `COMMON`, grid, folder and phase.
-
-    An identifier that is blank, or that differs in every slice, is ignored where the slices are regular stacks without it.
-    """
+    """Divide frames into scans by what they have in `COMMON`, grid, folder and phase."""
     _drop_scrambled(frames)
     _fill_blanks(frames)
     groups = _divide(frames, attrgetter(*COMMON))
@@ -419,18 +415,14 @@ def _places(frames: Sequence[Frame]) -> list:
     return [int(at) if frame.placed else (frame.number, frame.index) for at, frame in zip(numbers, frames)]
 
 
-def _repeated(frames: Sequence[Frame]) -> int:
-    return len(frames) - len(set(_places(frames)))
-
-
 def _by_phase(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Divide slices at the same places, and stacks that overlap, by what tells most of them apart, or else by their order."""
-    repeated = _repeated(frames)
+    repeated = len(frames) - len(set(_places(frames)))
     for index in range(len(frames[0].marks)):
         parts = _divide(frames, lambda frame: frame.marks[index : index + 1])
         if len(parts) > 1 and min(map(len, parts)) > 1:
             overlap = not repeated and index < len(MARKS) and _overlap(parts)
-            if sum(map(_repeated, parts)) < repeated / 2 or overlap:
+            if sum(len(part) - len(set(_places(part))) for part in parts) < repeated / 2 or overlap:
                 return [finer for part in parts for finer in _by_phase(part)]
     return _by_order(frames) if repeated or not _is_stack(frames) else [list(frames)]
 
@@ -536,7 +528,10 @@ def _extra(group: Sequence[Frame], largest: int) -> str:
         return "derived images without a position"
     if re.search(r"\bM(IN)?IP\b|PROJECTION", first.image_type.upper()):
         return "projections of several slices"
-    if _one_place(group) and (len(group) < max(MANY, 2 * largest) or _is_bolus(group)):
+    times = sorted(frame.time for frame in group if frame.time is not None)
+    slow = len(times) == len(group) > 1 and float(np.median(np.diff(times))) >= BOLUS_TIME
+    bolus = slow and (first.thickness or 0) >= BOLUS_THICKNESS
+    if _one_place(group) and (len(group) < max(MANY, 2 * largest) or bolus):
         return "images of one place over time"
     if len(group) <= 2 and largest >= MANY and (first.thickness or 0) >= BOLUS_THICKNESS:
         return "single test images"
@@ -546,12 +541,6 @@ def _extra(group: Sequence[Frame], largest: int) -> str:
 def _one_place(group: Sequence[Frame]) -> bool:
     """Whether several files show one place."""
     return len({frame.path for frame in group}) > 1 and group[0].placed and len(set(_places(group))) == 1
-
-
-def _is_bolus(group: Sequence[Frame]) -> bool:
-    times = sorted(frame.time for frame in group if frame.time is not None)
-    slow = len(times) == len(group) and float(np.median(np.diff(times))) >= BOLUS_TIME
-    return slow and (group[0].thickness or 0) >= BOLUS_THICKNESS
 
 
 def order_frames(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
@@ -597,7 +586,7 @@ def _say_nothing(frames: Sequence[Frame]) -> bool:
 
 
 def measure_gaps(heights: np.ndarray) -> tuple[list[float], list[str]]:
-    """mm that each slice stands for, half the way to both neighbours, and warnings of unequal gaps."""
+    """mm that each slice stands for, half the way to both neighbours, and warnings."""
     gaps, notes = np.diff(heights), []
     usual = float(np.median(gaps))
     missing = int(np.maximum(np.round(gaps / usual) - 1, 0).sum())
@@ -612,12 +601,9 @@ def measure_gaps(heights: np.ndarray) -> tuple[list[float], list[str]]:
 
 def affine_of(frames: Sequence[Frame]) -> np.ndarray:
     """(4, 4) from (column, row, slice) to RAS (DICOM PS3.3, C.7.6.2.1.1); the step between slices is their mean."""
-    first, last, affine = frames[0], frames[-1], np.eye(4)
-    affine[:3, 0] = np.multiply(first.orientation[:3], first.spacing[1])
-    affine[:3, 1] = np.multiply(first.orientation[3:], first.spacing[0])
+    first, last, across, down = frames[0], frames[-1], *np.reshape(frames[0].orientation, (2, 3))
+    step = np.array(first.normal) * np.sign(first.normal[2] or 1) * float(first.thickness or 1)
     if len(frames) > 1:
-        affine[:3, 2] = np.subtract(last.position, first.position) / (len(frames) - 1)
-    else:
-        affine[:3, 2] = np.array(first.normal) * np.sign(first.normal[2] or 1) * float(first.thickness or 1)
-    affine[:3, 3] = first.position
-    return np.diag([-1.0, -1, 1, 1]) @ affine
+        step = np.subtract(last.position, first.position) / (len(frames) - 1)
+    columns = np.stack([across * first.spacing[1], down * first.spacing[0], step, first.position], 1)
+    return np.diag([-1.0, -1, 1, 1]) @ np.vstack([columns, [0, 0, 0, 1]])

@@ -43,13 +43,10 @@ def to_file_grid(pixels: np.ndarray, slice_: MetaTensor) -> np.ndarray:
 
 
 class LoadSliced(MapTransform):
-    """Read a record of the datalist: `image`, and the annotations it has.
+    """Read a record of the datalist: `image`, and the annotations it has, which must fit the image and each other.
 
     Adds {image, group, source} under "record". A mask becomes one {0, 1} channel for each of `segmentation_classes` (any
     non-zero value where there is one class, otherwise channel k is value k + 1), `instances` (number of boxes, rows, columns).
-
-    Raises:
-        UserError: naming the files, if mask, instances or boxes do not fit the image or each other.
     """
 
     def __init__(self, segmentation_classes: int = 1) -> None:
@@ -81,21 +78,24 @@ class LoadSliced(MapTransform):
         return sample
 
     def _labels(self, record, key: str, image: MetaTensor) -> torch.Tensor:
-        labels = self.load(record[key], labels=True)
+        labels, path = self.load(record[key], labels=True), record[IMAGE]
         if labels.shape != image.shape:
             found, expected = tuple(labels.shape[1:]), tuple(image.shape[1:])
-            found = f"found {key} of {found} rows and columns, expected {expected} as in {record[IMAGE]}"
-            raise UserError(f"{record[key]}: {found}")
-        if image.meta["picture"] and not torch.equal(labels.affine, image.affine):
-            found = f"found a header that turns the {key}, while {record[IMAGE]} has none"
+            raise UserError(f"{record[key]}: found {key} of {found} rows and columns, expected {expected} as in {path}")
+        turned = not torch.equal(labels.affine, image.affine)
+        if turned and image.meta["picture"]:
+            found = f"found a header that turns the {key}, while {path} has none"
             raise UserError(f"{record[key]}: {found}, expected a picture as {key}")
-        turned = all(item.meta["spacing"] for item in (labels, image)) and not torch.equal(labels.affine, image.affine)
+        turned &= all(item.meta["spacing"] for item in (labels, image))
         if turned and not torch.allclose(_place(labels), _place(image), rtol=0, atol=max(image.meta["spacing"])):
-            raise UserError(
-                f"{record[key]}: found a header that turns the {key} otherwise than {record[IMAGE]} and lays it elsewhere, "
-                "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
-            )
+            raise turned_elsewhere(record[key], key, path)
         return torch.tensor(labels_of(labels), dtype=torch.float32)[None]
+
+
+def turned_elsewhere(path, kind: str, image_path) -> UserError:
+    found = f"found a header that turns the {kind} otherwise than {image_path} and lays it elsewhere"
+    expected = "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
+    return UserError(f"{path}: {found}, {expected}")
 
 
 def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> None:

@@ -288,12 +288,11 @@ class NiftiScan(Scan):
         super().__init__(name, path, image.shape, affine, sorted({*files, path} if os.path.isfile(path) else files))
         scaled = nibabel.is_proxy(image.dataobj) and (image.dataobj.slope, image.dataobj.inter) != (1, 0)
         self.oriented, self.hounsfield = oriented, scaled or image.get_data_dtype().itemsize > 1
-        flat, sides = len(image.shape) < 3, [] if by_sform else _stored_sides(image)
+        sides = [] if by_sform or self._image else _stored_sides(path, type(header))
         if 0 in [side for side, size in zip(sides, self.shape) if size > 1]:
             self._forget_lengths(sides)
-        flat = flat or 0 in sides and self.affine is not None
         self.warnings += [NOT_ORIENTED] * (not oriented)
-        self._note(affine, flat)
+        self._note(affine, flat=len(image.shape) < 3 or 0 in sides and self.affine is not None)
 
     def _plane(self, index: int) -> np.ndarray:
         if self._voxels is None:
@@ -319,27 +318,26 @@ class NiftiScan(Scan):
 
 def _load_nifti(path):
     """nibabel's image, compressed or not, whatever its name says."""
-    with open(path, "rb") as file:
-        compressed = file.read(2) == GZIP
-    if str(path).lower().endswith((".nii.gz", ".hdr.gz") if compressed else (".nii", ".hdr")):
+    stream = _unpacked(path)
+    if str(path).lower().endswith((".nii.gz", ".hdr.gz") if isinstance(stream, gzip.GzipFile) else (".nii", ".hdr")):
+        stream.close()
         return nibabel.load(path)
-    stream = (gzip.open if compressed else open)(path, "rb")
     second = stream.read(4) in (b"\x1c\2\0\0", b"\0\0\2\x1c")  # the size of its header, 540
     stream.seek(0)
     return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_stream(stream)
 
 
-def _stored_sides(image) -> list[float]:
-    """Voxel sizes as the header holds them; nibabel turns 0 into 1. None of an image in memory."""
-    holder = image.file_map.get("header", image.file_map["image"])
-    if holder.filename is None and holder.fileobj is None:
-        return []
-    file = holder.get_prepare_fileobj()
-    try:
-        return np.abs(type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]).tolist()
-    finally:
-        if holder.fileobj is None:
-            file.close()
+def _unpacked(path):
+    """A file, opened as what is in it where it is compressed."""
+    with open(path, "rb") as file:
+        compressed = file.read(2) == GZIP
+    return (gzip.open if compressed else open)(path, "rb")
+
+
+def _stored_sides(path, header: type) -> list[float]:
+    """Voxel sizes as the header holds them; nibabel turns 0 into 1."""
+    with _unpacked(path) as file:
+        return np.abs(header.from_fileobj(file, check=False)["pixdim"][1:4]).tolist()
 
 
 class ItkScan(Scan):
@@ -459,7 +457,7 @@ def _reader(path: Path) -> Callable[[str, str], Scan]:
     if start.startswith(PICTURE_STARTS):
         return PictureScan
     if start.startswith(GZIP):
-        with gzip.open(path) as file:
+        with _unpacked(path) as file:
             start = file.read(352)
         if start[128:132] == b"DICM":
             return partial(_refuse, "found DICOM compressed by gzip, expected DICOM; unpack it")

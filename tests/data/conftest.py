@@ -4,6 +4,20 @@ import numpy as np
 import pydicom
 import pytest
 
+from bundle.data.volumes import find_scans
+
+
+@pytest.fixture
+def scans_of(tmp_path):
+    """Function that finds the scans of tmp_path/in, of which none may fail and no two have one name."""
+
+    def find():
+        scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+        assert failures == [] and len({scan.name for scan in scans}) == len(scans), failures
+        return scans
+
+    return find
+
 
 @pytest.fixture
 def write_series(write_dicom):

@@ -19,23 +19,16 @@ from bundle.tasks import Task
 ROWS, COLUMNS = 40, 60
 
 
-def write(path, columns=COLUMNS, rows=ROWS):
-    """An empty slice in the format of the path's suffix."""
-    if path.name.endswith(".png"):
-        Image.new("L", (columns, rows)).save(path)
-    elif path.name.endswith(".nii.gz"):
-        affine = np.diag([-0.7, -0.9, 5, 1])
-        nibabel.save(nibabel.Nifti1Image(np.zeros((columns, rows, 1), np.int16), affine), path)
-    else:
-        sitk.WriteImage(sitk.Image((columns, rows, 1), sitk.sitkInt16), str(path))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("a.png", "b.png", "c.png", "d.png", "mask.png", "instances.png", "s.nii.gz", "s.mhd", "s.dcm"):
-        write(tmp_path / name)
-    write(tmp_path / "turned.png", ROWS, COLUMNS)
-    write(tmp_path / "turned.nii.gz", ROWS, COLUMNS)
+    """Empty slices, whose names say the format and whether columns and rows are exchanged."""
+    names = "a.png b.png c.png d.png mask.png instances.png turned.png s.nii.gz s.mhd s.dcm turned.nii.gz"
+    for name in names.split():
+        size = (ROWS, COLUMNS) if name.startswith("turned") else (COLUMNS, ROWS)
+        if name.endswith("png"):
+            Image.new("L", size).save(tmp_path / name)
+        else:
+            sitk.WriteImage(sitk.Image((*size, 1), sitk.sitkInt16), str(tmp_path / name))
     return tmp_path
 
 
@@ -185,17 +178,15 @@ def test_other_classes_than_the_configs_or_in_another_order_are_refused(folder, 
         load_datalist(folder / "datalist.json", folder, classes)
 
 
-def test_files_are_looked_at_only_where_the_folder_is_known(datalist):
+def test_files_are_looked_at_only_where_the_folder_is_known_and_nothing_is_changed(folder, datalist):
+    before = copy.deepcopy(datalist)
+    validate(datalist, folder)
     validate(datalist)
+    assert datalist == before
     datalist["training"][0]["boxes"] = [[-1, 0, 5, 5]]
     with pytest.raises(ValueError, match=r"found \[-1, 0, 5, 5\] outside the image, expected x from 0 and y from 0$"):
         validate(datalist)
 
-
-def test_validation_changes_nothing(folder, datalist):
-    before = copy.deepcopy(datalist)
-    validate(datalist, folder)
-    assert datalist == before
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,6 @@ def change(path, **tags):
     dataset.save_as(path)
 
 
-@pytest.fixture
-def scans_of(tmp_path):
-    """Function that finds the scans of tmp_path/in, of which none may fail."""
-
-    def find(failing=0):
-        scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
-        assert len(failures) == failing, failures
-        return scans
-
-    return find
-
-
 def values(scan):
     return [float(scan.read(index).mean()) for index in range(len(scan))]
 
@@ -49,7 +37,6 @@ def test_another_patient_with_a_blank_study_excludes_nothing(tmp_path, write_ser
     assert sorted(map(len, scans_of())) == [2, 3]
 
 
-
 def test_a_series_in_sub_folders_is_one_scan_and_its_copy_another(tmp_path, write_series, scans_of):
     write_series(tmp_path / "in", [5 * k for k in range(12)])
     for number, path in enumerate(sorted((tmp_path / "in").iterdir())):
@@ -59,7 +46,6 @@ def test_a_series_in_sub_folders_is_one_scan_and_its_copy_another(tmp_path, writ
     assert scan.positions == [5 * k for k in range(12)] and "/" not in scan.name
     shutil.copytree(tmp_path / "in/DIR0", tmp_path / "in/copy")
     assert sum(len(scan) for scan in scans_of()) == 16
-
 
 
 def test_single_slices_of_many_patients_without_names_stay_single(tmp_path, write_series, scans_of):
@@ -173,7 +159,6 @@ def test_a_modality_lut_is_applied(tmp_path, write_dicom):
     change(path, RescaleSlope=None, RescaleIntercept=None, ModalityLUTSequence=[table])
     scan = open_scan(path)
     assert scan.hounsfield and (scan.read(0) == 500).all()
-
 
 
 @pytest.mark.parametrize("kind", ["RGB", "PALETTE COLOR"])

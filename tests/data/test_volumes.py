@@ -26,10 +26,10 @@ def read(scan):
     return [float(scan.read(index).mean()) for index in range(len(scan))]
 
 
-def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path, write_series):
+def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path, write_series, scans_of):
     write_series(tmp_path / "in", [0, 5, 10, 15])
-    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
-    assert failures == [] and scan.warnings == [] and scan.kind == "dicom" and scan.hounsfield
+    (scan,) = scans_of()
+    assert scan.warnings == [] and scan.kind == "dicom" and scan.hounsfield
     assert read(scan) == [-1000, -990, -980, -970] and scan.positions == [0, 5, 10, 15] and scan.thickness == [5] * 4
     assert scan.shape == (8, 6, 4) and scan.spacing == (0.75, 1.5)
     np.testing.assert_allclose(scan.affine[:3, 3], [50, 40, 0])
@@ -44,20 +44,20 @@ def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path
         ([0, 5, 5, 10], "left out 1 images at the place of another one", 3),
     ],
 )
-def test_gaps_and_duplicates_are_reported(tmp_path, write_series, heights, words, count):
+def test_gaps_and_duplicates_are_reported(tmp_path, write_series, heights, words, count, scans_of):
     write_series(tmp_path / "in", heights)
-    (scan,), _ = find_scans(tmp_path / "in", tmp_path / "out")
+    (scan,) = scans_of()
     assert words in scan.warnings and len(scan) == count
     assert sum(scan.thickness) == pytest.approx((heights[-1] - heights[0]) * count / (count - 1), rel=0.2)
 
 
-def test_images_without_a_position_are_left_out_of_a_series_that_has_them(tmp_path, write_series):
+def test_images_without_a_position_are_left_out_of_a_series_that_has_them(tmp_path, write_series, scans_of):
     write_series(tmp_path / "in", [0, 5, 10])
     lost = pydicom.dcmread(tmp_path / f"in/{SERIES}-2")
     del lost.ImagePositionPatient
     lost.save_as(tmp_path / f"in/{SERIES}-2")
-    (scan,), failures = find_scans(tmp_path / "in", tmp_path / "out")
-    assert failures == [] and scan.warnings == ["left out 1 images without a position"] and scan.positions == [0, 5]
+    (scan,) = scans_of()
+    assert scan.warnings == ["left out 1 images without a position"] and scan.positions == [0, 5]
 
 
 def test_training_needs_no_simpleitk_itk_or_highdicom():
@@ -67,13 +67,13 @@ def test_training_needs_no_simpleitk_itk_or_highdicom():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_header_costs_little_memory_whatever_is_in_it(tmp_path, write_series):
+def test_a_header_costs_little_memory_whatever_is_in_it(tmp_path, write_series, scans_of):
     write_series(tmp_path / "in", range(100), ImageComments="x" * 10_000, SeriesDescription="y" * 60)
     tracemalloc.start()
-    scans, failures = find_scans(tmp_path / "in", tmp_path / "out")
+    scans = scans_of()
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert len(scans) == 1 and failures == [] and kept / 100 < 4096
+    assert len(scans) == 1 and kept / 100 < 4096
 
 
 def test_another_time_size_or_name_of_any_file_makes_another_scan(tmp_path, write_series):
@@ -104,7 +104,7 @@ def test_other_pixels_are_another_scan_where_they_lie_beside_the_header(tmp_path
     assert open_scan(header).stamp != before
 
 
-def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path, write_series, write_dicom):
+def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path, write_series, write_dicom, scans_of):
     folder = tmp_path / "in"
     write_series(folder, [0, 5], ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
     write_series(folder, [0, 2, 4, 6], series="1.2.3.5", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
@@ -114,16 +114,16 @@ def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path,
     write_series(folder, [0], series="1.2.3.6", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     write_series(folder, [0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY"], ImagePositionPatient=None)
     write_series(folder, [0], series="1.2.3.8", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
-    scans, failures = find_scans(folder, tmp_path / "out")
+    scans = scans_of()
     assert sorted(map(len, scans)) == [1, 2, 3] and len({scan.name for scan in scans}) == 3
     assert next(scan.spacing for scan in scans if len(scan) == 1) == (3, 3)
     kinds = ("localizers", "derived images without a position", "images that are not axial")
     assert all({f"left out 1 {kind}" for kind in kinds} <= set(scan.warnings) for scan in scans)
-    assert failures == [] and not any("1.2.3" in scan.name for scan in scans)
+    assert not any("1.2.3" in scan.name for scan in scans)
 
 
 @pytest.mark.parametrize("other", ["localizer", "dose", "report"])
-def test_derived_images_are_the_scan_of_a_study_without_other_images(tmp_path, write_series, other):
+def test_derived_images_are_the_scan_of_a_study_without_other_images(tmp_path, write_series, other, scans_of):
     folder, tags = tmp_path / "in", {
         "localizer": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
         "dose": {"Modality": "RTDOSE"},
@@ -134,27 +134,18 @@ def test_derived_images_are_the_scan_of_a_study_without_other_images(tmp_path, w
         dataset = pydicom.dcmread(folder / "1.2.3.6-0")
         del dataset.Rows, dataset.PixelData
         dataset.save_as(folder / "1.2.3.6-0")
-    (scan,), failures = find_scans(folder, tmp_path / "out")
-    assert len(scan) == 3 and failures == []
+    (scan,) = scans_of()
+    assert len(scan) == 3
     assert scan.warnings == [f"left out 1 {'localizers' if other == 'localizer' else 'objects without images'}"]
 
 
-def test_a_series_keeps_its_name_when_another_joins_it_in_the_folder(tmp_path, write_series):
+def test_a_series_keeps_its_name_when_another_joins_it_in_the_folder(tmp_path, write_series, scans_of):
     folder = tmp_path / "in"
     write_series(folder, [0])
-    (alone,), _ = find_scans(folder, tmp_path / "out")
+    (alone,) = scans_of()
     write_series(folder, [0, 5], series="1.2.3.5")
-    scans, failures = find_scans(folder, tmp_path / "out")
-    assert alone.name in {scan.name for scan in scans} and len(scans) == 2 and failures == []
-
-
-@pytest.mark.parametrize("modality", ["SEG", "RTDOSE"])
-def test_pixels_that_are_no_picture_of_the_body_are_refused(tmp_path, write_dicom, modality):
-    dataset = pydicom.dcmread(write_dicom(tmp_path / "x.dcm", np.zeros((6, 8))))
-    dataset.Modality = modality
-    dataset.save_as(tmp_path / "x.dcm")
-    _, (failure,) = find_scans(tmp_path / "x.dcm", tmp_path / "out")
-    assert "found objects without images, expected an axial image" in failure["reason"]
+    scans = scans_of()
+    assert alone.name in {scan.name for scan in scans} and len(scans) == 2
 
 
 def test_one_damaged_header_costs_one_file(tmp_path, write_series):
@@ -165,15 +156,6 @@ def test_one_damaged_header_costs_one_file(tmp_path, write_series):
     path.write_bytes(content.replace(tag + b"UI", tag + b"ZZ"))
     (scan,), (failure,) = find_scans(tmp_path / "in", tmp_path / "out")
     assert len(scan) == 2 and failure["file"] == path.name and "\n" not in failure["reason"]
-
-
-def test_slices_too_thin_for_the_network_are_refused(tmp_path):
-    Image.new("L", (3, 2000)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"x.png: .*found axial slices of 3 x 2000 pixels, expected no side 100 times"):
-        open_scan(tmp_path / "x.png")
-    thin = np.arange(150, dtype=np.int16).reshape(50, 1, 3)
-    nib.save(nib.Nifti1Image(thin, np.diag([1.0, 1, 2, 1])), tmp_path / "x.nii")
-    assert open_scan(tmp_path / "x.nii").read(1).shape == (1, 1, 50), "turned round along an axis of one pixel"
 
 
 def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path):
@@ -188,6 +170,8 @@ def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path
     for index in range(4):
         np.testing.assert_array_equal(scan.read(index)[0], pixels[index])
     np.testing.assert_allclose((np.diag([-1, -1, 1, 1]) @ scan.affine)[:3, :3], np.diag(itk.GetSpacing()), atol=1e-6)
+    nib.save(nib.Nifti1Image(voxels[:, :1], np.diag([1.0, 1, 2, 1])), tmp_path / "thin.nii")
+    np.testing.assert_array_equal(open_scan(tmp_path / "thin.nii").read(1)[0, 0], voxels[::-1, 0, 1])  # turned round
 
 
 def test_a_missing_thickness_is_warned_of(tmp_path, write_series):
@@ -294,12 +278,6 @@ def test_the_real_series_is_what_simpleitk_reads(real_data, tmp_path):
     lps = np.diag([-1.0, -1, 1, 1]) @ scan.affine
     np.testing.assert_allclose(lps[:3, 3], image.GetOrigin(), atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(lps[:3, :3], axis=0), image.GetSpacing(), atol=1e-5)
-
-
-def test_a_slice_of_nothing_but_nan_is_refused(tmp_path):
-    nib.save(nib.Nifti1Image(np.full((8, 6, 1), np.nan, np.float32), np.eye(4)), tmp_path / "x.nii")
-    with pytest.raises(UserError, match="x.nii: found NaN or infinite pixels"):
-        open_scan(tmp_path / "x.nii").read(0)
 
 
 @pytest.mark.parametrize(

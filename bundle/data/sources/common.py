@@ -18,10 +18,10 @@ from bundle.data.labels import labels_of
 from bundle.data.transforms import LoadSlice
 from bundle.errors import UserError
 
-# What a layout yields: the split, or None where it knows none, and a record of absolute paths, whose class is a name. It may
-# hold the size (columns, rows) that its boxes are meant for, and a complaint instead of what cannot be read.
-Records = Iterator[tuple[str | None, dict]]
-SIZE, COMPLAINT = "size", "complaint"
+# What a layout yields: a record of absolute paths, whose class is a name. It may hold a split, the size (columns, rows) that
+# its boxes are meant for, annotations that it implies for other tasks, and a complaint instead of what cannot be read.
+Records = Iterator[dict]
+SPLIT, SIZE, IMPLIED, COMPLAINT = "split", "size", "implied", "complaint"
 SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation", "test": "test"}
 SPLIT_NAMES |= {"training": "training", "validation": "validation"}
 csv.field_size_limit(2**31 - 1)  # a cell may be long

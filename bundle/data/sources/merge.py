@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bundle.data.datalist import SPLITS, annotated_tasks, record_complaints, validate
+from bundle.data.datalist import FIELDS, SPLITS, annotated_tasks, record_complaints, validate
 from bundle.data.sources import published, tables, volumes
-from bundle.data.sources.common import COMPLAINT, SIZE, Records
+from bundle.data.sources.common import COMPLAINT, IMPLIED, SIZE, SPLIT, Records
 from bundle.data.transforms import LoadSliced
 from bundle.data.volumes import open_slice
 from bundle.errors import UserError
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 CLASSES = ("other", "COVID-19", "lung cancer")
 # What tables call the classes beside their names.
 ALIASES = {"covid": "covid19", "normal": "other", "benign": "other", "noncovid": "other"}
+ORIGIN = "origin"  # of a record: layout and path
 BAD_SHARE = 0.05  # of the slices of a folder: more that cannot be used, and none of it is taken
 OUTSIDE = 1  # pixels that a box may reach out of the image to be clipped to it
 
@@ -37,14 +38,6 @@ class Source(NamedTuple):
     read: Callable  # (path, export) -> `Records`
     marks: tuple[str, ...]  # glob patterns that tell it apart
     source: str = ""  # the name that records carry and groups begin with, unless the record, folder or file names it
-
-
-class _Found(NamedTuple):
-    record: dict
-    split: str | None  # that its folder gives it
-    implied: dict  # annotations for other tasks
-    layout: str
-    path: Path
 
 
 SOURCES = {
@@ -112,7 +105,7 @@ def merge(
     layouts = find_layouts(arguments)
     output = Path(output_dir).resolve()  # a relative path through a link would lead elsewhere
     output.mkdir(parents=True, exist_ok=True)
-    sources: dict[str, list[_Found]] = {}
+    sources: dict[str, list[dict]] = {}
     for number, (layout, path) in enumerate(layouts):
         export = output / "export" / f"{number:02d}_{path.stem}"
         options = {"categories": categories} if SOURCES[layout].read is tables.coco else {}
@@ -125,19 +118,19 @@ def merge(
                 raise
             logger.warning(f"{error}; {path.name} is left out")
             continue
-        for one in found:
-            sources.setdefault(one.record[SOURCE], []).append(one)
-        logger.info(f"{path}: read as {', '.join(sorted({one.record[SOURCE] for one in found}))} ({layout})")
+        for record in found:
+            sources.setdefault(record[SOURCE], []).append(record)
+        logger.info(f"{path}: read as {', '.join(sorted({record[SOURCE] for record in found}))} ({layout})")
     if not sources:
         found = ", ".join(arguments)
         raise UserError(f"{found}: found no data set that can be read, expected one or more; see the lines above")
     datalist = {"name": "chest CT", "classes": list(classes), **{split: [] for split in SPLITS}}
     datalist |= {"implied": {}} if implied else {}
     for source, found in sources.items():
-        for split, one in _with_splits(_without_annotated_elsewhere(found), seed):
-            extra = {key: value for key, value in one.implied.items() if key not in one.record}
-            extra = extra if implied and split == "training" else {}
-            datalist[split].append(one.record | extra)
+        for split, record in _with_splits(_without_annotated_elsewhere(found), seed):
+            hints = record.get(IMPLIED, {}) if implied and split == "training" else {}
+            extra = {field: value for field, value in hints.items() if field not in record}
+            datalist[split].append({field: record[field] for field in record if field in FIELDS} | extra)
             if extra:
                 datalist["implied"].setdefault(source, Counter()).update(extra.keys())
     validate(datalist)
@@ -145,28 +138,28 @@ def merge(
     return datalist
 
 
-def _usable(read: Records, layout: str, path: Path, output: Path, classes: Sequence[str]) -> list[_Found]:
+def _usable(read: Records, layout: str, path: Path, output: Path, classes: Sequence[str]) -> list[dict]:
     """The slices of a folder or table that can be used; a warning names each of the others, or counts what was changed."""
-    good: dict[str, _Found | None] = {}  # by image; None for one that two rows annotate differently
+    good: dict[str, dict | None] = {}  # by image; None for one that two rows annotate differently
     bad, changes, split_of, masks = [], Counter(), {}, set()
-    for split, found in read:
-        image = os.path.normpath(found[IMAGE])
+    for record in read:
+        name, image = record[IMAGE], os.path.normpath(record[IMAGE])
         try:
-            one = _finished(split, found, layout, path, classes)
-            own = {file for file in map(one.record.get, (MASK, INSTANCES)) if file} - {EMPTY_MASK}
-            done = _repair_boxes(one.record)
-            _check(one.record, found.get(SIZE), len(classes))
-            if image in good and good[image] != one:
+            _finish(record, layout, path, classes)
+            own = {file for file in map(record.get, (MASK, INSTANCES)) if file} - {EMPTY_MASK}
+            done = _repair_boxes(record)
+            _check(record, len(classes))
+            if image in good and good[image] != record:
                 good[image] = None
                 raise UserError(f"{IMAGE}: found in an earlier row as well, expected one row with all annotations of an image")
         except UserError as error:
-            bad.append(str(error) if str(error).startswith(str(path)) else f"{path}: {found[IMAGE]}: {error}")
+            bad.append(str(error) if str(error).startswith(str(path)) else f"{path}: {name}: {error}")
             continue
         done += ["masks that an earlier image has, too; check that each belongs to its image"] * bool(own & masks)
         changes.update(done if image not in good else ["rows that repeat another one left out"])
-        good[image] = one
+        good[image] = record
         masks |= own
-    usable = [one for one in good.values() if one]
+    usable = [record for record in good.values() if record]
     number = len(usable) + len(bad)
     if not number:
         raise UserError(f"{path}: found no record, expected one of the layouts of docs/data.md")
@@ -177,8 +170,8 @@ def _usable(read: Records, layout: str, path: Path, output: Path, classes: Seque
         logger.warning(f"{complaint}; this slice is left out")
     for change, count in changes.items():
         logger.warning(f"{path}: {count} {change}")
-    for record, split, *_ in usable:
-        if split and (first := split_of.setdefault(record[GROUP], split)) != split:
+    for record in usable:
+        if (split := record.get(SPLIT)) and (first := split_of.setdefault(record[GROUP], split)) != split:
             found = f"found {record[GROUP]!r} in {split} and in {first}, expected it in one split"
             raise UserError(f"{path}: {record[IMAGE]}: {GROUP}: {found}")
         for key in {IMAGE, MASK, INSTANCES} & record.keys():
@@ -186,27 +179,25 @@ def _usable(read: Records, layout: str, path: Path, output: Path, classes: Seque
     return usable
 
 
-def _finished(split: str | None, found: dict, layout: str, path: Path, classes: Sequence[str]) -> _Found:
-    """The record with its source, a class number for a name, and a group that no other source has."""
-    if COMPLAINT in found:
-        raise UserError(found[COMPLAINT])
-    source = found.get(SOURCE) or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
-    record = {key: value for key, value in found.items() if key not in (SIZE, tables.IMPLIED, SOURCE)}
-    record |= {IMAGE: os.path.normpath(found[IMAGE]), GROUP: f"{source}/{found[GROUP]}", SOURCE: source}
-    implied = found.get(tables.IMPLIED, {})
-    for part in (record, implied):
+def _finish(record: dict, layout: str, path: Path, classes: Sequence[str]) -> None:
+    """Give a record its source, a class number for a name, and a group that no other source has."""
+    if COMPLAINT in record:
+        raise UserError(record[COMPLAINT])
+    source = record.pop(SOURCE, "") or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
+    record |= {IMAGE: os.path.normpath(record[IMAGE]), GROUP: f"{source}/{record[GROUP]}", SOURCE: source, ORIGIN: (layout, path)}
+    for part in (record, record.get(IMPLIED, {})):
         if CLASS in part:
             part[CLASS] = _class_number(part[CLASS], classes)
-    return _Found(record, split, implied, layout, path)
 
 
-def _check(record: dict, size: tuple[int, int] | None, num_classes: int) -> None:
+def _check(record: dict, num_classes: int) -> None:
     """Refuse a record of absolute paths for the first thing that is wrong with it; masks and instances are read."""
-    if complaint := next(record_complaints(record, num_classes, "", headers=True), None):
+    if complaint := next(record_complaints(record, num_classes, "", headers=True, known=record), None):
         raise UserError(complaint)
-    if size and record.get(BOXES) and (stored := open_slice(record[IMAGE]).stored_size) != tuple(size):
+    size = record.get(SIZE)
+    if size and record.get(BOXES) and (stored := open_slice(record[IMAGE]).stored_size) != size:
         expected = f"expected {stored} as the image has; scale them"
-        raise UserError(f"{BOXES}: found boxes for (columns, rows) = {tuple(size)}, {expected}")
+        raise UserError(f"{BOXES}: found boxes for (columns, rows) = {size}, {expected}")
     if record.get(MASK, EMPTY_MASK) != EMPTY_MASK or INSTANCES in record:
         LoadSliced()(record)
 
@@ -253,11 +244,11 @@ def _repair_boxes(record: dict) -> list[str]:
     return [f"boxes {change}" for change, where in done.items() for _ in range(where.sum())]
 
 
-def _refuse_strangers(layout: str, path: Path, found: Sequence[_Found], sources: Mapping[str, Sequence[_Found]]) -> None:
+def _refuse_strangers(layout: str, path: Path, found: Sequence[dict], sources: Mapping[str, Sequence[dict]]) -> None:
     """Refuse a data set in two layouts, which name groups differently, and two of one's own that have the same name."""
     public = {entry.source for entry in (*tables.KNOWN, *SOURCES.values())}
-    for source in sorted({one.record[SOURCE] for one in found}):
-        for other, place in {(one.layout, one.path) for one in sources.get(source, ())}:
+    for source in sorted({record[SOURCE] for record in found}):
+        for other, place in {record[ORIGIN] for record in sources.get(source, ())}:
             if other != layout:
                 raise UserError(f"{path}: found {source} as {layout}, and as {other} in {place}, expected it in one layout")
             if source not in public and path.stem == place.stem == source:
@@ -265,27 +256,25 @@ def _refuse_strangers(layout: str, path: Path, found: Sequence[_Found], sources:
                 raise UserError(f"{path}: {found}, expected another one")
 
 
-def _without_annotated_elsewhere(found: Sequence[_Found]) -> list[_Found]:
+def _without_annotated_elsewhere(found: Sequence[dict]) -> list[dict]:
     """Without the slices that have no annotation and whose patient another folder annotates: its split counts."""
-    annotated = [bool(one.record.keys() & set(ANNOTATION.values())) for one in found]
-    places: dict[str, set[Path]] = {}
-    for one, has in zip(found, annotated):
-        if has:
-            places.setdefault(one.record[GROUP], set()).add(one.path)
-    kept = [one for one, has in zip(found, annotated) if has or not places.get(one.record[GROUP], set()) - {one.path}]
-    for path, count in (Counter(one.path for one in found) - Counter(one.path for one in kept)).items():
+    origins, fields = defaultdict(set), set(ANNOTATION.values())
+    for record in found:
+        origins[record[GROUP]] |= {record[ORIGIN]} if fields & record.keys() else set()
+    kept = [record for record in found if fields & record.keys() or not origins[record[GROUP]] - {record[ORIGIN]}]
+    for (_, path), count in (Counter(record[ORIGIN] for record in found) - Counter(record[ORIGIN] for record in kept)).items():
         logger.info(f"{path}: {count} slices without annotation left out: another folder annotates their patients")
     return kept
 
 
-def _with_splits(found: Sequence[_Found], seed: int) -> list[tuple[str, _Found]]:
+def _with_splits(found: Sequence[dict], seed: int) -> list[tuple[str, dict]]:
     """The slices with a split for those that have none: their group's where it has one, otherwise drawn."""
-    split_of = {one.record[GROUP]: one.split for one in found if one.split}
-    groups = sorted({one.record[GROUP] for one in found} - split_of.keys())
+    split_of = {record[GROUP]: record[SPLIT] for record in found if record.get(SPLIT)}
+    groups = sorted({record[GROUP] for record in found} - split_of.keys())
     validation, test = (max(1, round(share * len(groups))) if len(groups) > 2 else 0 for share in (0.1, 0.2))
     drawn = ["validation"] * validation + ["test"] * test + ["training"] * (len(groups) - validation - test)
     split_of |= {groups[index]: split for index, split in zip(np.random.default_rng(seed).permutation(len(groups)), drawn)}
-    return [(one.split or split_of[one.record[GROUP]], one) for one in found]
+    return [(record.get(SPLIT) or split_of[record[GROUP]], record) for record in found]
 
 
 def table(datalist: dict) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bundle.data.sources.common import SPLIT_NAMES, Records, write_picture
+from bundle.data.sources.common import SPLIT, SPLIT_NAMES, Records, write_picture
 from bundle.data.transforms import LoadSlice
 from bundle.errors import UserError
 from bundle.names import CLASS, GROUP, IMAGE, MASK
@@ -20,10 +20,7 @@ SAME_PATIENT = 0.9
 
 
 def covid_ct_original(folder: Path, export: Path) -> Records:
-    """COVID-CT: Images-processed/CT_COVID and CT_NonCOVID, Data-split/{COVID,NonCOVID}/{train,val,test}CT_*.txt.
-
-    Patients come from *MetaInfo*.csv beside them; an image that these do not name is a group of its own.
-    """
+    """COVID-CT; patients come from *MetaInfo*.csv; an image that these do not name is a group of its own."""
     patients, unknown = _patients(folder), 0
     for kind, label in (("COVID", "COVID-19"), ("NonCOVID", "other")):
         for split in ("train", "val", "test"):
@@ -33,7 +30,7 @@ def covid_ct_original(folder: Path, export: Path) -> Records:
             for name in filter(None, map(str.strip, listing.read_text(errors="replace").splitlines())):
                 image = folder / "Images-processed" / f"CT_{kind}" / name
                 unknown += name not in patients
-                yield SPLIT_NAMES[split], {IMAGE: str(image), CLASS: label, GROUP: patients.get(name, name)}
+                yield {IMAGE: str(image), CLASS: label, GROUP: patients.get(name, name), SPLIT: SPLIT_NAMES[split]}
     if unknown:
         logger.info(f"{folder}: {unknown} images of patients that no *MetaInfo*.csv names, each a group of its own")
 
@@ -53,10 +50,7 @@ def _patients(folder: Path) -> dict[str, str]:
 
 
 def iqoth_nccd_original(folder: Path, export: Path) -> Records:
-    """IQ-OTH/NCCD: folders "Normal cases", "Bengin cases" (so spelt), "Malignant cases" of numbered pictures.
-
-    No patient is named, but numbers run patient by patient: a group is a run of slices that resemble their neighbour.
-    """
+    """IQ-OTH/NCCD. No patient is named, but numbers run patient by patient: a group is a run of slices like their neighbour."""
     for case, label in (("Normal", "other"), ("Bengin", "other"), ("Malignant", "lung cancer")):
         run, before = 0, None
         images = pictures(folder / f"{case} cases")
@@ -65,7 +59,7 @@ def iqoth_nccd_original(folder: Path, export: Path) -> Records:
             thumbnail = (thumbnail - thumbnail.mean()) / max(thumbnail.std(), 1e-6)
             run += before is not None and float((thumbnail * before).mean()) < SAME_PATIENT  # their correlation
             before = thumbnail
-            yield None, {IMAGE: str(image), CLASS: label, GROUP: f"{case.lower()}_{run}"}
+            yield {IMAGE: str(image), CLASS: label, GROUP: f"{case.lower()}_{run}"}
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -80,10 +74,9 @@ def _grey(path: Path) -> np.ndarray:
 
 
 def inf_net(folder: Path, export: Path) -> Records:
-    """Inf-Net's release: TrainingSet/LungInfection-Train/Doctor-label and TestingSet/LungInfection-Test, each Imgs and GT.
+    """Inf-Net's release, whose pictures lie transposed: they are written below `export` with the spine down.
 
-    The pictures lie transposed there: they are written below `export` with the spine down. A seventh of the training slices,
-    evenly spaced, is for validation. Patients are not named: every slice is a group.
+    A seventh of the training slices, evenly spaced, is for validation. Patients are not named: every slice is a group.
     """
     training, test = folder / "TrainingSet/LungInfection-Train/Doctor-label", folder / "TestingSet/LungInfection-Test"
     for place, splits in ((training, ["validation"] + 6 * ["training"]), (test, ["test"])):
@@ -96,4 +89,4 @@ def inf_net(folder: Path, export: Path) -> Records:
                 IMAGE: write_picture(_grey(image).T, export / place.name / "image" / f"{image.stem}.png"),
                 MASK: write_picture(np.uint8(mask.T > 127), export / place.name / "mask" / f"{image.stem}.png"),
             }
-            yield split, {**record, GROUP: f"{place.name} {image.stem}"}
+            yield {**record, GROUP: f"{place.name} {image.stem}", SPLIT: split}

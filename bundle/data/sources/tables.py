@@ -11,14 +11,15 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bundle.data.sources.common import COMPLAINT, MIN_LESION_PIXELS, SIZE, SPLIT_NAMES, Records
+from bundle.data.datalist import read_json
+from bundle.data.sources.common import COMPLAINT, IMPLIED, MIN_LESION_PIXELS, SIZE, SPLIT, SPLIT_NAMES, Records
 from bundle.data.sources.common import lesions, read_labels, read_rows, write_picture
 from bundle.data.transforms import LoadSlice, move_boxes
 from bundle.data.volumes import PICTURES
@@ -26,8 +27,7 @@ from bundle.errors import UserError
 from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK, SOURCE
 
 logger = logging.getLogger(__name__)
-# Columns that are no fields of a record, and the key of what a record implies until `merge` takes it or drops it.
-OBJECTS, SPLIT, IMPLIED = "objects", "split", "implied"
+OBJECTS = "objects"  # a column that is no field of a record
 # Column of docs/data.md -> names that it may have, in any case; of several, the first that a row fills counts.
 COLUMNS = {
     IMAGE: ("image", "file", "filename", "path"),
@@ -115,19 +115,16 @@ def table(path: Path, export: Path, known: Known | None = None) -> Records:
         try:
             record = _record(row, known, place, path.parent, export, f"{number:05d}_{Path(image).stem}.png")
         except UserError as error:  # of one row, which stops no data set
-            yield None, {IMAGE: image, COMPLAINT: str(error)}
-            continue
-        split = record.pop(SPLIT)
-        if record.pop(OBJECTS, None):
-            dust += 1
-        else:
-            yield split, record
+            record = {IMAGE: image, COMPLAINT: str(error)}
+        dust += OBJECTS in record
+        if OBJECTS not in record:
+            yield record
     if dust:
         logger.info(f"{path.parent}: {dust} slices left out whose tumour has no part of {MIN_LESION_PIXELS} pixels")
 
 
 def _record(row: Mapping, known: Known | None, place: str, folder: Path, export: Path, name: str) -> dict:
-    """Record of a row, with its split or None, and OBJECTS where its mask of objects is nothing but dust; `name` of its export."""
+    """Record of a row, with OBJECTS where its mask of objects is nothing but dust; `name` is that of its export."""
     if COMPLAINT in row:
         raise UserError(row[COMPLAINT])
     try:
@@ -212,27 +209,22 @@ def coco(folder: Path, export: Path, categories: Sequence[str] = ()) -> Records:
             raise UserError(f"{path}: found {type(error).__name__} {error}, {expected}") from None
         chosen[path] = [item for item, name in zip(content["annotations"], used) if not categories or name in categories]
         found.update({**dict.fromkeys(names.values(), 0), **Counter(used)})
-    if unknown := found and set(categories) - set(found):
-        raise UserError(
-            f"{folder}: categories: found {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(found))}"
-        )
+    if unknown := found and ", ".join(sorted({*categories} - {*found})):
+        raise UserError(f"{folder}: categories: found {unknown}, expected some of {', '.join(sorted(found))}")
     if not categories and len(+found) > 1:
         listed = ", ".join(f"{name} ({count})" for name, count in (+found).items())
         raise UserError(f"{folder}: found the categories {listed}, expected one; choose with --categories")
     for path, content in contents.items():
         if others := len(content["annotations"]) - len(chosen[path]):
             logger.info(f"{path}: {others} annotations of other categories left out")
-        split = SPLIT_NAMES[path.stem.removeprefix("annotations_")]
-        yield from ((split, record) for record in _coco_records(path, content["images"], chosen[path]))
+        for record in _coco_records(path, content["images"], chosen[path]):
+            yield record | {SPLIT: SPLIT_NAMES[path.stem.removeprefix("annotations_")]}
 
 
 def _coco_content(path: Path) -> dict:
     if path.stem.removeprefix("annotations_") not in SPLIT_NAMES:
         raise UserError(f"{path}: found an unknown split, expected annotations_train.json, _val.json or _test.json")
-    try:
-        content = json.loads(path.read_bytes())  # which finds out the encoding
-    except ValueError as error:
-        raise UserError(f"{path}: found no JSON ({error}), expected COCO's") from None
+    content = read_json(path, "COCO's")
     is_mapping = isinstance(content, Mapping)
     images, annotations = [content.get(key) if is_mapping else None for key in ("images", "annotations")]
     if not all(isinstance(items, list) and all(isinstance(item, Mapping) for item in items) for items in (images, annotations)):
@@ -248,8 +240,9 @@ def _coco_content(path: Path) -> dict:
     return content
 
 
-def _coco_records(path: Path, images: Sequence[Mapping], annotations: Sequence[Mapping]) -> list[dict]:
-    boxes, records, crowded = {image["id"]: [] for image in images}, [], set()
+def _coco_records(path: Path, images: Sequence[Mapping], annotations: Sequence[Mapping]) -> Iterator[dict]:
+    boxes = {image["id"]: [] for image in images}
+    crowded = {item["image_id"] for item in annotations if item.get("iscrowd") not in (None, 0, "0")}
     for annotation in annotations:
         try:
             x, y, width, height = map(float, annotation.get("bbox"))
@@ -257,14 +250,11 @@ def _coco_records(path: Path, images: Sequence[Mapping], annotations: Sequence[M
         except (TypeError, ValueError):
             box = annotation.get("bbox")  # the check of its slice names it
         boxes[annotation["image_id"]].append(box)
-        crowded |= set() if annotation.get("iscrowd") in (None, 0, "0") else {annotation["image_id"]}
-    for image in images:
-        patient, size = image.get("patient_id"), [str(image.get(side) or "") for side in ("width", "height")]
-        record = {IMAGE: str(path.parent / image["file_name"].replace("\\", "/")), BOXES: boxes[image["id"]]}
-        record[GROUP] = str(image["file_name"] if patient in (None, "") else patient)
-        if all(map(str.isdigit, size)):
-            record[SIZE] = tuple(map(int, size))
-        records += [record] if image["id"] not in crowded else []
     if crowded:
         logger.info(f"{path}: {len(crowded)} slices left out whose objects are marked as a crowd (iscrowd)")
-    return records
+    for image in (image for image in images if image["id"] not in crowded):
+        name, patient = image["file_name"], image.get("patient_id")
+        record = {IMAGE: str(path.parent / name.replace("\\", "/")), BOXES: boxes[image["id"]]}
+        size = [str(image.get(side) or "") for side in ("width", "height")]
+        record |= {SIZE: tuple(map(int, size))} if all(map(str.isdigit, size)) else {}
+        yield {**record, GROUP: str(name if patient in (None, "") else patient)}

@@ -13,7 +13,8 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from bundle.data.labels import whole_labels
 from bundle.data.sources.common import Records, lesions, read_rows, write_picture
-from bundle.data.volumes import open_scan
+from bundle.data.transforms import turned_elsewhere
+from bundle.data.volumes import LPS, NO_HU, open_scan
 from bundle.errors import UserError
 from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
@@ -21,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class Volume(NamedTuple):
-    """A volume turned to LPS: pixels (slices, rows, columns), and the affine (4, 4) from (row, column, slice) to LPS in mm."""
+    """A volume turned to LPS."""
 
-    pixels: np.ndarray
-    affine: np.ndarray
+    pixels: np.ndarray  # (slices, rows, columns)
+    affine: np.ndarray  # (4, 4) from (row, column, slice) to LPS in mm
     turn: np.ndarray  # that its file needed
 
     @property
@@ -40,7 +41,7 @@ class Volume(NamedTuple):
 
 
 def read_volume(path: Path, labels: bool = False) -> Volume:
-    """Read a volume, or a mask of `labels`, of any format whose axes are at right angles."""
+    """Read a volume, or a mask of `labels`, whose axes are at right angles."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a volume")
     scan = open_scan(path)
@@ -49,8 +50,12 @@ def read_volume(path: Path, labels: bool = False) -> Volume:
     axes = scan.affine[:3, :3] / nibabel.affines.voxel_sizes(scan.affine)
     if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
         raise UserError(f"{path}: found a sheared grid, expected axes at right angles; resample it")
+    if not labels:
+        scan.check_values()
+    if not (labels or scan.hounsfield):
+        raise UserError(f"{path}: found {scan.warnings[-1].removesuffix(NO_HU)}, expected HU")
     pixels = apply_orientation(scan.read_volume(labels), scan.turn).transpose(2, 0, 1)
-    return Volume(pixels, np.diag([-1.0, -1, 1, 1]) @ scan.affine @ inv_ornt_aff(scan.turn, scan.shape), scan.turn)
+    return Volume(pixels, LPS @ scan.affine @ inv_ornt_aff(scan.turn, scan.shape), scan.turn)
 
 
 def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
@@ -59,9 +64,7 @@ def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
     if mask.pixels.shape != volume.pixels.shape:
         raise UserError(f"{mask_path}: found shape {mask.pixels.shape}, expected {volume.pixels.shape} as in {path}")
     if not np.array_equal(mask.turn, volume.turn) and (np.abs(mask.ends - volume.ends) > volume.spacing).any():
-        found = f"found a header that turns the mask otherwise than {path} and lays it elsewhere"
-        expected = "expected the same place in space; if their arrays agree as stored, give it the affine of the image"
-        raise UserError(f"{mask_path}: {found}, {expected}")
+        raise turned_elsewhere(mask_path, MASK, path)
     return volume, np.ceil(whole_labels(mask.pixels, mask_path))
 
 
@@ -90,25 +93,19 @@ def with_as_many_free(positive: list[int], free: list[int]) -> list[int]:
 
 
 def medseg_nifti(folder: Path, export: Path) -> Records:
-    """The COVID-19 CT segmentation set as published: tr_im.nii.gz, tr_mask.nii.gz (1 ground glass, 2 consolidation).
-
-    Value 3, pleural effusion, is no infection and becomes background. Patients are not named: every slice is a group.
-    """
+    """The COVID-19 CT segmentation set as published. Patients are not named: every slice is a group."""
     volume, masks = read_annotated(folder / "tr_im.nii.gz", folder / "tr_mask.nii.gz")
-    masks = np.where(masks == 3, 0, masks)
+    masks = np.where(masks == 3, 0, masks)  # pleural effusion is no infection
     for index, (slice_, mask) in enumerate(zip(volume.pixels, masks)):
         name = f"{index:03d}"
         record = {IMAGE: write_slice(slice_, volume.spacing, export / f"{name}.nii.gz"), MASK: EMPTY_MASK, GROUP: name}
         if mask.any():
             record[MASK] = write_picture(np.uint8(mask), export / f"{name}_mask.png")
-        yield None, record
+        yield record
 
 
 def msd_lung(folder: Path, export: Path) -> Records:
-    """MSD Task06_Lung: imagesTr and labelsTr of the same names; tumours become boxes and instances, patient by patient.
-
-    Kept are the slices whose tumour has a part of at least `MIN_LESION_PIXELS`, and as many free of tumour.
-    """
+    """MSD Task06_Lung: slices whose tumour has a part of at least `MIN_LESION_PIXELS`, and as many free of tumour."""
     labels = sorted(path for path in (folder / "labelsTr").glob("*.nii.gz") if not path.name.startswith("."))
     for label, (volume, masks) in _readable(labels, lambda label: read_annotated(folder / "imagesTr" / label.name, label)):
         name = label.name.removesuffix(".nii.gz")
@@ -120,11 +117,11 @@ def msd_lung(folder: Path, export: Path) -> Records:
             if index in found:
                 instances, record[BOXES] = found[index]
                 record[INSTANCES] = write_picture(instances, place.with_name(f"{index:03d}_instances.png"))
-            yield None, record
+            yield record
 
 
 def luna16(folder: Path, export: Path) -> Records:
-    """LUNA16: *.mhd in any folder but seg-lungs-LUNA16, and annotations.csv (seriesuid, coordX/Y/Z in mm LPS, diameter_mm).
+    """LUNA16, whose annotations.csv has centres in mm LPS and diameters.
 
     A nodule is taken as a ball: the slices that cut it at half of its diameter or more get its box there; as many slices
     that touch no nodule get none; those between are left out, and scans without nodules.
@@ -144,7 +141,7 @@ def luna16(folder: Path, export: Path) -> Records:
         for index in with_as_many_free(sorted(boxes), free):
             place = export / path.stem / f"{index:03d}.nii.gz"
             record = {IMAGE: write_slice(volume.pixels[index], volume.spacing, place), BOXES: boxes.get(index, [])}
-            yield None, {**record, GROUP: path.stem}
+            yield {**record, GROUP: path.stem}
 
 
 def _ball_boxes(nodules: list[tuple[float, ...]], volume: Volume) -> tuple[dict[int, list], set[int]]:
@@ -155,12 +152,10 @@ def _ball_boxes(nodules: list[tuple[float, ...]], volume: Volume) -> tuple[dict[
     touched, cut_thin = set(), set()
     for x, y, z, diameter in nodules:
         row, column, centre = nibabel.affines.apply_affine(to_voxel, (x, y, z))
-        for index in range(slices):
-            squared = (diameter / 2) ** 2 - ((index - centre) * dz) ** 2
-            if squared <= 0:
-                continue
+        radii = np.sqrt(np.maximum((diameter / 2) ** 2 - ((np.arange(slices) - centre) * dz) ** 2, 0))
+        for index in np.flatnonzero(radii).tolist():
             touched.add(index)
-            radius = squared**0.5
+            radius = radii[index]
             box = [column + 0.5 - radius / dx, row + 0.5 - radius / dy, column + 0.5 + radius / dx, row + 0.5 + radius / dy]
             box = [round(float(np.clip(value, 0, limit)), 2) for value, limit in zip(box, (columns, rows) * 2)]
             if radius >= diameter / 4 and box[0] < box[2] and box[1] < box[3]:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from bundle.data.sources.volumes import read_annotated, read_volume, with_as_many_free
+from bundle.data.sources.volumes import read_annotated, with_as_many_free
 from bundle.errors import UserError
 
 COLUMNS, ROWS, SLICES = 60, 40, 6
@@ -26,36 +26,6 @@ def chest():
     mask[4, 20, 20:23] = 1
     return hu, mask
 
-
-def test_volume_is_turned_to_lps(tmp_path, chest):
-    hu, _ = chest
-    save_ras(tmp_path / "v.nii.gz", hu)
-    volume = read_volume(tmp_path / "v.nii.gz")
-    np.testing.assert_array_equal(volume.pixels, hu)
-    np.testing.assert_allclose(volume.spacing, (0.7, 0.9, 2.5), rtol=1e-6)
-    columns, rows, slices = np.eye(3) * volume.spacing
-    np.testing.assert_allclose(volume.affine[:3, :3].T, [rows, columns, slices], atol=1e-6)
-
-
-def test_nan_around_the_field_of_view_is_air(tmp_path, chest):
-    hu = np.where(np.arange(COLUMNS) < 5, np.nan, chest[0])
-    save_ras(tmp_path / "v.nii.gz", hu, np.float32)
-    np.testing.assert_array_equal(read_volume(tmp_path / "v.nii.gz").pixels, np.nan_to_num(hu, nan=-1024))
-
-
-@pytest.mark.parametrize(
-    "make, complaint",
-    [
-        (lambda path: None, "no such file, expected a volume"),
-        (lambda path: path.write_bytes(b"no volume"), "cannot be read"),
-        (lambda path: nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 2, 2), np.int16), np.eye(4)), path), "2 or 3 axes"),
-    ],
-)
-def test_bad_volumes_are_refused_in_one_line(tmp_path, make, complaint):
-    make(tmp_path / "v.nii.gz")
-    with pytest.raises(UserError, match=f"v.nii.gz: .*{complaint}") as error:
-        read_volume(tmp_path / "v.nii.gz")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +51,15 @@ def test_medseg_nifti(tmp_path, chest, samples):
         assert sample["record"]["source"] == "medseg_covid19" and "boxes" not in sample
 
 
-def test_medseg_nifti_of_two_shapes_is_refused(tmp_path, chest, merged):
+def test_medseg_nifti_of_two_shapes_or_without_hu_is_refused(tmp_path, chest, merged):
     save_ras(tmp_path / "medseg/tr_im.nii.gz", chest[0])
+    with pytest.raises(UserError, match="medseg/tr_mask.nii.gz: no such file, expected a volume"):
+        merged(f"medseg_nifti={tmp_path / 'medseg'}")
     save_ras(tmp_path / "medseg/tr_mask.nii.gz", chest[1][:, :, 1:])
-    with pytest.raises(ValueError, match=r"tr_mask.nii.gz: found shape \(6, 40, 59\), expected \(6, 40, 60\)"):
+    with pytest.raises(UserError, match=r"tr_mask.nii.gz: found shape \(6, 40, 59\), expected \(6, 40, 60\)"):
+        merged(tmp_path / "medseg")
+    save_ras(tmp_path / "medseg/tr_im.nii.gz", (chest[0] + 1000) / 2000, np.float32)
+    with pytest.raises(UserError, match="tr_im.nii.gz: found values from 0.1 to 0.52, none of a lung, expected HU$"):
         merged(tmp_path / "medseg")
 
 
