@@ -115,20 +115,21 @@ def starts_as_dicom(start: bytes) -> bool:
     return start[128:132] == b"DICM" or (start[:1] in (b"\x02", b"\x08") and start[1:2] == start[3:4] == b"\0")
 
 
-def read_header(path, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
-    """Header of a DICOM image, or only some of its tags; pydicom raises anything if it is damaged."""
-    with open(path, "rb") as file:
-        return _read_header(file, tags)
+def read_header(file, tags: Sequence[str] | None = TAGS) -> pydicom.Dataset:
+    """Header of a DICOM image, or only some of its tags, from a path or an open file, which is then at the pixels.
 
-
-def _read_header(file, tags: Sequence[str] | None) -> pydicom.Dataset:
+    pydicom raises anything if it is damaged.
+    """
+    if not hasattr(file, "read"):
+        with open(file, "rb") as opened:
+            return read_header(opened, tags)
     start = file.read(132)
     if not starts_as_dicom(start):
         raise UserError("found no DICOM header")
     force = start[128:] != b"DICM"
     if not force and read_file_meta_info(file.name).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         raise UserError("found a deflated file, expected another transfer syntax")  # its size in memory is not known
-    file.seek(0)  # it will be at the pixels
+    file.seek(0)
     return pydicom.dcmread(file, stop_before_pixels=True, force=force, specific_tags=tags and list(tags))
 
 
@@ -259,7 +260,7 @@ class Pixels:
     def __init__(self, path) -> None:
         self.path = path
         with open(path, "rb") as file:
-            self.header = _read_header(file, None)
+            self.header = read_header(file, None)
             start, element = file.tell(), file.read(12)
         little = self.header.original_encoding[1]
         explicit = element[4:6] in (b"OW", b"OB", b"OF", b"OD", b"UN")  # whatever the transfer syntax says
@@ -277,22 +278,19 @@ class Pixels:
         self.spare = max(0, self.header.get("HighBit", 0) + 1 - self.header.get("BitsStored", 1))
         self.options["bits_stored"] = self.options.get("bits_stored", 16) + self.spare
 
-    def stored(self, index: int) -> np.ndarray:
-        """(rows, columns) or, of RGB, (rows, columns, 3)."""
+    def read(self, frame: Frame) -> np.ndarray:
+        """float32 (columns, rows): HU of CT, padding as air; otherwise grey values, luminance of colours, low values dark."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
-                pixels, _ = pydicom.pixels.get_decoder(self.syntax).as_array(file, index=index, **self.options)
-            return pixels >> self.spare if self.spare and not (pixels & (1 << self.spare) - 1).any() else pixels
+                pixels, _ = pydicom.pixels.get_decoder(self.syntax).as_array(file, index=frame.index, **self.options)
         except RuntimeError as error:
             if "missing dependencies" not in str(error):
                 raise
             packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
             raise UserError(f"found {self.syntax.name}, for which no decoder is installed: pip install {packages}") from None
-
-    def read(self, frame: Frame) -> np.ndarray:
-        """float32 (columns, rows): HU of CT, padding as air; otherwise grey values, luminance of colours, low values dark."""
-        pixels = self.stored(frame.index)
+        if self.spare and not (pixels & (1 << self.spare) - 1).any():
+            pixels = pixels >> self.spare
         if frame.photometric == "PALETTE COLOR":
             pixels = pydicom.pixels.apply_color_lut(pixels, self.header)
         if pixels.ndim == 3:
@@ -492,7 +490,7 @@ def _is_numbered(frames: Sequence[Frame]) -> bool:
 
 
 def drop_extras(groups: Sequence[list[Frame]]) -> tuple[list[list[Frame]], dict[tuple[str, str], Counter]]:
-    """Drop images that are not axial, and `_extra` images of a study that has a scan; return the scans and the drops by study."""
+    """Drop images that are not axial, and `_extra` images of a study that has a scan; return scans and drops by study."""
     kept, left_out = [], defaultdict(Counter)
     for study in _divide(groups, lambda group: study_of(group[0])):
         scans = [group for group in study if not _extra(group, 0)]

@@ -87,7 +87,7 @@ class LoadSliced(MapTransform):
             found = f"found a header that turns the {key}, while {path} has none"
             raise UserError(f"{record[key]}: {found}, expected a picture as {key}")
         turned &= all(item.meta["spacing"] for item in (labels, image))
-        if turned and not torch.allclose(_place(labels), _place(image), rtol=0, atol=max(image.meta["spacing"])):
+        if turned and (np.abs(labels.meta["ends"] - image.meta["ends"])[:, :2] > max(image.meta["spacing"])).any():
             raise turned_elsewhere(record[key], key, path)
         return torch.tensor(labels_of(labels), dtype=torch.float32)[None]
 
@@ -109,15 +109,6 @@ def _check_instances(path, labels: torch.Tensor, masks: torch.Tensor, boxes: tor
     if apart.any():
         n = int(apart.nonzero()[0, 0])
         raise UserError(f"{path}: found the value {n + 1} outside of boxes[{n}], {expected}")
-
-
-def _place(slice_: MetaTensor) -> torch.Tensor:
-    """Where the first and the last pixel of a slice of a volume lie: (x, y) of RAS in mm, one a row."""
-    last = [size - 1 for size in slice_.shape[1:]]
-    y, x, one = slice_.affine.double() @ torch.tensor([[0, 0, 1], [*last, 1]], dtype=torch.float64).T
-    voxels = [x, y, one]
-    voxels.insert(slice_.meta["file_shape"].index(1), torch.zeros_like(one))
-    return (slice_.meta["file_affine"].double() @ torch.stack(voxels))[:2].T
 
 
 class ScaleIntensityd(MapTransform):

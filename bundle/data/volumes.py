@@ -90,7 +90,7 @@ class Scan:
     mode = None  # Pillow's, of a picture
     positions = thickness = spacing = _voxels = None
 
-    def __init__(self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None) -> None:
+    def __init__(self, name: str, path, shape: Sequence[int], affine: np.ndarray | None, files: Sequence | None = None):
         self.name, self.path, self.shape = str(name), str(path), (*map(int, shape), 1, 1)[:3]
         if min(self.shape) < 1:
             raise UserError(f"found a size of {tuple(shape)}")
@@ -149,6 +149,13 @@ class Scan:
     def size(self) -> tuple[int, int]:
         return self.shape[self.columns], self.shape[self.rows]
 
+    @property
+    def ends(self) -> np.ndarray | None:
+        """Where the first and the last voxel of the view lie, in mm of RAS, one a row; None without geometry."""
+        last = [self.shape[axis] - 1 for axis in (self.rows, self.columns, self.axis)]
+        to_stored = orientations.inv_ornt_aff(self.turn, self.shape)
+        return None if self.affine is None else nibabel.affines.apply_affine(self.affine @ to_stored, [[0, 0, 0], last])
+
     def _look(self) -> tuple[list[tuple], list[int]]:
         """Name, size and time of each file, and the time of the folders of a series, which is new when a file comes."""
         states = [(os.path.basename(file), (s := os.stat(file)).st_size, s.st_mtime_ns) for file in self.files]
@@ -191,8 +198,8 @@ class Scan:
             "filename_or_obj": self.sources[index][0],
             "hounsfield": self.hounsfield,
             "file_shape": pixels.shape if self.kind == "picture" else stored.shape,  # of the stored slice
-            "file_affine": None if self.affine is None else torch.as_tensor(self.affine),  # (4, 4) to RAS in mm
             "spacing": self.spacing,  # (row, column) in mm
+            "ends": self.ends,
             "picture": self.kind == "picture",
             "mode": self.mode,
         }
@@ -507,19 +514,11 @@ def open_slice(path) -> Scan:
 
 
 def find_scans(source, output_dir=None) -> tuple[list[Scan], list[dict]]:
-    """List the scans in a file, in a folder and all folders in it, or in what a glob pattern matches; only headers are read.
+    """The scans in a file, a folder and those in it, or what a glob pattern matches, and {"file", "reason"} of the unreadable.
 
-    Images are files with an extension of `EXTENSIONS`, and others whose content is known; hidden files and links to folders
-    are skipped.
-
-    Args:
-        output_dir: folder of the results, if any, which must not be in the source: the next run would take them as images.
-
-    Returns:
-        The scans, in the order of their names, and {"file", "reason"} of what cannot be read.
-
-    Raises:
-        UserError: if there is no image, or the source holds output_dir.
+    Only headers are read, of files with an extension of `EXTENSIONS` and of others whose content is known; hidden files and
+    links to folders are skipped. A UserError if there is no image, or the source holds `output_dir`, the folder of the
+    results, which the next run would take as images.
     """
     root, files, failures = _list_files(str(source))
     output = output_dir and Path(output_dir).resolve()
@@ -593,7 +592,7 @@ def _read_frames(path: Path, excluded: dict[tuple[str, str], Counter]) -> list[F
 
 
 def _dicom_scans(frames: Sequence[Frame], excluded: dict, root: Path) -> tuple[list[Scan], list[dict]]:
-    """Return the scans of DICOM files and the failures. The warnings of a scan list what its study excluded."""
+    """The scans of DICOM files and the failures. The warnings of a scan list what its study excluded."""
     groups, extras = series.drop_extras(series.group_frames(frames))
     for study, counts in extras.items():
         excluded[study].update(counts)

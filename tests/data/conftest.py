@@ -20,18 +20,19 @@ def scans_of(tmp_path):
 
 
 @pytest.fixture
-def write_series(write_dicom):
-    """Function that writes slices of constant HU at the given heights, the last of them first, as one series."""
+def write_series(write_dicom, tmp_path):
+    """Function that writes slices of constant HU at heights, the last first; `change` gives tags by number, None removes."""
 
-    def write(folder, heights, series="1.2.3.4", **tags):
+    def write(heights, series="1.2.3.4", change=lambda number: {}, **tags):
+        folder = tmp_path / "in"
         folder.mkdir(exist_ok=True)
         for number, height in reversed(list(enumerate(heights))):
             path = write_dicom(folder / f"{series}-{number}", np.full((6, 8), 10 * number - 1000))
             dataset = pydicom.dcmread(path)
             dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.InstanceNumber = "1.2.3", series, 100 - number
             dataset.ImagePositionPatient = [-50, -40, height]
-            for name, value in tags.items():
-                setattr(dataset, name, value)
+            for name, value in {**tags, **change(number)}.items():
+                delattr(dataset, name) if value is None else setattr(dataset, name, value)
             dataset.save_as(path)
 
     return write

@@ -146,8 +146,8 @@ def test_phases_of_a_multi_frame_file_are_scans(tmp_path, mark, monkeypatch):
     for source in (tmp_path, tmp_path / "x"):
         scans, failures = find_scans(source)
         assert failures == [] and [len(scan) for scan in scans] == [10] * 3 and len({scan.name for scan in scans}) == 3
-    parsed, read_header = [], series._read_header
-    monkeypatch.setattr(series, "_read_header", lambda file, tags: parsed.append(file) or read_header(file, tags))
+    parsed, read_header = [], series.read_header
+    monkeypatch.setattr(series, "read_header", lambda file, *tags: parsed.append(file) or read_header(file, *tags))
     for phase, scan in enumerate(scans):
         np.testing.assert_array_equal(scan.read_volume(), HU + phase)
         assert scan.sources[:2] == [(str(tmp_path / "x"), 2 * 3 + phase), (str(tmp_path / "x"), 3 + phase)]
@@ -323,10 +323,10 @@ REFUSED = {
     "DICOMDIR": (dicomdir, "found a directory of files .*; give its folder"),
     "JPEG": (lambda f: decoder_missing(f, JPEGLosslessSV1), "found JPEG Lossless.*pip install pylibjpeg"),
     "HTJ2K": (lambda f: decoder_missing(f, HTJ2KLossless), "found High-Throughput JPEG 2000.*pip install pylibjpeg"),
-    "segmentation": (lambda f: dicoms(f, name="x.dcm", slices=[0], Modality="SEG"), "found objects without images, expected an"),
-    "dose": (lambda f: dicoms(f, name="x.dcm", slices=[0], Modality="RTDOSE"), "found objects without images, expected an axial"),
-    "NaN": (lambda f: nifti(f / "x.nii", np.full((8, 6, 1), np.nan, np.float32)), "found NaN or infinite pixels, expected finite"),
-    "thin": (lambda f: Image.new("L", (3, 2000)).save(f / "x.png"), "found axial slices of 3 x 2000 pixels, expected no side 100"),
+    "segmentation": (lambda f: dicoms(f, name="x.dcm", slices=[0], Modality="SEG"), "found objects without images"),
+    "dose": (lambda f: dicoms(f, name="x.dcm", slices=[0], Modality="RTDOSE"), "found objects without images"),
+    "NaN": (lambda f: nifti(f / "x.nii", np.full((8, 6, 1), np.nan, np.float32)), "found NaN or infinite pixels"),
+    "thin": (lambda f: Image.new("L", (3, 2000)).save(f / "x.png"), "found axial slices of 3 x 2000 pixels"),
     "private syntax": (private_syntax, "found the private transfer syntax 1.2.840.113619.5.2"),
     "pixels elsewhere": (renamed_metaimage, "found no file x.raw beside it"),
 }

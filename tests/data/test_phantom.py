@@ -185,7 +185,7 @@ def test_foreign_folder_is_refused_and_left_alone(name, text, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"size": 63}, {"label": 3}, {"label": -1}, {"groups": (3, 3)}, {"groups": (2, 3, 3)}, {"groups": 3}, {"slices_per_group": 0}],
+    [{"size": 63}, *({"label": n} for n in (3, -1)), *({"groups": n} for n in (3, (3, 3), (2, 3, 3))), {"slices_per_group": 0}],
 )
 def test_arguments_out_of_range_are_refused(arguments, tmp_path):
     with pytest.raises(ValueError, match=f"{list(arguments)[0]}: found"):

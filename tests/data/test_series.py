@@ -29,16 +29,16 @@ def values(scan):
     return [float(scan.read(index).mean()) for index in range(len(scan))]
 
 
-def test_another_patient_with_a_blank_study_excludes_nothing(tmp_path, write_series, scans_of):
+def test_another_patient_with_a_blank_study_excludes_nothing(write_series, scans_of):
     original = {"ImageType": ["ORIGINAL", "PRIMARY"], "StudyInstanceUID": ""}
-    write_series(tmp_path / "in", [0, 5, 10], series="1.1", PatientID="a", **original)
+    write_series([0, 5, 10], series="1.1", PatientID="a", **original)
     derived = {"ImageType": ["DERIVED", "SECONDARY"], "ImagePositionPatient": None}
-    write_series(tmp_path / "in", [0, 5], series="1.2", StudyInstanceUID="", PatientID="b", **derived)
+    write_series([0, 5], series="1.2", StudyInstanceUID="", PatientID="b", **derived)
     assert sorted(map(len, scans_of())) == [2, 3]
 
 
 def test_a_series_in_sub_folders_is_one_scan_and_its_copy_another(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", [5 * k for k in range(12)])
+    write_series([5 * k for k in range(12)])
     for number, path in enumerate(sorted((tmp_path / "in").iterdir())):
         (tmp_path / f"in/DIR{number // 4}").mkdir(exist_ok=True)
         path.rename(tmp_path / f"in/DIR{number // 4}/{path.name}")
@@ -48,27 +48,28 @@ def test_a_series_in_sub_folders_is_one_scan_and_its_copy_another(tmp_path, writ
     assert sum(len(scan) for scan in scans_of()) == 16
 
 
-def test_single_slices_of_many_patients_without_names_stay_single(tmp_path, write_series, scans_of):
+def test_single_slices_of_many_patients_without_names_stay_single(write_series, scans_of):
     for number, height in enumerate([3, 40, 44, 90, 97]):
         position = [-50 + 7 * (number % 3), -40, height]
         tags = {"StudyInstanceUID": f"2.{number}", "ImagePositionPatient": position}
-        write_series(tmp_path / "in", [height], series=f"1.{number}", **tags)
+        write_series([height], series=f"1.{number}", **tags)
     assert [len(scan) for scan in scans_of()] == [1] * 5
 
 
-def test_digits_at_a_rounding_edge_divide_nothing(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", [0, 5, 10, 15])
-    for number, path in enumerate(sorted((tmp_path / "in").iterdir())):
+def test_digits_at_a_rounding_edge_divide_nothing(write_series, scans_of):
+    def digits(number):
         edge = 0.0050001 if number % 2 else 0.0049999
-        turned = [float(np.sqrt(1 - edge**2)), edge, 0, -edge, float(np.sqrt(1 - edge**2)), 0]
-        digits = [f"{value:.7f}" for value in turned]
-        change(path, ImageOrientationPatient=digits, PixelSpacing=[0.7005001 - number % 2 * 1e-6] * 2)
+        turned = [np.sqrt(1 - edge**2), edge, 0, -edge, np.sqrt(1 - edge**2), 0]
+        spacing = [0.7005001 - number % 2 * 1e-6] * 2
+        return {"ImageOrientationPatient": [f"{value:.7f}" for value in turned], "PixelSpacing": spacing}
+
+    write_series([0, 5, 10, 15], change=digits)
     (scan,) = scans_of()
     assert len(scan) == 4
 
 
 def test_equal_positions_of_many_different_images_are_an_anonymisers(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", [0] * 12)
+    write_series([0] * 12)
     (scan,) = scans_of()
     assert len(scan) == 12 and scan.affine is None and "12 images with equal positions" in scan.warnings[0]
     assert values(scan) == [10 * number - 1000 for number in reversed(range(12))], "by instance number"
@@ -86,28 +87,27 @@ def test_frames_without_functional_groups_are_slices_of_unknown_length(tmp_path,
     assert values(scan) == [-1004, -984, -964] and scan.affine is None and "lengths are not known" in scan.warnings[0]
 
 
-def test_axial_reformats_are_the_scan_and_test_slices_are_not(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", range(12), series="1.1", ImageType=["DERIVED", "SECONDARY", "REFORMATTED"], SliceThickness=1)
-    write_series(tmp_path / "in", [6, 6, 6], series="1.2", SliceThickness=10, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
-    write_series(tmp_path / "in", [9], series="1.3", SliceThickness=10, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
-    write_series(tmp_path / "in", range(3), series="1.4", ImageType=["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MIP"])
+def test_axial_reformats_are_the_scan_and_test_slices_are_not(write_series, scans_of):
+    write_series(range(12), series="1.1", ImageType=["DERIVED", "SECONDARY", "REFORMATTED"], SliceThickness=1)
+    write_series([6, 6, 6], series="1.2", SliceThickness=10, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series([9], series="1.3", SliceThickness=10, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    write_series(range(3), series="1.4", ImageType=["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MIP"])
     (scan,) = scans_of()
     assert len(scan) == 12
     for words in ("left out 3 images of one place over time", "left out 1 single test images", "left out 3 projections of"):
         assert any(words in warning for warning in scan.warnings), scan.warnings
 
 
-def test_contrast_monitoring_is_no_scan_however_long(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", range(5), series="1.1")
-    write_series(tmp_path / "in", [2] * 15, series="1.2", SliceThickness=10)
-    for number, path in enumerate(sorted((tmp_path / "in").glob("1.2-*"))):
-        change(path, AcquisitionTime=f"1012{number * 2:02d}.00")
+def test_contrast_monitoring_is_no_scan_however_long(write_series, scans_of):
+    write_series(range(5), series="1.1")
+    every_two_seconds = {"change": lambda number: {"AcquisitionTime": f"1012{number * 2:02d}.00"}}
+    write_series([2] * 15, series="1.2", SliceThickness=10, **every_two_seconds)
     (scan,) = scans_of()
     assert len(scan) == 5 and "left out 15 images of one place over time" in scan.warnings
 
 
 def test_numbers_that_are_none_are_done_without(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", [0, 5, 10])
+    write_series([0, 5, 10])
     for path in (tmp_path / "in").iterdir():
         content = path.read_bytes()
         number = pydicom.dcmread(path).InstanceNumber
@@ -125,8 +125,8 @@ def test_numbers_that_are_none_are_done_without(tmp_path, write_series, scans_of
     assert values(scan) == [-1000, -990, -980], "by position"
 
 
-def test_images_that_share_a_uid_are_warned_of(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", [0, 5, 10], SOPInstanceUID="1.2.9")
+def test_images_that_share_a_uid_are_warned_of(write_series, scans_of):
+    write_series([0, 5, 10], SOPInstanceUID="1.2.9")
     (scan,) = scans_of()
     assert len(scan) == 3 and "2 images have the SOPInstanceUID of another one" in scan.warnings
 

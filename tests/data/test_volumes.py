@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -26,8 +27,8 @@ def read(scan):
     return [float(scan.read(index).mean()) for index in range(len(scan))]
 
 
-def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", [0, 5, 10, 15])
+def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(write_series, scans_of):
+    write_series([0, 5, 10, 15])
     (scan,) = scans_of()
     assert scan.warnings == [] and scan.kind == "dicom" and scan.hounsfield
     assert read(scan) == [-1000, -990, -980, -970] and scan.positions == [0, 5, 10, 15] and scan.thickness == [5] * 4
@@ -44,18 +45,15 @@ def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path
         ([0, 5, 5, 10], "left out 1 images at the place of another one", 3),
     ],
 )
-def test_gaps_and_duplicates_are_reported(tmp_path, write_series, heights, words, count, scans_of):
-    write_series(tmp_path / "in", heights)
+def test_gaps_and_duplicates_are_reported(write_series, heights, words, count, scans_of):
+    write_series(heights)
     (scan,) = scans_of()
     assert words in scan.warnings and len(scan) == count
     assert sum(scan.thickness) == pytest.approx((heights[-1] - heights[0]) * count / (count - 1), rel=0.2)
 
 
-def test_images_without_a_position_are_left_out_of_a_series_that_has_them(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", [0, 5, 10])
-    lost = pydicom.dcmread(tmp_path / f"in/{SERIES}-2")
-    del lost.ImagePositionPatient
-    lost.save_as(tmp_path / f"in/{SERIES}-2")
+def test_images_without_a_position_are_left_out_of_a_series_that_has_them(write_series, scans_of):
+    write_series([0, 5, 10], change=lambda number: {"ImagePositionPatient": None} if number == 2 else {})
     (scan,) = scans_of()
     assert scan.warnings == ["left out 1 images without a position"] and scan.positions == [0, 5]
 
@@ -67,8 +65,8 @@ def test_training_needs_no_simpleitk_itk_or_highdicom():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_header_costs_little_memory_whatever_is_in_it(tmp_path, write_series, scans_of):
-    write_series(tmp_path / "in", range(100), ImageComments="x" * 10_000, SeriesDescription="y" * 60)
+def test_a_header_costs_little_memory_whatever_is_in_it(write_series, scans_of):
+    write_series(range(100), ImageComments="x" * 10_000, SeriesDescription="y" * 60)
     tracemalloc.start()
     scans = scans_of()
     kept = tracemalloc.get_traced_memory()[0]
@@ -78,7 +76,7 @@ def test_a_header_costs_little_memory_whatever_is_in_it(tmp_path, write_series, 
 
 def test_another_time_size_or_name_of_any_file_makes_another_scan(tmp_path, write_series):
     folder = tmp_path / "in"
-    write_series(folder, [0, 5, 10])
+    write_series([0, 5, 10])
 
     def stamp():
         return find_scans(folder, tmp_path / "out")[0][0].stamp
@@ -104,16 +102,13 @@ def test_other_pixels_are_another_scan_where_they_lie_beside_the_header(tmp_path
     assert open_scan(header).stamp != before
 
 
-def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path, write_series, write_dicom, scans_of):
-    folder = tmp_path / "in"
-    write_series(folder, [0, 5], ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
-    write_series(folder, [0, 2, 4, 6], series="1.2.3.5", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
-    coarse = pydicom.dcmread(folder / "1.2.3.5-3")
-    coarse.PixelSpacing = [3, 3]
-    coarse.save_as(folder / "1.2.3.5-3")
-    write_series(folder, [0], series="1.2.3.6", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    write_series(folder, [0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY"], ImagePositionPatient=None)
-    write_series(folder, [0], series="1.2.3.8", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(write_series, scans_of):
+    write_series([0, 5], ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    coarse = {"change": lambda number: {"PixelSpacing": [3, 3]} if number == 3 else {}}
+    write_series([0, 2, 4, 6], series="1.2.3.5", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"], **coarse)
+    write_series([0], series="1.2.3.6", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series([0], series="1.2.3.7", ImageType=["DERIVED", "SECONDARY"], ImagePositionPatient=None)
+    write_series([0], series="1.2.3.8", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
     scans = scans_of()
     assert sorted(map(len, scans)) == [1, 2, 3] and len({scan.name for scan in scans}) == 3
     assert next(scan.spacing for scan in scans if len(scan) == 1) == (3, 3)
@@ -122,34 +117,30 @@ def test_mixed_series_are_scans_and_what_is_no_axial_image_is_left_out(tmp_path,
     assert not any("1.2.3" in scan.name for scan in scans)
 
 
-@pytest.mark.parametrize("other", ["localizer", "dose", "report"])
-def test_derived_images_are_the_scan_of_a_study_without_other_images(tmp_path, write_series, other, scans_of):
-    folder, tags = tmp_path / "in", {
-        "localizer": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
-        "dose": {"Modality": "RTDOSE"},
-    }
-    write_series(folder, [0, 2, 4], ImageType=["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"])
-    write_series(folder, [0], series="1.2.3.6", **tags.get(other, {"Modality": "SR"}))
-    if other == "report":
-        dataset = pydicom.dcmread(folder / "1.2.3.6-0")
-        del dataset.Rows, dataset.PixelData
-        dataset.save_as(folder / "1.2.3.6-0")
+@pytest.mark.parametrize(
+    ("tags", "kind"),
+    [
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizers"),
+        ({"Modality": "RTDOSE"}, "objects without images"),
+        ({"Modality": "SR", "Rows": None, "PixelData": None}, "objects without images"),
+    ],
+)
+def test_derived_images_are_the_scan_of_a_study_without_other_images(write_series, scans_of, tags, kind):
+    write_series([0, 2, 4], ImageType=["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"])
+    write_series([0], series="1.2.3.6", **tags)
     (scan,) = scans_of()
-    assert len(scan) == 3
-    assert scan.warnings == [f"left out 1 {'localizers' if other == 'localizer' else 'objects without images'}"]
+    assert len(scan) == 3 and scan.warnings == [f"left out 1 {kind}"]
 
 
-def test_a_series_keeps_its_name_when_another_joins_it_in_the_folder(tmp_path, write_series, scans_of):
-    folder = tmp_path / "in"
-    write_series(folder, [0])
+def test_a_series_keeps_its_name_when_another_joins_it_in_the_folder(write_series, scans_of):
+    write_series([0])
     (alone,) = scans_of()
-    write_series(folder, [0, 5], series="1.2.3.5")
-    scans = scans_of()
-    assert alone.name in {scan.name for scan in scans} and len(scans) == 2
+    write_series([0, 5], series="1.2.3.5")
+    assert alone.name in {scan.name for scan in scans_of()}
 
 
 def test_one_damaged_header_costs_one_file(tmp_path, write_series):
-    write_series(tmp_path / "in", [0, 5, 10])
+    write_series([0, 5, 10])
     path = tmp_path / f"in/{SERIES}-2"
     content, tag = path.read_bytes(), b"\x20\x00\x0d\x00"  # StudyInstanceUID
     assert content.count(tag + b"UI") == 1
@@ -175,7 +166,7 @@ def test_a_nifti_that_does_not_tell_how_it_lies_is_read_as_itk_reads_it(tmp_path
 
 
 def test_a_missing_thickness_is_warned_of(tmp_path, write_series):
-    write_series(tmp_path / "in", [0], SliceThickness=None)
+    write_series([0], SliceThickness=None)
     image = sitk.GetImageFromArray(np.zeros((6, 8), np.int16))
     image.SetSpacing((2, 2))
     sitk.WriteImage(image, str(tmp_path / "x.nrrd"))
@@ -220,7 +211,7 @@ def test_a_compressed_volume_is_unpacked_once(tmp_path, monkeypatch):
     assert len(opened) == count, "the file stays open: a slice does not begin at its start again"
 
 
-def test_jpeg_ls_is_decoded_and_a_missing_decoder_is_named(tmp_path, monkeypatch):
+def test_jpeg_ls_is_decoded_and_a_missing_decoder_is_named(monkeypatch):
     scan = open_scan(get_testdata_file("MR_small_jpeg_ls_lossless.dcm", download=False))
     uncompressed = open_scan(get_testdata_file("MR_small.dcm", download=False))
     np.testing.assert_array_equal(scan.read(0), uncompressed.read(0))
@@ -280,42 +271,40 @@ def test_the_real_series_is_what_simpleitk_reads(real_data, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(lps[:3, :3], axis=0), image.GetSpacing(), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["white is zero 8", "white is zero 16", "RGB 16 tif", "RGB 16 png", "MPO", "WebP", "GIF", "NaN tif", "EXIF 9 jpg"]
-    + ["unnamed"] + [f"EXIF {number} {suffix}" for number in (3, 6, 7) for suffix in ("jpg", "png", "tif", "webp")],
-)
-def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, kind):
-    grey = np.add.outer(np.arange(20) * 4, np.arange(30) * 4).astype(np.uint8)  # brighter to the right and down
-    path, grey_picture = tmp_path / "x.png", Image.fromarray(grey)
-    if kind.startswith("white"):
-        path = tmp_path / "x.tif"
-        deep = grey_picture if kind.endswith(" 8") else Image.fromarray(60000 - grey.astype(np.uint16) * 200)
-        deep.save(path, tiffinfo={262: 0})  # Pillow inverts 8 bits itself, when it writes and when it reads
-        assert Image.open(path).tag_v2[262] == 0
-    elif kind.startswith("RGB 16"):
-        path = tmp_path / f"x.{kind[-3:]}"
-        colours = np.repeat(grey[..., None], 3, 2).astype(np.uint16) * 257
-        sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(path))
-    elif kind == "MPO":
-        path = tmp_path / "x.jpg"
-        grey_picture.convert("RGB").save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (30, 20))], quality=95)
-        assert Image.open(path).n_frames == 2
-    elif kind == "NaN tif":
-        path = tmp_path / "x.tif"
-        Image.fromarray(np.where(grey == 0, np.nan, grey).astype(np.float32)).save(path)
-    elif kind.startswith("EXIF"):
-        _, number, suffix = kind.split()
-        path, exif = tmp_path / f"x.{suffix}", Image.Exif()
-        exif[0x0112] = int(number)
-        turn = {"3": Image.Transpose.ROTATE_180, "6": Image.Transpose.ROTATE_90, "7": Image.Transpose.TRANSVERSE}.get(number)
-        content = exif if turn is not None else b"Exif\0\0damaged"
-        options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
-        (grey_picture.transpose(turn) if turn is not None else grey_picture).save(path, exif=content, **options)
-    else:
-        path = tmp_path / ("x" if kind == "unnamed" else f"x.{kind.lower()}")
-        grey_picture.save(path, "PNG" if kind == "unnamed" else None, **({"lossless": True} if kind == "WebP" else {}))
-    ((scan,), _) = find_scans(path, tmp_path / "out")
+GREY = np.add.outer(np.arange(20) * 4, np.arange(30) * 4).astype(np.uint8)  # brighter to the right and down
+L = Image.fromarray(GREY)
+COLOURS = sitk.GetImageFromArray(np.repeat(GREY[..., None], 3, 2).astype(np.uint16) * 257, isVector=True)
+MPO = {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (30, 20))], "quality": 95}
+PICTURES = {  # file: how it is written
+    "white is zero 8.tif": lambda path: L.save(path, tiffinfo={262: 0}),  # Pillow inverts 8 bits itself
+    "white is zero 16.tif": lambda path: Image.fromarray(60000 - GREY.astype(np.uint16) * 200).save(path, tiffinfo={262: 0}),
+    "RGB 16.tif": lambda path: sitk.WriteImage(COLOURS, str(path)),
+    "RGB 16.png": lambda path: sitk.WriteImage(COLOURS, str(path)),
+    "MPO.jpg": lambda path: L.convert("RGB").save(path, **MPO),
+    "NaN.tif": lambda path: Image.fromarray(np.where(GREY == 0, np.nan, GREY).astype(np.float32)).save(path),
+    "lossless.webp": lambda path: L.save(path, lossless=True),
+    "x.gif": lambda path: L.save(path),
+    "unnamed": lambda path: L.save(path, "PNG"),
+    "damaged EXIF.jpg": lambda path: L.save(path, exif=b"Exif\0\0damaged"),
+}
+TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE}
+
+
+def turned(path, number, **options):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    L.transpose(TURNS[number]).save(path, exif=exif, **options)
+
+
+for _number in TURNS:
+    for _suffix, _options in {"jpg": {"quality": 95}, "png": {}, "tif": {}, "webp": {"lossless": True}}.items():
+        PICTURES[f"EXIF {_number}.{_suffix}"] = partial(turned, number=_number, **_options)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, name):
+    PICTURES[name](tmp_path / name)
+    ((scan,), _) = find_scans(tmp_path / name, tmp_path / "out")
     read = scan.read(0)[0].numpy()
     assert read.shape == (20, 30) == (scan.shape[1], scan.shape[0])
-    assert np.corrcoef(read.ravel(), grey.ravel())[0, 1] > 0.999
+    assert np.corrcoef(read.ravel(), GREY.ravel())[0, 1] > 0.999

@@ -33,7 +33,7 @@ MIN_LESION_PIXELS = 20
 def read_rows(path: Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """("file: line n", row) for the rows of a table; a row of too few or too many cells has a `COMPLAINT`.
 
-    Names of columns are in lower case, with _ between words; of `required`, each is "name" or "name or other name". Empty rows,
+    Names of columns are in lower case, with _ between words; of `required`, each is "name" or "name or other". Empty rows,
     columns without a name, comments, repetitions of the header and Excel's line "sep=;" are skipped.
     """
     text = _read_text(path)

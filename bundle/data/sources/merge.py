@@ -62,7 +62,7 @@ def detect_layout(path) -> str | None:
 
 
 def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
-    """(layout, path) of every LAYOUT=PATH or PATH, each path once; a folder of no layout stands for those in it that have one."""
+    """(layout, path) of every LAYOUT=PATH or PATH, each once; a folder of no layout stands for those in it that have one."""
     named: dict[Path, str] = {}
     recognised: dict[Path, str | None] = {}
     for argument in arguments:
@@ -88,7 +88,7 @@ def find_layouts(arguments: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def merge(
-    arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES, seed=0, implied=False, categories: Sequence[str] = ()
+    arguments: Sequence[str], output_dir, classes: Sequence[str] = CLASSES, seed=0, implied=False, categories=()
 ) -> dict:
     """Write `output_dir`/datalist.json with the records of all sources, validated, and what they export beside it.
 
@@ -184,7 +184,8 @@ def _finish(record: dict, layout: str, path: Path, classes: Sequence[str]) -> No
     if COMPLAINT in record:
         raise UserError(record[COMPLAINT])
     source = record.pop(SOURCE, "") or SOURCES[layout].source or (path.stem if path.is_file() else path.name)
-    record |= {IMAGE: os.path.normpath(record[IMAGE]), GROUP: f"{source}/{record[GROUP]}", SOURCE: source, ORIGIN: (layout, path)}
+    record |= {IMAGE: os.path.normpath(record[IMAGE]), GROUP: f"{source}/{record[GROUP]}"}
+    record |= {SOURCE: source, ORIGIN: (layout, path)}
     for part in (record, record.get(IMPLIED, {})):
         if CLASS in part:
             part[CLASS] = _class_number(part[CLASS], classes)

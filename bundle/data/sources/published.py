@@ -50,7 +50,7 @@ def _patients(folder: Path) -> dict[str, str]:
 
 
 def iqoth_nccd_original(folder: Path, export: Path) -> Records:
-    """IQ-OTH/NCCD. No patient is named, but numbers run patient by patient: a group is a run of slices like their neighbour."""
+    """IQ-OTH/NCCD. No patient is named, but numbers run patient by patient: a group is a run of like slices."""
     for case, label in (("Normal", "other"), ("Bengin", "other"), ("Malignant", "lung cancer")):
         run, before = 0, None
         images = pictures(folder / f"{case} cases")

@@ -29,17 +29,9 @@ from bundle.names import BOXES, CLASS, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 logger = logging.getLogger(__name__)
 OBJECTS = "objects"  # a column that is no field of a record
 # Column of docs/data.md -> names that it may have, in any case; of several, the first that a row fills counts.
-COLUMNS = {
-    IMAGE: ("image", "file", "filename", "path"),
-    CLASS: ("class", "label"),
-    MASK: ("mask",),
-    OBJECTS: ("objects",),
-    BOXES: ("boxes", "boxes_xyxy"),
-    INSTANCES: ("instances",),
-    GROUP: ("group", "patient_id", "group_id", "patient", "patientid", "subject", "subject_id"),
-    SPLIT: ("split",),
-    SOURCE: ("source",),
-}
+COLUMNS = {field: (field,) for field in (MASK, OBJECTS, INSTANCES, SPLIT, SOURCE)}
+COLUMNS |= {IMAGE: ("image", "file", "filename", "path"), CLASS: ("class", "label"), BOXES: ("boxes", "boxes_xyxy")}
+COLUMNS[GROUP] = ("group", "patient_id", "group_id", "patient", "patientid", "subject", "subject_id")
 # Columns of other tables of boxes, which would leave slices without an annotation if they were not read.
 FOREIGN = ("bbox", "bboxes", "box", "x", "x1", "xmin", "x_min", "x_center", "left")
 COVID, OTHER, CANCER = "COVID-19", "other", "lung cancer"
@@ -227,7 +219,8 @@ def _coco_content(path: Path) -> dict:
     content = read_json(path, "COCO's")
     is_mapping = isinstance(content, Mapping)
     images, annotations = [content.get(key) if is_mapping else None for key in ("images", "annotations")]
-    if not all(isinstance(items, list) and all(isinstance(item, Mapping) for item in items) for items in (images, annotations)):
+    lists = isinstance(images, list) and isinstance(annotations, list)
+    if not lists or not all(isinstance(item, Mapping) for item in images + annotations):
         found = f"the keys {', '.join(content)}" if is_mapping else type(content).__name__
         raise UserError(f"{path}: found {found}, expected COCO's lists images and annotations (empty, where nothing is there)")
     if nameless := [image for image in images if "id" not in image or not isinstance(image.get("file_name"), str)]:

@@ -14,7 +14,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from bundle.data.labels import whole_labels
 from bundle.data.sources.common import Records, lesions, read_rows, write_picture
 from bundle.data.transforms import turned_elsewhere
-from bundle.data.volumes import LPS, NO_HU, open_scan
+from bundle.data.volumes import LPS, NO_HU, Scan, open_scan
 from bundle.errors import UserError
 from bundle.names import BOXES, EMPTY_MASK, GROUP, IMAGE, INSTANCES, MASK
 
@@ -26,18 +26,12 @@ class Volume(NamedTuple):
 
     pixels: np.ndarray  # (slices, rows, columns)
     affine: np.ndarray  # (4, 4) from (row, column, slice) to LPS in mm
-    turn: np.ndarray  # that its file needed
+    scan: Scan
 
     @property
     def spacing(self) -> tuple[float, ...]:
         """mm between columns, rows and slices."""
         return tuple(nibabel.affines.voxel_sizes(self.affine)[[1, 0, 2]].tolist())
-
-    @property
-    def ends(self) -> np.ndarray:
-        """Where the first and the last voxel lie, in mm, one a row."""
-        slices, rows, columns = self.pixels.shape
-        return nibabel.affines.apply_affine(self.affine, [[0, 0, 0], [rows - 1, columns - 1, slices - 1]])
 
 
 def read_volume(path: Path, labels: bool = False) -> Volume:
@@ -55,7 +49,7 @@ def read_volume(path: Path, labels: bool = False) -> Volume:
     if not (labels or scan.hounsfield):
         raise UserError(f"{path}: found {scan.warnings[-1].removesuffix(NO_HU)}, expected HU")
     pixels = apply_orientation(scan.read_volume(labels), scan.turn).transpose(2, 0, 1)
-    return Volume(pixels, LPS @ scan.affine @ inv_ornt_aff(scan.turn, scan.shape), scan.turn)
+    return Volume(pixels, LPS @ scan.affine @ inv_ornt_aff(scan.turn, scan.shape), scan)
 
 
 def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
@@ -63,7 +57,8 @@ def read_annotated(path: Path, mask_path: Path) -> tuple[Volume, np.ndarray]:
     volume, mask = read_volume(path), read_volume(mask_path, labels=True)
     if mask.pixels.shape != volume.pixels.shape:
         raise UserError(f"{mask_path}: found shape {mask.pixels.shape}, expected {volume.pixels.shape} as in {path}")
-    if not np.array_equal(mask.turn, volume.turn) and (np.abs(mask.ends - volume.ends) > volume.spacing).any():
+    turned = not np.array_equal(mask.scan.turn, volume.scan.turn)
+    if turned and (np.abs(mask.scan.ends - volume.scan.ends) > volume.spacing).any():
         raise turned_elsewhere(mask_path, MASK, path)
     return volume, np.ceil(whole_labels(mask.pixels, mask_path))
 
@@ -100,7 +95,7 @@ def medseg_nifti(folder: Path, export: Path) -> Records:
         name = f"{index:03d}"
         record = {IMAGE: write_slice(slice_, volume.spacing, export / f"{name}.nii.gz"), MASK: EMPTY_MASK, GROUP: name}
         if mask.any():
-            record[MASK] = write_picture(np.uint8(mask), export / f"{name}_mask.png")
+            record[MASK] = write_picture(np.uint8(mask.clip(max=255)), export / f"{name}_mask.png")
         yield record
 
 
@@ -108,16 +103,20 @@ def msd_lung(folder: Path, export: Path) -> Records:
     """MSD Task06_Lung: slices whose tumour has a part of at least `MIN_LESION_PIXELS`, and as many free of tumour."""
     labels = sorted(path for path in (folder / "labelsTr").glob("*.nii.gz") if not path.name.startswith("."))
     for label, (volume, masks) in _readable(labels, lambda label: read_annotated(folder / "imagesTr" / label.name, label)):
-        name = label.name.removesuffix(".nii.gz")
         found = {index: lesions(mask) for index, mask in enumerate(masks) if mask.any()}
         free = [index for index in range(len(masks)) if index not in found]
-        for index in with_as_many_free([index for index, (_, boxes) in found.items() if boxes], free):
-            place = export / name / f"{index:03d}.nii.gz"
-            record = {IMAGE: write_slice(volume.pixels[index], volume.spacing, place), BOXES: [], GROUP: name}
-            if index in found:
-                instances, record[BOXES] = found[index]
-                record[INSTANCES] = write_picture(instances, place.with_name(f"{index:03d}_instances.png"))
-            yield record
+        tumours = {index: one for index, one in found.items() if one[1]}
+        yield from _exported(volume, export / label.name.removesuffix(".nii.gz"), tumours, free)
+
+
+def _exported(volume: Volume, folder: Path, found: dict[int, tuple], free: list[int]) -> Records:
+    """The slices with objects, index -> (instances or None, boxes), and as many free ones, written into a group's folder."""
+    for index in with_as_many_free(sorted(found), free):
+        image, (instances, boxes) = folder / f"{index:03d}.nii.gz", found.get(index, (None, []))
+        record = {IMAGE: write_slice(volume.pixels[index], volume.spacing, image), BOXES: boxes, GROUP: folder.name}
+        if instances is not None:
+            record[INSTANCES] = write_picture(instances, image.with_name(f"{index:03d}_instances.png"))
+        yield record
 
 
 def luna16(folder: Path, export: Path) -> Records:
@@ -138,10 +137,7 @@ def luna16(folder: Path, export: Path) -> Records:
     for path, volume in _readable(scans, read_volume):
         boxes, touched = _ball_boxes(nodules[path.stem], volume)
         free = [index for index in range(len(volume.pixels)) if index not in touched]
-        for index in with_as_many_free(sorted(boxes), free):
-            place = export / path.stem / f"{index:03d}.nii.gz"
-            record = {IMAGE: write_slice(volume.pixels[index], volume.spacing, place), BOXES: boxes.get(index, [])}
-            yield {**record, GROUP: path.stem}
+        yield from _exported(volume, export / path.stem, {index: (None, found) for index, found in boxes.items()}, free)
 
 
 def _ball_boxes(nodules: list[tuple[float, ...]], volume: Volume) -> tuple[dict[int, list], set[int]]:

@@ -41,11 +41,6 @@ def test_covid_ct_original(covid_ct, merged, caplog):
     assert "3 images of patients that no *MetaInfo*.csv names" in caplog.text
 
 
-def test_covid_ct_without_a_list_is_refused(covid_ct, merged):
-    (covid_ct / "Data-split/NonCOVID/valCT_NonCOVID.txt").unlink()
-    with pytest.raises(UserError, match="valCT_NonCOVID.txt: no such file, expected the official list of COVID-CT"):
-        merged(covid_ct)
-
 
 def test_covid_ct_without_listed_images_is_refused(covid_ct, merged, caplog):
     (covid_ct / "Images-processed/CT_COVID/v.png").unlink()
@@ -76,11 +71,6 @@ def test_iqoth_nccd_original(iqoth, merged):
     assert names == {"10", "11"}
 
 
-def test_iqoth_nccd_original_without_a_folder_is_refused(iqoth, merged):
-    (iqoth / "Bengin cases").rename(iqoth / "Benign cases")
-    with pytest.raises(UserError, match="Bengin cases: no such folder"):
-        merged(iqoth)
-
 
 @pytest.fixture
 def inf_net(tmp_path, picture):
@@ -105,7 +95,16 @@ def test_inf_net(inf_net, merged, samples):
         assert sample["record"]["source"] == "medseg_covid19"
 
 
-def test_inf_net_without_a_mask_is_refused(inf_net, merged):
-    (inf_net / "TestingSet/LungInfection-Test/GT/1.png").unlink()
-    with pytest.raises(UserError, match="GT/1.png: no such file, expected the mask of .*Imgs/1.png"):
-        merged(inf_net)
+MISSING = [  # fixture, what is not there, words of the line
+    ("covid_ct", "Data-split/NonCOVID/valCT_NonCOVID.txt", "valCT_NonCOVID.txt: no such file, expected the official list"),
+    ("iqoth", "Bengin cases", "Bengin cases: no such folder"),
+    ("inf_net", "TestingSet/LungInfection-Test/GT/1.png", "GT/1.png: no such file, expected the mask of .*Imgs/1.png"),
+]
+
+
+@pytest.mark.parametrize(("layout", "missing", "words"), MISSING)
+def test_a_layout_without_one_of_its_parts_is_refused(request, merged, layout, missing, words):
+    folder = request.getfixturevalue(layout)
+    (folder / missing).rename(folder / "gone")
+    with pytest.raises(UserError, match=words):
+        merged(folder)
