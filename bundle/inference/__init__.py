@@ -6,11 +6,11 @@ from bundle.inference.backends import accelerate
 from bundle.inference.flips import FlipInferer
 from bundle.inference.predict import Model, predict_scans
 from bundle.inference.results import Result
-from bundle.inference.slices import AnswersToSlice, LoadScanSlice, ReadAhead, SplitBatch, collate, slices_of
+from bundle.inference.slices import AnswersToSlice, LoadScanSlice, ReadAhead, collate, slices_of
 from bundle.inference.worklist import Worklist, fingerprint
 from bundle.networks import read_novelty
 
-__all__ = ["AnswersToSlice", "FlipInferer", "LoadScanSlice", "Model", "ReadAhead", "Result", "SplitBatch", "Worklist"]
+__all__ = ["AnswersToSlice", "FlipInferer", "LoadScanSlice", "Model", "ReadAhead", "Result", "Worklist"]
 __all__ += ["accelerate", "collate", "fingerprint", "model_name", "predict_scans", "read_novelty", "slices_of"]
 
 

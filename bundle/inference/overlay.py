@@ -24,7 +24,8 @@ def draw_overlay(pixels, spacing, labels, boxes, scores, probabilities: Mapping 
     """
     grey = (np.asarray(pixels, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
     rows, columns = grey.shape
-    size = width, height = _shown_size(grey.shape, spacing)
+    extent = np.array([columns, rows]) * (spacing or (1.0, 1.0))[::-1]
+    size = width, height = tuple(map(int, (extent * np.clip(max(grey.shape), *SIDES) / extent.max()).round().clip(1)))
     image = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")
     if labels is not None:
         _draw_lesions(image, np.asarray(labels))
@@ -42,13 +43,6 @@ def draw_overlay(pixels, spacing, labels, boxes, scores, probabilities: Mapping 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' * bold}.ttf", size)
-
-
-def _shown_size(shape: tuple[int, int], spacing) -> tuple[int, int]:
-    """(width, height) in square pixels, the longer side within SIDES."""
-    row_mm, column_mm = spacing or (1.0, 1.0)
-    extent = np.array([shape[1] * column_mm, shape[0] * row_mm])
-    return tuple(int(side) for side in (extent * np.clip(max(shape), *SIDES) / extent.max()).round().clip(1))
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

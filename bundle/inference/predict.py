@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.engines import Evaluator
+from monai.utils.enums import CommonKeys
 
 from bundle.config import check_config, merge_overlays
 from bundle.data.volumes import Scan
@@ -20,7 +21,7 @@ from bundle.errors import UserError, user_message
 from bundle.files import ROOT, text_hash
 from bundle.inference.inputs import as_scan
 from bundle.inference.results import Result
-from bundle.inference.slices import helper, slices_of
+from bundle.inference.slices import SAMPLES, helper, slices_of, to_cpu
 from bundle.inference.worklist import Worklist
 from bundle.networks import Novelty
 from bundle.tasks import Task
@@ -29,8 +30,8 @@ from bundle.tasks import Task
 class Model:
     """The network with everything around it, as configs/inference.json makes it: `Model.load().predict(scan)`.
 
-    The batches of `evaluator` are single slices when an iteration is completed. Without `novelty` the distance from the training
-    data is not known. With `keep_identifiers` predictions.json has the names and ids of DICOM headers.
+    Without `novelty` the distance from the training data is not known. With `keep_identifiers` predictions.json has the names and
+    ids of DICOM headers.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Model:
         loader.dataset.data = slices_of([scan])
         self.evaluator.state.epoch_length = len(loader)
 
-        def collect(samples: Sequence[dict], answers: Sequence[dict]) -> None:
-            for sample, answer in zip(samples, answers, strict=True):
+        def collect(samples: Sequence[dict], answers: dict) -> None:
+            for row, sample in enumerate(samples):  # MONAI's decollation mixes up detections, which are a list
+                answer = {name: to_cpu(values[row]) for name, values in answers.items()}
                 result.add(sample, self.postprocessing({**sample, **answer}))
 
         with helper() as pool:
@@ -111,7 +113,7 @@ class Model:
             def hand_over(engine) -> None:
                 nonlocal collecting
                 collecting.result()  # so that few batches are in memory
-                collecting = pool.submit(collect, engine.state.batch, engine.state.output)
+                collecting = pool.submit(collect, engine.state.batch[SAMPLES], engine.state.output[CommonKeys.PRED])
 
             with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, hand_over):
                 self.evaluator.run()
@@ -138,11 +140,6 @@ def _undisturbed() -> Iterator[None]:
 
 def predict_scans(worklist: Worklist, model: Model) -> None:
     """Predict all scans of a worklist and write their results and the tables; a UserError if none could be predicted."""
-
-    def write(scan: Scan, result: Result) -> None:
-        with worklist.publish(scan) as folder:
-            result.write(folder)
-
     with worklist.locked():
         pending = worklist.pending(model.stamp)
         with ThreadPoolExecutor(1) as pool:  # a result is written while the next scan is predicted
@@ -151,6 +148,6 @@ def predict_scans(worklist: Worklist, model: Model) -> None:
                 with worklist.attempt(scan):
                     result = model.run(scan)
                     writing.result()
-                    writing = pool.submit(write, scan, result)
+                    writing = pool.submit(worklist.publish, scan, result)
             writing.result()
         worklist.finish(model.tasks)

@@ -66,7 +66,11 @@ class Report:
     def add(self, view: SliceView, row: Mapping) -> None:
         """Add the next slice and its row in predictions.json."""
         pixels, ends, hounsfield = view.slice[0].numpy(), (view.low, view.high), self.scan.hounsfield
-        self.shape, (codes, pairs) = pixels.shape, _companded(pixels) if hounsfield else _stretched(pixels, ends)
+        self.shape = pixels.shape
+        if hounsfield:
+            codes, pairs = CODES[(np.rint(pixels).clip(-1350, 1650) + 1350).astype(np.int16)], list(COMPANDING)
+        else:
+            codes, pairs = _stretched(pixels, ends)
         found, labels = row.get("boxes", []), view.labels
         boxes = torch.tensor([box["box"] for box in found], dtype=torch.float32).reshape(-1, 4)
         boxes = move_boxes(boxes, torch.linalg.inv(view.slice.affine)).numpy()
@@ -110,7 +114,11 @@ class Report:
         )
         environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-        cards = [_card(task, prediction[task.name]) for task in self.tasks]
+        cards = []
+        for task in self.tasks:
+            entry, title = prediction[task.name], task.name.replace("_", " ").capitalize()
+            bars, lesions, facts = task.probabilities(entry), task.lesions(entry), task.report(entry)
+            cards.append({"title": title, "bars": bars, "lesions": lesions, "facts": facts})
         viewer = self._viewer(prediction, cards)
         # A picture is base64: its JSON needs no escaping.
         looks = {"box": BOX, "strong": STRONG, "unusual_from": UNUSUAL_SHARE, "first": _where_to_look(viewer["slices"])}
@@ -147,11 +155,6 @@ class Report:
         }
 
 
-def _card(task: Task, entry) -> dict:
-    bars, lesions, facts = task.probabilities(entry), task.lesions(entry), task.report(entry)
-    return {"title": task.name.replace("_", " ").capitalize(), "bars": bars, "lesions": lesions, "facts": facts}
-
-
 def _where_to_look(slices: Sequence[Mapping]) -> list[tuple[int, str]]:
     """Positions of the slices to look at first, the most important one first, and why; without a finding, the middle one."""
     area = [sum((row["lesion_mm2"] or row["lesion_pixels"] or {}).values()) for row in slices]
@@ -165,10 +168,6 @@ def _where_to_look(slices: Sequence[Mapping]) -> list[tuple[int, str]]:
         lesion = best[surest]["lesion"]
         places.append((surest, f"highest score, {'' if lesion is None else f'lesion {lesion}, '}{score[surest]:.2f}"))
     return places or [(len(slices) // 2, "no lesion found; the middle of the scan")]
-
-
-def _companded(pixels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    return CODES[(np.rint(pixels).clip(-1350, 1650) + 1350).astype(np.int16)], list(COMPANDING)
 
 
 def _stretched(pixels: np.ndarray, intensity_range: tuple[float, float]) -> tuple[np.ndarray, list[tuple[int, float]]]:

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from monai.data import DataLoader, MetaTensor
-from monai.engines.utils import IterationEvents
 from monai.transforms import Invertd, InvertibleTransform, Transform
-from monai.utils.enums import CommonKeys
 
 from bundle.data.volumes import Scan
 from bundle.names import IMAGE, SLICE
@@ -61,18 +59,6 @@ class ReadAhead(DataLoader):
             while (batch := coming.result()) is not None:
                 coming = pool.submit(next, batches, None)
                 yield batch
-
-
-class SplitBatch:
-    """Handler that splits batch and predictions into slices; MONAI's decollation mixes up detections, which are a list."""
-
-    def attach(self, engine) -> None:
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
-
-    def __call__(self, engine) -> None:
-        samples, pred = engine.state.batch[SAMPLES], engine.state.output[CommonKeys.PRED]
-        engine.state.batch = samples
-        engine.state.output = [{key: to_cpu(answer[n]) for key, answer in pred.items()} for n in range(len(samples))]
 
 
 def to_cpu(answer):

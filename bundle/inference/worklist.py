@@ -22,6 +22,7 @@ from bundle.data.volumes import Scan, find_scans
 from bundle.errors import UserError, user_message
 from bundle.files import file_hash, text_hash, write_table
 from bundle.inference.folders import PREDICTIONS, UNFINISHED, check_place, disk_error, read_prediction, replacing_folder
+from bundle.inference.results import Result
 from bundle.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -62,21 +63,15 @@ class Worklist:
         try:
             with files.locked(self.folder) if self.rank == 0 else nullcontext():
                 if self.rank == 0:
-                    self._remove_leftovers()
+                    (self.folder / LOG).unlink(missing_ok=True)
+                    for path in [path for path in self.folder.rglob("*") if LEFTOVER.fullmatch(path.name)]:
+                        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
                 if self.processes > 1:
                     dist.barrier()  # the first process has the lock
                 yield
         finally:
             if self.processes > 1:
                 dist.destroy_process_group()
-
-    def _remove_leftovers(self) -> None:
-        (self.folder / LOG).unlink(missing_ok=True)
-        for parent, folders, names in os.walk(self.folder):
-            for name in filter(LEFTOVER.fullmatch, [*folders, *names]):
-                path = Path(parent, name)
-                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
-            folders[:] = [name for name in folders if not LEFTOVER.fullmatch(name)]
 
     def pending(self, stamp: Callable[[Scan], str]) -> list[Scan]:
         """The scans without results of their `stamp`; a UserError if something else lies in the place."""
@@ -99,11 +94,10 @@ class Worklist:
         finally:
             scan.close()
 
-    @contextmanager
-    def publish(self, scan: Scan) -> Iterator[Path]:
-        """Yield a new folder that replaces older results of the scan when the block ends."""
+    def publish(self, scan: Scan, result: Result) -> None:
+        """Write a result in place of older ones of the scan."""
         with self.attempt(scan, writing=True), replacing_folder(self.folder / scan.name) as new:
-            yield new
+            result.write(new)
 
     def fail(self, scan: Scan, error: Exception, writing: bool = False) -> None:
         """Record in one line why a scan could not be predicted; the traceback of a bug goes to a log file."""

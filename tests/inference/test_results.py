@@ -56,6 +56,19 @@ class Bright(nn.Module):
         }
 
 
+class Meanwhile(Bright):
+    """Does something before each answer; `action` gets its number, from 1."""
+
+    def __init__(self, action):
+        super().__init__()
+        self.action, self.count = action, 0
+
+    def forward(self, image):
+        self.count += 1
+        self.action(self.count)
+        return super().forward(image)
+
+
 def predict(source, output_dir, network=None, **knobs):
     """Run configs/inference.json in this process with a network that stands in; predictions by the name of the scan.
 
@@ -278,30 +291,24 @@ def test_bad_files_are_skipped_and_reported_and_same_stems_kept_apart(tmp_path, 
 
 
 def test_a_file_that_grows_while_it_is_read_gives_no_result(tmp_path):
-    class Copying(Bright):
-        def forward(self, image):
-            with (tmp_path / "in/b.png").open("ab") as file:
-                file.write(b"more")
-            return super().forward(image)
+    def copy(_):
+        with (tmp_path / "in/b.png").open("ab") as file:
+            file.write(b"more")
 
     write_pictures(tmp_path / "in", ["a.png", "b.png"])
-    assert list(predict(tmp_path / "in", tmp_path / "out", Copying())) == ["a.png"]
+    assert list(predict(tmp_path / "in", tmp_path / "out", Meanwhile(copy))) == ["a.png"]
     (failure,) = table(tmp_path / "out/failures.csv")
     reason = "changed while it was read, expected whole files; predict it again later"
     assert failure == {"scan": "b.png", "reason": f"{tmp_path}/in/b.png: {reason}", "log": ""}
 
 
 def test_a_series_that_gets_files_while_it_is_read_gives_no_result(tmp_path, write_ct):
-    class Copying(Bright):
-        def forward(self, image):
-            (tmp_path / "in/late").touch()
-            return super().forward(image)
-
+    copying = Meanwhile(lambda _: (tmp_path / "in/late").touch())
     write_ct(tmp_path / "in", [drawn()] * 3)
     with pytest.raises(RuntimeError) as raised:
-        predict(tmp_path / "in", tmp_path / "out", Copying())
+        predict(tmp_path / "in", tmp_path / "out", copying)
     assert "changed while it was read" in str(raised.value.__cause__)
-    assert len(predict(tmp_path / "in", tmp_path / "out", Copying())) == 1
+    assert len(predict(tmp_path / "in", tmp_path / "out", copying)) == 1
 
 
 def test_the_reconstruction_is_measured_and_kept_only_if_asked_for(tmp_path):
@@ -311,15 +318,6 @@ def test_the_reconstruction_is_measured_and_kept_only_if_asked_for(tmp_path):
     )
     assert kept["reconstruction"] == measured["reconstruction"] and kept["slices"] == measured["slices"]
     assert {*kept["files"]} - {*measured["files"]} == {"reconstruction", "reconstruction_error"}
-
-
-def test_nothing_readable_is_an_error_after_the_report(tmp_path):
-    nib.save(nib.Nifti1Image(np.full((8, 8, 1), np.nan, np.float32), np.eye(4)), tmp_path / "x.nii")
-    with pytest.raises(RuntimeError) as raised:  # MONAI wraps what an expression of a config raises
-        predict(tmp_path / "x.nii", tmp_path / "out")
-    assert str(raised.value.__cause__).startswith("input: nothing could be read; ")
-    assert len(table(tmp_path / "out/failures.csv")) == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "failures.csv"]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "reconstruction", "detection"])
@@ -353,20 +351,6 @@ def test_lesions_of_several_classes(tmp_path):
     assert "segmentation_classes: found a b, a_b, expected names that differ" in str(caught.value.__cause__)
 
 
-def test_an_interrupted_scan_has_no_folder_and_is_done_again(tmp_path, monkeypatch):
-    def interrupted(report, folder, prediction):
-        (folder / "report.html").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    Image.fromarray(drawn().clip(0, 255).astype(np.uint8)).save(tmp_path / "x.png")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bundle.inference.report.Report.write", interrupted)
-        predict(tmp_path / "x.png", tmp_path / "out")
-    assert not (tmp_path / "out/x.png").exists()
-    assert list(predict(tmp_path / "x.png", tmp_path / "out")) == ["x.png"]
-    assert not list((tmp_path / "out").glob(".tmp*"))
-
-
 def write_pictures(folder, names):
     folder.mkdir()
     for grey, name in enumerate(names, start=1):
@@ -375,24 +359,19 @@ def write_pictures(folder, names):
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, OSError, RuntimeError])
 def test_a_bug_fails_one_scan_and_its_traceback_goes_to_a_log(tmp_path, error):
-    class Broken(Bright):
-        count = 0
-
-        def forward(self, image):
-            self.count += 1
-            if self.count == 2:
-                raise error("operands could not\nbe broadcast")
-            return super().forward(image)
+    def fail(count):
+        if count == 2:
+            raise error("operands could not\nbe broadcast")
 
     write_pictures(tmp_path / "in", ["a.png", "b.png", "c.png"])
-    assert list(predict(tmp_path / "in", tmp_path / "out", Broken())) == ["a.png", "c.png"]
+    assert list(predict(tmp_path / "in", tmp_path / "out", Meanwhile(fail))) == ["a.png", "c.png"]
     (failure,) = table(tmp_path / "out/failures.csv")
     assert failure["scan"] == "b.png" and failure["log"] == "failures.log"
     name = error.__name__
     assert failure["reason"].startswith(f"{tmp_path}/in/b.png: a bug of this program, {name}: ")
     assert "\n" not in failure["reason"]
     log = (tmp_path / "out/failures.log").read_text()
-    assert log.startswith("b.png\nTraceback") and "in forward" in log and f"{name}: " in log
+    assert log.startswith("b.png\nTraceback") and "in fail" in log and f"{name}: " in log
     assert [row["scan"] for row in table(tmp_path / "out/scans.csv")] == ["a.png", "c.png"]
     predict(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out/failures.log").exists(), "it is of the last run"
@@ -416,14 +395,6 @@ def test_a_name_as_long_as_the_disk_takes_is_predicted(tmp_path):
     names = ["肺" * 83 + ".png", "a.png"]
     write_pictures(tmp_path / "in", names)
     assert sorted(predict(tmp_path / "in", tmp_path / "out")) == sorted(names)
-
-
-def test_a_knob_out_of_range_is_refused_before_any_scan_is_computed(tmp_path):
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "x.png")
-    with pytest.raises(RuntimeError) as error:
-        predict(tmp_path / "x.png", tmp_path / "out", link_iou=0)
-    assert "link_iou: found 0, expected a number above 0 and up to 1" in str(error.value.__cause__ or error.value)
-    assert not (tmp_path / "out").exists()
 
 
 def test_score_threshold_must_be_a_probability():
