@@ -70,10 +70,8 @@ def merge_overlays(file, overlays: Sequence) -> dict:
                 with no_warnings():  # the runner will say it
                     merge_kv(parser, id, value)
             except (KeyError, IndexError, TypeError, ValueError):
-                raise UserError(
-                    f"{overlay}: found {id!r}, which does not fit {Path(file).name}, expected overlays that describe the "
-                    "network; leave those out that tell how it was trained"
-                ) from None
+                expected = "expected overlays that describe the network; leave out those about training"
+                raise UserError(f"{overlay}: found {id!r}, which does not fit {Path(file).name}, {expected}") from None
     return without_metadata(parser.get())
 
 

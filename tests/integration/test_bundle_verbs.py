@@ -27,10 +27,10 @@ VERBS = {
     "archive": ("verify_metadata", "verify_net_in_out", "ckpt_export", "onnx_export", "run", "run_workflow"),
     "elsewhere": ("verify_net_in_out", "ckpt_export", "run"),
 }
-# Each verb is typed in a process of its own, forked where MONAI has been imported.
+# Each verb is typed in a process of its own, forked where MONAI and the slowest libraries have been imported.
 TYPED = """
 import json, os, runpy, sys, time
-import monai.bundle
+import monai.bundle, highdicom, timm, torchvision
 
 for verb, words in json.loads(sys.argv[1]).items():
     begin = time.perf_counter()
