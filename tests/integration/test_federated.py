@@ -16,8 +16,6 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from monai.utils import set_determinism
 from PIL import Image
 
-from bundle.data.phantom import make_phantom
-
 ROOT = Path(__file__).parents[2]
 CONFIGS = ["configs/train.json", "configs/preset_smoke.json"]
 
