@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first three minutes: a report from the shipped weights, then a training that learns. Offline after the installation.
+# The first minutes: a report from the shipped weights, then a training that learns. Offline after the installation.
 # Both use phantoms, which are artificial chests; nothing here says how well a network does on patients.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
