@@ -37,7 +37,9 @@ def run(*words, timeout: float = 600, **options) -> subprocess.CompletedProcess:
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(f"{words} ran longer than {timeout} s: {errors.read_text()[-3000:]}")
-        return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), errors.read_text())
+        # A line may name a file whose name is no UTF-8.
+        printed = (path.read_text(errors="backslashreplace") for path in (out, errors))
+        return subprocess.CompletedProcess(words, process.exitcode, *printed)
 
 
 def bundle(*arguments, configs=("train", "preset_smoke"), **knobs) -> list[str]:
