@@ -42,7 +42,7 @@ EXTENSIONS = (*PICTURES, *NIFTI, *ITK, *DICOM)
 MAX_SLICE_PIXELS, MAX_BYTES = 2**26, 2**32
 MAX_SIDES = 100  # longer to shorter side of a slice: of a thinner one nothing is left at the size of the network
 TOO_DENSE = 30000  # HU: from here on a value around the field of view is padding
-WRAPPED = 2**15 - 1024  # HU: from here on up to 2**16 a value is a negative one that the file calls unsigned
+WRAPPED = 2**15  # from here on up to 2**16 a value is a negative one that the file calls unsigned; 32767 may be metal
 LPS = np.diag([-1.0, -1, 1, 1])  # to or from RAS
 VOXEL_SIDES = 0.02, 100.0  # mm, of a CT
 

@@ -308,3 +308,11 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path, name):
     read = scan.read(0)[0].numpy()
     assert read.shape == (20, 30) == (scan.shape[1], scan.shape[0])
     assert np.corrcoef(read.ravel(), GREY.ravel())[0, 1] > 0.999
+
+
+def test_metal_at_the_highest_signed_value_is_not_air(tmp_path):
+    voxels = np.full((12, 10, 3), -800, np.int16)
+    voxels[5, 5] = 32767
+    nib.save(nib.Nifti1Image(voxels, np.diag([-1, -1, 2, 1])), tmp_path / "metal.nii")
+    (scan,), _ = find_scans(tmp_path / "metal.nii")
+    assert (scan.read_volume() == voxels).all()
